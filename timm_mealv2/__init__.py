@@ -1,0 +1,14 @@
+"""Ensemble distillation of image classifiers (MEAL V2, arXiv 2009.08453) for timm.
+
+Importing the package registers its models with timm: the students `mealv1_*` and `mealv2_*`, and the ensembles
+`mealv2_ensemble*`.
+"""
+
+from timm_mealv2 import mealv2_students as _mealv2_students  # noqa: F401  (registers the students)
+from timm_mealv2.discriminator import Discriminator
+from timm_mealv2.losses import DiscriminatorLoss
+from timm_mealv2.mealv2_teachers import EnsembleTeacher
+from timm_mealv2.task import MealV2Task
+from timm_mealv2.version import __version__
+
+__all__ = ['Discriminator', 'DiscriminatorLoss', 'EnsembleTeacher', 'MealV2Task', '__version__']

@@ -1,0 +1,123 @@
+"""The two losses of MEAL V2: similarity to the teachers' mean probability, and the discriminator's loss.
+
+Half types are raised to float32 before any softmax, sum over classes or binary cross-entropy; float64 stays float64.
+"""
+
+import torch
+from timm.loss import SoftTargetCrossEntropy
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+SMALLEST_PROBABILITY = 2.0**-24
+"""The smallest number above zero that float16 holds, and hence a record of the soft-label store."""
+
+_cross_entropy = SoftTargetCrossEntropy()
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Raise half types to float32; leave float32 and float64 as they are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def similarity_loss(logits: Tensor, target_log_probs: Tensor) -> tuple[Tensor, Tensor]:
+    """Soft cross-entropy of the student with a dense target, and that target's entropy.
+
+    With p = exp(target_log_probs) and q = softmax(logits) the loss is the mean over the batch of -sum_c p_c log q_c
+    = KL(p || q) + H(p), at temperature 1. Loss minus entropy is the KL divergence.
+
+    Args:
+        logits: Student logits [B, C]; receive the gradient.
+        target_log_probs: Log of the target probabilities [B, C], -inf for zero; receive none.
+
+    Returns:
+        The loss and the mean entropy H(p) in nats: two scalars, at least float32.
+    """
+    p = at_least_float32(target_log_probs.detach()).exp()
+    return _cross_entropy(at_least_float32(logits), p), torch.special.entr(p).sum(dim=1).mean()
+
+
+def sparse_similarity_loss(logits: Tensor, indices: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
+    """`similarity_loss` for a target of which K probabilities per row are stored, without its dense form.
+
+    What the K leave over, r = max(0, 1 - sum_k p_k), is spread evenly over the other C - K classes (the marginal
+    smoothing of FKD, arXiv 2112.01528):
+    -sum_k p_k log q_k - r / (C - K) * (sum_c log q_c - sum_k log q_k). At K = C nothing is spread.
+
+    Args:
+        logits: Student logits [B, C]; receive the gradient.
+        indices: Class indices [B, K], int64, distinct within a row.
+        probabilities: Their probabilities [B, K]; receive no gradient.
+
+    Returns:
+        The loss and the mean entropy of that very target in nats: two scalars, at least float32.
+    """
+    p, rest, others = _split_target(logits, probabilities)
+    log_q = F.log_softmax(at_least_float32(logits), dim=1)
+    log_q_k = log_q.gather(1, indices)
+    of_stored = (p * log_q_k).sum(dim=1)
+    of_others = rest * (log_q.sum(dim=1) - log_q_k.sum(dim=1))
+    entropy = torch.special.entr(p).sum(dim=1) + others * torch.special.entr(rest)
+    return -(of_stored + of_others).mean(), entropy.mean()
+
+
+def dense_log_target(logits: Tensor, indices: Tensor, probabilities: Tensor) -> Tensor:
+    """Log of the dense target [B, C] that `sparse_similarity_loss` describes, as rows for the discriminator.
+
+    Probabilities are floored at `SMALLEST_PROBABILITY`, so that the rows are finite. Arguments as there; of `logits`
+    only shape, dtype and device matter.
+    """
+    p, rest, _ = _split_target(logits, probabilities)
+    dense = rest[:, None].expand(logits.shape).scatter(1, indices, p)
+    return dense.clamp(min=SMALLEST_PROBABILITY).log()
+
+
+def _split_target(logits: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Stored probabilities [B, K], the probability [B] of every other class, and the number of other classes."""
+    p = probabilities.detach().to(torch.promote_types(logits.dtype, torch.float32))
+    others = logits.shape[1] - p.shape[1]
+    rest = (1 - p.sum(dim=1)).clamp(min=0) / max(others, 1)
+    return p, rest, others
+
+
+class DiscriminatorLoss(nn.Module):
+    """Binary cross-entropy of a discriminator that tells student rows from teacher rows.
+
+    The rows [student; teacher] go through the discriminator together; with labels [1, 0] for student rows and [0, 1]
+    for teacher rows, the loss is the mean of the binary cross-entropy with logits over both columns and all 2B rows.
+    Its gradient reaches the discriminator and the student, never the teachers. The student's gradient has the loss's
+    own sign, which makes the student easier to tell apart (the official form); put a `GradientReversal` before it
+    for an adversary.
+
+    Computed in the dtype of the discriminator's weights whatever autocast says, the cross-entropy in at least float32.
+
+    Args:
+        discriminator: Maps [rows, C] to [rows, 2], as `Discriminator` does.
+    """
+
+    def __init__(self, discriminator: nn.Module) -> None:
+        super().__init__()
+        self.discriminator = discriminator
+
+    def measure(self, student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the loss and, from the same forward pass, the discriminator's accuracy (0..1, without gradient).
+
+        The accuracy is the fraction of the 2B rows whose larger output is the right one. Equal outputs count as
+        "student", so a discriminator whose outputs are both dead has an accuracy of 0.5.
+
+        Args:
+            student_logits: Rows [B, C] of the student; receive the gradient.
+            teacher_logits: Rows [B, C] of the teachers; receive none.
+        """
+        assert student_logits.shape == teacher_logits.shape, f'{student_logits.shape} != {teacher_logits.shape}'
+        dtype = next(self.discriminator.parameters()).dtype
+        rows = torch.cat([student_logits.to(dtype), teacher_logits.detach().to(dtype)])
+        with torch.autocast(rows.device.type, enabled=False):
+            output = at_least_float32(self.discriminator(rows))
+        is_teacher = torch.arange(len(rows), device=rows.device) >= len(student_logits)
+        labels = torch.stack([~is_teacher, is_teacher], dim=1).to(output.dtype)
+        accuracy = (output.detach().argmax(dim=1) == is_teacher).to(output.dtype).mean()
+        return F.binary_cross_entropy_with_logits(output, labels), accuracy
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+        """Return the loss, a scalar; arguments as for `measure`."""
+        return self.measure(student_logits, teacher_logits)[0]

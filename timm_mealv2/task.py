@@ -1,0 +1,239 @@
+"""MEAL V2 as a timm training task: one step is soft cross-entropy with the teachers' mean probability, and the loss of
+a discriminator between student and teacher outputs.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import group_parameters
+from timm.optim import auto_group_layers
+from timm.task import TrainingTask, resolve_classification_loss
+from timm.utils import unwrap_model
+from torch import Tensor, nn
+
+from timm_mealv2.discriminator import Discriminator, GradientReversal
+from timm_mealv2.errors import UserError
+from timm_mealv2.losses import (
+    DiscriminatorLoss,
+    at_least_float32,
+    dense_log_target,
+    similarity_loss,
+    sparse_similarity_loss,
+)
+from timm_mealv2.mealv2_teachers import EnsembleTeacher, create_ensemble
+
+_logger = logging.getLogger(__name__)
+
+DISCRIMINATOR_MODES = ('official', 'adversarial')
+
+Teacher = str | nn.Module
+
+
+class MealV2TrainableModule(nn.Module):
+    """Student and discriminator in one module, so that one forward pass, DDP, EMA and clipping see both.
+
+    Args:
+        student_model: The student, [B, ...] -> logits [B, C].
+        discriminator_loss: Holds the discriminator; None trains the student alone.
+        student_rows: Turns the student's logits, at least float32, into the discriminator's rows [B, C].
+    """
+
+    def __init__(
+        self,
+        student_model: nn.Module,
+        discriminator_loss: DiscriminatorLoss | None = None,
+        student_rows: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.student = student_model
+        self.discriminator_loss = discriminator_loss
+        self.student_rows = student_rows or nn.Identity()
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters without weight decay: the student's own choice, and the whole discriminator."""
+        student_names = getattr(unwrap_model(self.student), 'no_weight_decay', set)()
+        discriminator_names = {name for name, _ in self.named_parameters() if name.startswith('discriminator_loss.')}
+        return {f'student.{name}' for name in student_names} | discriminator_names
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
+        """Layer of each parameter for layer decay: the student's layers, the discriminator in the last of them."""
+        student = unwrap_model(self.student)
+        if hasattr(student, 'group_matcher'):
+            layers = group_parameters(student, student.group_matcher(coarse=coarse), reverse=True)
+        else:
+            layers = auto_group_layers(student)
+        last = max(layers.values(), default=0)
+        return lambda name: layers.get(name.removeprefix('student.'), last)
+
+    def forward(self, input: Tensor, teacher_rows: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Run the student and, where there is one, the discriminator.
+
+        Args:
+            input: Images [B, ...].
+            teacher_rows: The discriminator's teacher rows [B, C], without gradient.
+
+        Returns:
+            Student logits [B, C], the discriminator's loss and its accuracy (None without a discriminator).
+        """
+        output = self.student(input)
+        if self.discriminator_loss is None:
+            return output, None, None
+        return output, *self.discriminator_loss.measure(self.student_rows(at_least_float32(output)), teacher_rows)
+
+
+class MealV2Task(TrainingTask):
+    """Trains a student to give the mean probability of an ensemble of teachers (MEAL V2, arXiv 2009.08453).
+
+    The same pixels go to the teachers and to the student. With teacher logits z_i, student logits s and
+    p = mean_i softmax(z_i), the loss is L = L_sim + discriminator_weight * L_D: L_sim is the cross-entropy of the
+    student with p at temperature 1, L_D the loss of a discriminator between the rows s and mean_i z_i (see
+    `DiscriminatorLoss`). Student and discriminator are trained by one backward pass and one optimizer; the teachers
+    stay in eval mode, get no gradient, and are in no DDP, checkpoint or `state_dict()`.
+
+    Two modes of the discriminator:
+
+    - 'official' is what the authors' code does: the gradient of L_D reaches the student with its own sign, which makes
+      the student easier to tell apart, and the discriminator ends in a ReLU, so that L_D stays at or above ln(2)/2
+      and an output can be dead from the start.
+    - 'adversarial' is what the paper draws: the gradient is reversed between discriminator and student, which makes
+      the student harder to tell apart, and no final ReLU.
+
+    With `teacher_model=None` the teachers' answers come with the target: float32 [B, 1 + 2K], a row being the hard
+    label (-1 where unknown), K class indices, K probabilities. What these leave of 1 is spread evenly over the other
+    classes, and the discriminator's rows are log-probabilities on both sides, as logits are not stored.
+
+    `timm.optim.create_optimizer_v2(task.get_trainable_module(), ...)`, called before `compile` and
+    `prepare_distributed`, makes the parameter groups: no weight decay for the discriminator, which layer decay counts
+    to the last layer. `scale_discriminator_lr` then sets its learning rate.
+
+    Args:
+        student_model: The student. Input is taken as normalised with the mean and std of its `pretrained_cfg` as it is
+            now (ImageNet's where it has none).
+        teacher_model: An `EnsembleTeacher`, used as it is; or a module, a timm model name, or a list of these, of which
+            an ensemble is made; or None with stored labels.
+        discriminator_weight: Weight of L_D; 0 builds no discriminator.
+        discriminator_mode: 'official' or 'adversarial'.
+        hard_label_weight: Weight of `criterion(output, target)`. At 0 the target is not looked at, stored labels apart.
+        criterion: Loss on class indices [B] or, from Mixup, on soft targets [B, C]; cross-entropy if None. Rows whose
+            index is -1 are left out (choosing rows waits for the device once a step).
+        device: Device of discriminator and teachers; the student's if None.
+        dtype: Dtype of the task's tensors, the student's if None. The discriminator is never below float32.
+        verbose: Log what is set up.
+
+    Raises:
+        UserError: If class counts of student and teachers differ or are unknown, a weight is negative, or the mode is
+            unknown.
+    """
+
+    def __init__(
+        self,
+        student_model: nn.Module,
+        teacher_model: Teacher | Sequence[Teacher] | None,
+        discriminator_weight: float = 1.0,
+        discriminator_mode: str = 'official',
+        hard_label_weight: float = 0.0,
+        criterion: nn.Module | Callable[[Tensor, Tensor], Tensor] | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        verbose: bool = True,
+    ) -> None:
+        parameter = next(student_model.parameters())
+        super().__init__(device=device or parameter.device, dtype=dtype or parameter.dtype, verbose=verbose)
+        if discriminator_mode not in DISCRIMINATOR_MODES:
+            raise UserError(f'discriminator_mode must be one of {DISCRIMINATOR_MODES}, got {discriminator_mode!r}.')
+        for name, weight in (('discriminator_weight', discriminator_weight), ('hard_label_weight', hard_label_weight)):
+            if not weight >= 0:
+                raise UserError(f'{name} must be 0 or more, got {weight}; discriminator_mode sets the direction.')
+        if criterion is not None and not hard_label_weight:
+            _logger.warning('criterion is ignored: hard_label_weight is 0.')
+        self.discriminator_weight = discriminator_weight
+        self.hard_label_weight = hard_label_weight
+        self.criterion = resolve_classification_loss(criterion, self.device)
+
+        student = unwrap_model(student_model)
+        self.teacher: EnsembleTeacher | None = None
+        num_classes: int | None = getattr(student, 'num_classes', None)
+        if teacher_model is None:
+            self._teach, self._similarity_loss = self._read_labels, sparse_similarity_loss
+        else:
+            self._teach, self._similarity_loss = self._ask_teachers, similarity_loss
+            self._set_teacher(teacher_model, student)
+            num_classes = self._check_num_classes(student)
+        if num_classes is None:
+            raise UserError(f'{type(student).__name__} has no num_classes: set it to the width of its logits.')
+        self.num_classes = num_classes
+        self.trainable_module: nn.Module = self._build_trainable_module(student_model, discriminator_mode)
+        self.register_state_dict_post_hook(_leave_teacher_out)
+        self.register_load_state_dict_post_hook(_expect_no_teacher)
+        if self.verbose:
+            _logger.info(
+                f'MealV2Task: {num_classes} classes, discriminator '
+                + (f'{discriminator_mode}, weight {discriminator_weight}' if self.discriminator else 'none')
+                + (f', hard label weight {hard_label_weight}' if hard_label_weight else '')
+            )
+
+    def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Compute the loss of one batch.
+
+        Args:
+            input: Images [B, chans, H, W], normalised for the student.
+            target: Class indices [B] or soft targets [B, C], only looked at with a `hard_label_weight`; stored labels
+                float32 [B, 1 + 2K] if there are no live teachers.
+
+        Returns:
+            'loss' (scalar) and 'output' (student logits [B, C]) carry gradient. Detached scalars on the device:
+            'similarity_loss', 'kl' (of p to the student, nats), 'teacher_agreement' (share of equal top-1, 0..1), with
+            a discriminator 'discriminator_loss' and 'discriminator_accuracy' (0..1), with a hard label weight
+            'hard_label_loss'.
+        """
+        # The teachers first: their activations are gone before the student's are made.
+        soft_target, teacher_top1, teacher_rows, target = self._teach(input, target)
+        output, discriminator_loss, accuracy = self.trainable_module(input, teacher_rows)
+        similarity, entropy = self._similarity_loss(output, *soft_target)
+
+        result = {'loss': similarity, 'output': output}
+        result['similarity_loss'] = similarity.detach()
+        result['kl'] = (similarity - entropy).detach()
+        result['teacher_agreement'] = (output.detach().argmax(dim=1) == teacher_top1).to(entropy.dtype).mean()
+        if discriminator_loss is not None:
+            result['loss'] = result['loss'] + self.discriminator_weight * discriminator_loss
+            result['discriminator_loss'] = discriminator_loss.detach()
+            result['discriminator_accuracy'] = accuracy
+        if self.hard_label_weight:
+            hard_label_loss = self._hard_label_loss(output, target)
+            result['loss'] = result['loss'] + self.hard_label_weight * hard_label_loss
+            result['hard_label_loss'] = hard_label_loss.detach()
+        return result
+
+    def _ask_teachers(self, input: Tensor, target: Tensor) -> tuple[tuple[Tensor, ...], Tensor, Tensor, Tensor]:
+        """Soft target of live teachers: (log p,), its top-1 [B], the discriminator's rows [B, C], the hard target."""
+        log_probs, logits = self._predict(self._renormalise(input))
+        return (log_probs,), log_probs.argmax(dim=1), logits, target
+
+    def _read_labels(self, input: Tensor, target: Tensor) -> tuple[tuple[Tensor, ...], Tensor, Tensor | None, Tensor]:
+        """Soft target from stored labels: (indices, probabilities), and the rest as for `_ask_teachers`."""
+        k = (target.shape[-1] - 1) // 2
+        if target.ndim != 2 or target.shape[1] != 1 + 2 * k or not 1 <= k <= self.num_classes:
+            raise UserError(
+                f'teacher_model=None expects stored labels [B, 1 + 2K] with 1 <= K <= {self.num_classes}, got a target '
+                f'of shape {list(target.shape)}: pass teachers, or a data set of stored labels.'
+            )
+        hard = target[:, 0].long()
+        indices, probabilities = target[:, 1 : 1 + k].long(), target[:, 1 + k :]
+        top1 = indices.gather(1, probabilities.argmax(dim=1, keepdim=True)).squeeze(1)
+        rows = None
+        if self.discriminator is not None:
+            rows = dense_log_target(indices, probabilities, self.num_classes)
+        return (indices, probabilities), top1, rows, hard
+
+    def _hard_label_loss(self, output: Tensor, target: Tensor) -> Tensor:
+        output = at_least_float32(output)
+        if target.ndim == 1:
+            known = target >= 0
+            output, target = output[known], target[known]
+            if not len(target):  # the mean over no rows would be nan
+                return output.sum()
+        return self.criterion(output, target)

@@ -1,0 +1,54 @@
+"""Randomness as a function of counters: what is drawn depends on where the run stands, not on what was drawn before.
+
+So no generator's state has to be saved, and a run that is continued anywhere draws what the unbroken run draws.
+"""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import IntEnum
+
+import numpy as np
+import torch
+
+
+class Stream(IntEnum):
+    """What a seed is for. Equal counters of different streams give unrelated seeds."""
+
+    AUGMENTATION = 1  # (seed, epoch, data set index, turn)
+    MIXUP = 2  # (seed, epoch, batch, rank)
+    ERASING = 3  # (seed, epoch, batch, rank)
+    UPDATE = 4  # (seed, rank, update): dropout, stochastic depth
+    EMA_ROUNDING = 5  # (seed, update): the same on every process, which must hold the same average
+    INITIALISATION = 6  # (seed,): the same on every process
+    STREAMING = 7  # (seed, rank, epoch): data sets that timm's own loader streams
+
+
+def counted_seed(stream: Stream, *counters: int) -> int:
+    """Return a seed in [0, 2**63) for `stream` at `counters` (each >= 0)."""
+    return int(np.random.SeedSequence([stream, *counters]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def seed_all(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's global generators (on every device)."""
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    torch.manual_seed(seed)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed Python's, NumPy's and torch's CPU generators for a block, and put back what they were.
+
+    Thereby sample augmentation in the training process (no workers) leaves dropout's numbers as they are with workers.
+    """
+    former = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(former[0])
+        np.random.set_state(former[1])
+        torch.set_rng_state(former[2])
