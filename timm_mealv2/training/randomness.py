@@ -15,10 +15,10 @@ import torch
 class Stream(IntEnum):
     """What a seed is for. Equal counters of different streams give unrelated seeds."""
 
-    AUGMENTATION = 1  # (seed, epoch, data set index, turn)
+    AUGMENTATION = 1  # (seed, epoch, data set index)
     MIXUP = 2  # (seed, epoch, batch, rank)
     ERASING = 3  # (seed, epoch, batch, rank)
-    UPDATE = 4  # (seed, rank, update): dropout, stochastic depth
+    UPDATE = 4  # (seed, rank, update, batch of the update): dropout, stochastic depth
     EMA_ROUNDING = 5  # (seed, update): the same on every process, which must hold the same average
     INITIALISATION = 6  # (seed,): the same on every process
     STREAMING = 7  # (seed, rank, epoch): data sets that timm's own loader streams
@@ -36,19 +36,31 @@ def seed_all(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def seed_cpu(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's CPU generators."""
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    torch.default_generator.manual_seed(seed)
+
+
 @contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed Python's, NumPy's and torch's CPU generators for a block, and put back what they were.
+def preserved_generators() -> Iterator[None]:
+    """Put back Python's, NumPy's and torch's CPU generators after a block that seeds them.
 
     Thereby sample augmentation in the training process (no workers) leaves dropout's numbers as they are with workers.
     """
     former = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    random.seed(seed)
-    np.random.seed(seed & 0xFFFFFFFF)
-    torch.default_generator.manual_seed(seed)
     try:
         yield
     finally:
         random.setstate(former[0])
         np.random.set_state(former[1])
         torch.set_rng_state(former[2])
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed the CPU generators for a block, and put back what they were."""
+    with preserved_generators():
+        seed_cpu(seed)
+        yield

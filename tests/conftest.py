@@ -1,0 +1,46 @@
+"""What several test files share: a small data set with something to learn, and a quiet, offline environment."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+CLASSES = ('cold', 'plain', 'warm')
+
+
+@pytest.fixture(autouse=True, scope='session')
+def _one_thread() -> None:
+    torch.set_num_threads(1)  # tiny models: more threads only wait for each other
+
+
+@pytest.fixture(autouse=True)
+def _own_caches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No test reads or writes the user's caches, or reaches for the network by itself."""
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    monkeypatch.setenv('HF_HOME', str(tmp_path / 'hf_home'))
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch_home'))
+
+
+def write_images(root: Path, per_class: int, seed: int, size: int = 24, mode: str = 'RGB') -> None:
+    """Write PNGs of three classes that differ in colour (RGB) or brightness (L), with noise."""
+    generator = np.random.default_rng(seed)
+    for number, name in enumerate(CLASSES):
+        (root / name).mkdir(parents=True)
+        for i in range(per_class):
+            pixels = generator.integers(0, 156, (size, size, 3))
+            if mode == 'L':
+                pixels = pixels[..., 0] + 45 * number
+            else:
+                pixels[..., number] += 60
+            Image.fromarray(pixels.astype(np.uint8)).save(root / name / f'{i:03}.png')
+
+
+@pytest.fixture(scope='session')
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with splits train (3 x 7 images) and validation (3 x 4), 24x24 RGB."""
+    root = tmp_path_factory.mktemp('images')
+    write_images(root / 'train', 7, seed=0)
+    write_images(root / 'validation', 4, seed=1)
+    return root

@@ -1,0 +1,255 @@
+"""The training program as a user runs it: folders in, run folder out."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from conftest import write_images
+
+from timm_mealv2.errors import UserError
+from timm_mealv2.training.checkpoint import find_newest, read_checkpoint
+from timm_mealv2.training.run import main
+
+REPOSITORY = Path(__file__).parents[2]
+SMALL = (
+    '--model test_resnet --num-classes 3 --img-size 16 --batch-size 4 --workers 0 --lr 0.05 --epochs 2 '
+    '--warmup-epochs 0 --log-interval 2 --device cpu --color-jitter 0 --smoothing 0 --weight-decay 0'
+).split()
+
+Train = Callable[..., Path]
+
+
+@pytest.fixture
+def train(image_folder: Path, tmp_path: Path) -> Train:
+    def run(name: str, *args: Any) -> Path:
+        main(
+            [*SMALL, '--data-dir', str(image_folder), '--output', str(tmp_path), '--experiment', name, *map(str, args)]
+        )
+        return tmp_path / name
+
+    return run
+
+
+@pytest.fixture(scope='session')
+def teachers(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Two different teachers as checkpoint files."""
+    specs = []
+    for seed, name in enumerate(('test_resnet', 'test_efficientnet')):
+        torch.manual_seed(seed)
+        path = tmp_path_factory.mktemp('teachers') / f'{name}.pth'
+        torch.save(timm.create_model(name, num_classes=3).state_dict(), path)
+        specs.append(f'{name}={path}')
+    return specs
+
+
+def summary(folder: Path) -> list[dict[str, str]]:
+    with open(folder / 'summary.csv', newline='') as file:
+        return list(csv.DictReader(file))
+
+
+def weights(path: Path, key: str = 'state_dict') -> dict[str, torch.Tensor]:
+    return read_checkpoint(path)[key]
+
+
+def assert_equal_weights(a: Path, b: Path) -> None:
+    """Student, average and discriminator of two checkpoints are the same to the bit."""
+    first, second = read_checkpoint(a), read_checkpoint(b)
+    for key in ('state_dict', 'state_dict_ema'):
+        assert (key in first) == (key in second)
+        for name, value in first.get(key, {}).items():
+            assert torch.equal(value, second[key][name]), f'{key} {name}'
+    for key in ('task_state', 'task_state_ema'):
+        for part, state in first.get(key, {}).items():
+            for name, value in state.items():
+                assert torch.equal(value, second[key][part][name]), f'{key} {part} {name}'
+
+
+def test_classification_writes_the_run_folder_that_timm_users_know(train: Train) -> None:
+    folder = train('plain', '--checkpoint-hist', 1)
+    names = {path.name for path in folder.iterdir()}
+    assert {'args.yaml', 'summary.csv', 'last.pth.tar', 'model_best.pth.tar'} <= names
+    assert len([name for name in names if name.startswith('checkpoint-')]) == 1
+    rows = summary(folder)
+    assert [row['epoch'] for row in rows] == ['0', '1']
+    assert {'train_loss', 'eval_loss', 'eval_top1', 'eval_top5', 'lr', 'images_per_second'} <= set(rows[0])
+    model = timm.create_model('test_resnet', num_classes=3, checkpoint_path=str(folder / 'last.pth.tar'))
+    assert torch.equal(model.fc.weight, weights(folder / 'last.pth.tar')['fc.weight'])
+
+
+def test_classification_learns(train: Train) -> None:
+    rows = summary(train('learns', '--epochs', 12, '--val-interval', 6))
+    assert float(rows[-1]['eval_top1']) > 60
+    assert [bool(row['eval_top1']) for row in rows] == [False] * 5 + [True] + [False] * 5 + [True]
+
+
+def test_distillation_approaches_the_teachers(train: Train, teachers: list[str]) -> None:
+    folder = train('distilled', '--teachers', *teachers, '--epochs', 6, '--sched', 'none', '--model-ema')
+    rows = summary(folder)
+    names = ('loss', 'similarity_loss', 'kl', 'discriminator_loss', 'discriminator_accuracy', 'teacher_agreement')
+    for name in names:
+        values = [float(row[f'train_{name}']) for row in rows]
+        assert all(value == value for value in values)
+    assert float(rows[-1]['train_kl']) < 0.7 * float(rows[0]['train_kl'])
+    checkpoint = read_checkpoint(folder / 'last.pth.tar')
+    assert 'fc1.weight' in checkpoint['task_state']['discriminator']
+    assert 'fc1.weight' in checkpoint['task_state_ema']['discriminator']
+    assert set(checkpoint['state_dict']) == set(timm.create_model('test_resnet', num_classes=3).state_dict())
+
+
+def test_preflight_names_every_teacher(train: Train, teachers: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level('INFO'):
+        train('preflight', '--teachers', *teachers, '--epochs', 1)
+    assert 'Before the first step, on 12 images' in caplog.text
+    for name in ('ensemble', *(f'teacher {teacher}' for teacher in teachers), 'student (start)'):
+        assert f'  {name} ' in caplog.text
+    caplog.clear()
+    with caplog.at_level('INFO'):
+        train('none', '--teachers', *teachers, '--epochs', 1, '--no-preflight')
+    assert 'Before the first step' not in caplog.text
+
+
+FULL = (
+    '--model-ema --model-ema-decay 0.9 --grad-accum-steps 2 --clip-grad 1 --mixup 0.4 --cutmix 0.5 --reprob 0.5 '
+    '--drop 0.2 --drop-path 0.1 --opt adamw --discriminator-lr-scale 0.5 --batch-size 3 --epochs 3 --sched cosine '
+    '--sched-on-updates --hard-label-weight 0.3 --no-preflight'
+).split()
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_a_run_continued_from_an_epoch_ends_as_the_unbroken_one(
+    train: Train, teachers: list[str], workers: int
+) -> None:
+    options = (*FULL, '--teachers', *teachers, '--workers', workers)
+    whole = train('whole', *options)
+    resumed = train('resumed', *options, '--resume', whole / 'checkpoint-0.pth.tar')
+    assert_equal_weights(whole / 'last.pth.tar', resumed / 'last.pth.tar')
+    assert [row['train_loss'] for row in summary(whole)][1:] == [row['train_loss'] for row in summary(resumed)]
+
+
+def test_a_killed_run_continues_where_it_was(
+    train: Train, teachers: list[str], image_folder: Path, tmp_path: Path
+) -> None:
+    options = (*FULL, '--teachers', *teachers, '--recovery-interval', 1)
+    whole = train('whole', *options)
+    folder = tmp_path / 'killed'
+    command = [sys.executable, str(REPOSITORY / 'train_distill.py'), *SMALL, '--data-dir', str(image_folder)]
+    command += ['--output', str(tmp_path), '--experiment', 'killed', *map(str, options), '--resume', 'auto']
+    process = subprocess.Popen(command, env={**os.environ, 'OMP_NUM_THREADS': '1'}, stderr=subprocess.DEVNULL)
+    while not list(folder.glob('recovery-1-*')) and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    newest = find_newest(folder)
+    assert newest is not None
+    train('killed', *options, '--resume', 'auto')
+    assert_equal_weights(whole / 'last.pth.tar', folder / 'last.pth.tar')
+    assert [row['train_loss'] for row in summary(folder)] == [row['train_loss'] for row in summary(whole)]
+    assert not list(folder.glob('recovery*'))
+    assert not list(folder.glob('*tmp*'))
+
+
+def test_a_torn_checkpoint_is_passed_over(train: Train) -> None:
+    folder = train('run')
+    whole = (folder / 'checkpoint-1.pth.tar').read_bytes()
+    for name in ('last', 'model_best', 'checkpoint-1'):
+        (folder / f'{name}.pth.tar').unlink(missing_ok=True)
+    (folder / 'last.pth.tar').write_bytes(whole[: len(whole) // 2])
+    assert find_newest(folder) == folder / 'checkpoint-0.pth.tar'
+
+
+def test_two_processes_train_as_one_with_the_double_batch(train: Train, teachers: list[str], tmp_path: Path) -> None:
+    # 24 images: no process repeats one. Layer norm: batch norm's statistics would be those of half the batch.
+    data = tmp_path / 'data'
+    write_images(data / 'train', 8, seed=2, size=32)
+    write_images(data / 'validation', 3, seed=3, size=32)
+    options = ['--data-dir', str(data), '--model', 'test_vit', '--img-size', '32', '--teachers', *teachers]
+    options += ['--epochs', '2', '--model-ema', '--clip-grad', '1', '--batch-size']
+    one = train('one', *options, 6)
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
+    command += [str(REPOSITORY / 'train_distill.py'), *SMALL, '--output', str(tmp_path), '--experiment', 'two']
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    result = subprocess.run([*command, *options, '3'], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    for first, second in zip(summary(one), summary(tmp_path / 'two'), strict=True):
+        for column in set(first) - {'epoch', 'images_per_second'}:
+            assert float(second[column]) == pytest.approx(float(first[column]), rel=1e-4, abs=1e-5), column
+    for name, value in weights(one / 'last.pth.tar').items():
+        torch.testing.assert_close(weights(tmp_path / 'two' / 'last.pth.tar')[name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('kind', ['logit', 'feature'])
+def test_timms_own_distillation_tasks_run(train: Train, kind: str, tmp_path: Path) -> None:
+    teacher = timm.create_model('test_efficientnet', num_classes=3)
+    timm.models.save_for_hf(teacher, tmp_path / 'teacher', safe_serialization=True)
+    folder = train(kind, '--kd-distill-type', kind, '--kd-model-name', f'local-dir:{tmp_path / "teacher"}')
+    assert {'train_task_loss', 'train_kd_loss'} <= set(summary(folder)[0])
+
+
+def test_unlabelled_images_are_enough(train: Train, teachers: list[str], image_folder: Path, tmp_path: Path) -> None:
+    flat = tmp_path / 'flat'
+    flat.mkdir()
+    for number, path in enumerate((image_folder / 'train').rglob('*.png')):
+        (flat / f'{number}.png').symlink_to(path)
+    options = ('--data-dir', flat, '--teachers', *teachers, '--unlabeled', '--mixup', 0.2)
+    row = summary(train('unlabelled', *options))[-1]
+    assert 0 <= float(row['eval_agreement']) <= 100
+    assert float(row['eval_kl']) >= 0
+    assert 'eval_top1' not in row
+
+
+def test_a_dry_run_writes_nothing(train: Train, teachers: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    folder = train('dry', '--teachers', *teachers, '--dry-run')
+    assert not folder.exists()
+    assert 'images/s' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
+def test_mixed_precision_trains_student_and_discriminator(train: Train, teachers: list[str], dtype: str) -> None:
+    start, end = (
+        read_checkpoint(train(name, '--teachers', *teachers, '--amp', '--amp-dtype', dtype, *args) / 'last.pth.tar')
+        for name, args in (('start', ('--epochs', 1, '--lr', 1e-12)), ('end', ('--epochs', 2)))
+    )
+    assert ('amp_scaler' in end) == (dtype == 'float16')
+    for module in (lambda c: c['state_dict'], lambda c: c['task_state']['discriminator']):
+        before, after = module(start), module(end)
+        assert any(not torch.equal(before[name], after[name]) for name in before)
+        assert all(value.isfinite().all() for value in after.values())
+
+
+def test_mistakes_are_told_before_anything_is_written(
+    train: Train, teachers: list[str], image_folder: Path, tmp_path: Path
+) -> None:
+    train('taken', '--epochs', 1)
+    for text, args in (
+        ('already holds a run', ('taken',)),
+        ('the training split has 3 classes', ('a', '--num-classes', 5)),
+        ('no data set', ('b', '--data-dir', tmp_path / 'absent')),
+        ('no split', ('c', '--val-split', 'absent')),
+        ('no checkpoint', ('d', '--resume', tmp_path / 'absent.pth.tar')),
+        (
+            'does not fit',
+            ('e', '--model', 'test_vit', '--img-size', 32, '--resume', tmp_path / 'taken' / 'last.pth.tar'),
+        ),
+        ('classes', ('f', '--teachers', teachers[0], '--model', 'test_vit', '--img-size', 32, '--num-classes', 4)),
+    ):
+        with pytest.raises(UserError, match=text) as error:
+            train(*args)
+        assert '\n' not in str(error.value)
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} <= {'taken', 'hf_home', 'torch_home'}
+
+
+def test_the_program_ends_with_one_line_and_exit_code_2() -> None:
+    command = [sys.executable, str(REPOSITORY / 'train_distill.py'), '--data-dir', '/absent', '--device', 'cpu']
+    result = subprocess.run([*command, '--model', 'test_resnet'], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.strip().splitlines()[-1].startswith('error: no data set at')
+    assert 'Traceback' not in result.stderr

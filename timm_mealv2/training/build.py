@@ -1,0 +1,446 @@
+"""From arguments to the parts of a run: device, student, teachers, task, data, optimizer. `args` stops here."""
+
+import argparse
+import functools
+import importlib
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import timm
+import torch
+from timm.data import FastCollateMixup, resolve_data_config
+from timm.data.loader import adapt_to_chs
+from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_norm
+from timm.loss import create_classification_loss
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from timm.scheduler.scheduler_factory import scheduler_kwargs
+from timm.task import (
+    ClassificationTask,
+    FeatureDistillationTask,
+    LogitDistillationTask,
+    TokenDistillationTask,
+    TrainingTask,
+)
+from timm.utils import NativeScaler, init_distributed_device, is_distributed_env
+from torch import nn
+from torch.utils.data import Dataset, IterableDataset
+
+from timm_mealv2.errors import UserError
+from timm_mealv2.mealv2_teachers import EnsembleTeacher, create_ensemble
+from timm_mealv2.task import MealV2Task, scale_discriminator_lr
+from timm_mealv2.training.data import (
+    StreamLoader,
+    TrainLoader,
+    check_classes,
+    dataset_root,
+    eval_loader,
+    image_sizes,
+    open_dataset,
+)
+from timm_mealv2.training.loop import Stepper, updates_per_epoch
+from timm_mealv2.training.randomness import Stream, counted_seed, seed_all
+
+_logger = logging.getLogger(__name__)
+
+_FLOAT_TYPES = {'float16': torch.float16, 'bfloat16': torch.bfloat16, 'float32': torch.float32}
+
+
+def build_device(args: argparse.Namespace) -> torch.device:
+    """Choose the device, join the process group under torchrun or SLURM, and settle what depends on either.
+
+    Sets `args.device`, `distributed`, `rank`, `local_rank`, `world_size`, and `batch_size` where a total was given.
+    """
+    for name in args.device_modules or ():
+        importlib.import_module(name)
+    if 'device' not in args.explicit and not torch.cuda.is_available():
+        args.device = 'cpu'
+        _logger.info('No CUDA device: training on the CPU (--device chooses).')
+    elif args.device.startswith('cuda') and not torch.cuda.is_available():
+        raise UserError(f'--device {args.device}: this torch sees no CUDA device; use --device cpu.')
+    device = init_distributed_device(args)
+    if not args.distributed and is_distributed_env():
+        raise UserError('WORLD_SIZE is above 1 but no process group was made: start with torchrun.')
+    if args.total_batch_size:
+        if args.total_batch_size % (args.world_size * args.grad_accum_steps):
+            raise UserError(
+                f'--total-batch-size {args.total_batch_size} cannot be divided by {args.world_size} processes times '
+                f'{args.grad_accum_steps} accumulation steps.'
+            )
+        args.batch_size = args.total_batch_size // (args.world_size * args.grad_accum_steps)
+    types = {'--amp-dtype': args.amp_dtype if args.amp else None, '--model-dtype': args.model_dtype}
+    types['--teacher-dtype'] = args.teacher_dtype
+    for option, name in types.items():
+        if name == 'bfloat16' and device.type == 'cpu' and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            _logger.warning(f'{option} bfloat16: this CPU emulates it, about 30 times slower than float32.')
+    return device
+
+
+def build_autocast(
+    args: argparse.Namespace, device: torch.device
+) -> tuple[Callable[[], AbstractContextManager[Any]], NativeScaler | None]:
+    """Return what makes the forward pass's context, and the loss scaler that float16 needs."""
+    if not args.amp:
+        return nullcontext, None
+    dtype = _FLOAT_TYPES[args.amp_dtype]
+    scaler = NativeScaler(device=device.type) if dtype == torch.float16 else None
+    return functools.partial(torch.autocast, device_type=device.type, dtype=dtype), scaler
+
+
+def build_student(args: argparse.Namespace, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
+    """Create the model to train, and decide what its pixels are.
+
+    The resolved data configuration is written into the model's `pretrained_cfg`, where the task, the loaders, the
+    evaluation and the exported config.json read it.
+
+    Returns:
+        The model on `device`, and its data configuration.
+    """
+    seed_all(counted_seed(Stream.INITIALISATION, args.seed))
+    if args.fast_norm:
+        set_fast_norm()
+    in_chans = args.in_chans if args.in_chans is not None else args.input_size[0] if args.input_size else None
+    options = {
+        'num_classes': args.num_classes,
+        'in_chans': in_chans,
+        'drop_rate': args.drop,
+        'drop_path_rate': args.drop_path if args.drop_path is not None else args.drop_connect,
+        'drop_block_rate': args.drop_block,
+        'global_pool': args.gp,
+        'bn_momentum': args.bn_momentum,
+        'bn_eps': args.bn_eps,
+        'checkpoint_path': args.initial_checkpoint,
+        'scriptable': None,
+        **args.model_kwargs,
+    }
+    if args.pretrained_path:
+        options['pretrained_cfg_overlay'] = {'file': args.pretrained_path, 'num_classes': -1}
+    options = {name: value for name, value in options.items() if value is not None}
+    try:
+        model = timm.create_model(args.model, pretrained=args.pretrained or bool(args.pretrained_path), **options)
+    except UserError:
+        raise
+    except (AssertionError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f'cannot create --model {args.model}: {error}') from error
+    if args.head_init_scale is not None:
+        with torch.no_grad():
+            model.get_classifier().weight.mul_(args.head_init_scale)
+    if args.head_init_bias is not None:
+        nn.init.constant_(model.get_classifier().bias, args.head_init_bias)
+    if args.num_classes is None:
+        args.num_classes = getattr(model, 'num_classes', None)
+        if args.num_classes is None:
+            raise UserError(f'--model {args.model} does not tell its class count: give --num-classes.')
+    if args.grad_checkpointing:
+        model.set_grad_checkpointing(enable=True)
+
+    data_config = _resolve_pixels(args, model, in_chans or getattr(model, 'in_chans', 3))
+    if args.split_bn:
+        model = convert_splitbn_model(model, max(args.aug_splits, 2))
+    model.to(device=device, dtype=_FLOAT_TYPES[args.model_dtype or 'float32'])
+    if args.channels_last:
+        model.to(memory_format=torch.channels_last)
+    if args.distributed and args.sync_bn:
+        model = convert_sync_batchnorm(model)
+    return model, data_config
+
+
+def _resolve_pixels(args: argparse.Namespace, model: nn.Module, in_chans: int) -> dict[str, Any]:
+    try:
+        config = resolve_data_config({**vars(args), 'in_chans': in_chans}, model=model)
+    except AssertionError:
+        raise UserError(f'--mean and --std take one value or {in_chans}, one per channel.') from None
+    config['input_size'] = (in_chans, *config['input_size'][1:])
+    for name in ('mean', 'std'):
+        config[name] = adapt_to_chs(tuple(config[name]), in_chans)
+    # Whatever else the weights were once tested with is not what this run measures.
+    former = {k: v for k, v in model.pretrained_cfg.items() if k not in ('test_input_size', 'test_crop_pct')}
+    model.pretrained_cfg = model.default_cfg = {**former, **config}
+    _logger.info('Pixels: ' + ', '.join(f'{name} {value}' for name, value in config.items()))
+    return config
+
+
+def build_teachers(args: argparse.Namespace, student: nn.Module, device: torch.device) -> EnsembleTeacher | None:
+    """Create the ensemble of --teachers, None without or for timm's own distillation tasks."""
+    if not args.teachers or args.kd_distill_type != 'mealv2':
+        return None
+    return create_ensemble(
+        args.teachers,
+        num_classes=args.num_classes,
+        in_chans=student.pretrained_cfg['input_size'][0],
+        weights=args.teacher_weights,
+        img_sizes=args.teacher_img_size,
+        dtype=_FLOAT_TYPES[args.teacher_dtype] if args.teacher_dtype else None,
+        device=device,
+    )
+
+
+def build_task(
+    args: argparse.Namespace, student: nn.Module, teachers: EnsembleTeacher | None, device: torch.device
+) -> TrainingTask:
+    """Create what computes the loss: ours with teachers, timm's classification without, timm's own tasks by name."""
+    dtype = _FLOAT_TYPES[args.model_dtype or 'float32']
+    common: dict[str, Any] = {'device': device, 'dtype': dtype, 'verbose': args.rank == 0}
+    if teachers is not None:
+        return MealV2Task(
+            student,
+            teachers,
+            discriminator_weight=args.discriminator_weight,
+            discriminator_mode=args.discriminator_mode,
+            hard_label_weight=args.hard_label_weight,
+            criterion=_build_criterion(args) if args.hard_label_weight else None,
+            **common,
+        )
+    common['criterion'] = _build_criterion(args)
+    if not args.teachers:
+        return ClassificationTask(student, **common)
+    common |= {'student_model': student, 'teacher_model': args.teachers[0]}
+    common |= {'distill_loss_weight': args.distill_loss_weight, 'task_loss_weight': args.task_loss_weight}
+    if args.kd_distill_type == 'feature':
+        dims = {
+            'student_feature_dim': args.kd_student_feature_dim,
+            'teacher_feature_dim': args.kd_teacher_feature_dim,
+        }
+        task_class: Callable[..., TrainingTask] = functools.partial(FeatureDistillationTask, **dims)
+    elif args.kd_distill_type == 'token':
+        task_class = functools.partial(
+            TokenDistillationTask, distill_type=args.kd_token_distill_type, temperature=args.kd_temperature
+        )
+    else:
+        task_class = functools.partial(
+            LogitDistillationTask, loss_type=args.kd_loss_type, temperature=args.kd_temperature
+        )
+    try:
+        return task_class(**common)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f'cannot distil from {args.teachers[0]}: {error}') from error
+
+
+def _mixing(args: argparse.Namespace) -> dict[str, Any] | None:
+    """Arguments of timm's Mixup, None when nothing is mixed."""
+    if not (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax):
+        return None
+    return {
+        'mixup_alpha': args.mixup,
+        'cutmix_alpha': args.cutmix,
+        'cutmix_minmax': args.cutmix_minmax,
+        'prob': args.mixup_prob,
+        'switch_prob': args.mixup_switch_prob,
+        'mode': args.mixup_mode,
+        'label_smoothing': args.smoothing,
+        'num_classes': args.num_classes,
+    }
+
+
+def _build_criterion(args: argparse.Namespace) -> nn.Module:
+    return create_classification_loss(
+        loss_type='jsd' if args.jsd_loss else 'bce' if args.bce_loss else 'ce',
+        smoothing=args.smoothing,
+        soft_targets=_mixing(args) is not None,
+        jsd_splits=args.aug_splits if args.jsd_loss else 0,
+        bce_target_thresh=args.bce_target_thresh,
+        bce_sum=args.bce_sum,
+        pos_weight=args.bce_pos_weight if args.bce_loss else None,
+    )
+
+
+def build_optimizer(args: argparse.Namespace, task: TrainingTask) -> torch.optim.Optimizer:
+    """Create timm's optimizer over the task's trainable module; sets `args.lr` from the batch size where not given."""
+    if args.lr is None:
+        scale = args.lr_base_scale or ('sqrt' if any(o in args.opt.lower() for o in ('ada', 'lamb')) else 'linear')
+        ratio = args.batch_size * args.world_size * args.grad_accum_steps / args.lr_base_size
+        args.lr = args.lr_base * (ratio**0.5 if scale == 'sqrt' else ratio)
+        _logger.info(f'Learning rate {args.lr:.4g}: {args.lr_base} for {args.lr_base_size} images, scaled ({scale}).')
+    try:
+        optimizer = create_optimizer_v2(task.get_trainable_module(), **optimizer_kwargs(cfg=args), **args.opt_kwargs)
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f'cannot create --opt {args.opt}: {error}') from error
+    if isinstance(task, MealV2Task):
+        scale_discriminator_lr(optimizer, task, args.discriminator_lr_scale)
+    return optimizer
+
+
+def build_datasets(args: argparse.Namespace) -> tuple[Dataset, Dataset | None]:
+    """Open the training and the validation split.
+
+    Returns:
+        Both, the second None where the run is without labels and there is no such split.
+    """
+    root = args.data_dir or args.data
+    mode = args.input_img_mode or ('L' if args.in_chans == 1 or (args.input_size or [3])[0] == 1 else 'RGB')
+    common = {
+        'class_map': args.class_map,
+        'download': args.dataset_download,
+        'batch_size': args.batch_size,
+        'seed': args.seed,
+        'input_img_mode': mode,
+        'input_key': args.input_key,
+        'target_key': args.target_key,
+        'trust_remote_code': args.dataset_trust_remote_code,
+    }
+    train = open_dataset(
+        args.dataset,
+        root,
+        args.train_split,
+        is_training=True,
+        num_samples=args.train_num_samples,
+        repeats=args.epoch_repeats,
+        **common,
+    )
+    validation: Dataset | None = None
+    try:
+        validation = open_dataset(args.dataset, root, args.val_split, num_samples=args.val_num_samples, **common)
+    except UserError:
+        if not args.unlabeled:
+            raise
+    folder = dataset_root(train)
+    if validation is not None and folder is not None and args.train_split != args.val_split:
+        # timm takes the folder itself where it has none of the split's name.
+        other = dataset_root(validation)
+        if other is not None and (other == folder or other in folder.parents):
+            if not args.unlabeled:
+                raise UserError(f'no split {args.val_split!r} in {root}: name its folder or .tar with --val-split.')
+            validation = None
+        elif folder in other.parents if other is not None else False:
+            raise UserError(f'no split {args.train_split!r} in {root}: name its folder or .tar with --train-split.')
+    if not args.unlabeled and not args.class_map:
+        check_classes(train, validation, args.num_classes)
+    return train, validation
+
+
+def build_train_loader(
+    args: argparse.Namespace, dataset: Dataset, data_config: dict[str, Any], device: torch.device
+) -> TrainLoader | StreamLoader:
+    """Create the training loader."""
+    interpolation = args.train_interpolation
+    if args.no_aug or not interpolation:
+        interpolation = data_config['interpolation']
+    dtype = _FLOAT_TYPES[args.model_dtype or 'float32']
+    transform = {
+        'no_aug': args.no_aug,
+        'train_crop_mode': args.train_crop_mode,
+        'scale': args.scale,
+        'ratio': args.ratio,
+        'hflip': args.hflip,
+        'vflip': args.vflip,
+        'color_jitter': args.color_jitter,
+        'color_jitter_prob': args.color_jitter_prob,
+        'grayscale_prob': args.grayscale_prob or 0.0,
+        'gaussian_blur_prob': args.gaussian_blur_prob or 0.0,
+        'auto_augment': args.aa,
+        'interpolation': interpolation,
+        'mean': data_config['mean'],
+        'std': data_config['std'],
+        're_prob': args.reprob,
+        're_mode': args.remode,
+        're_count': args.recount,
+    }
+    where = {'seed': args.seed, 'rank': args.rank, 'device': device, 'unlabeled': args.unlabeled}
+    if isinstance(dataset, IterableDataset):
+        if _mixing(args) and (args.no_prefetcher or args.unlabeled):
+            raise UserError('a streaming data set is mixed by the prefetcher only, and with labels.')
+        _logger.info('Streaming data set: a broken-off run continues at the start of its epoch.')
+        return StreamLoader(
+            dataset,
+            **where,
+            input_size=data_config['input_size'],
+            batch_size=args.batch_size,
+            re_split=args.resplit,
+            num_aug_splits=args.aug_splits,
+            collate_fn=_fast_mixup(args),
+            num_workers=args.workers,
+            distributed=args.distributed,
+            pin_memory=args.pin_mem,
+            use_prefetcher=not args.no_prefetcher,
+            img_dtype=dtype,
+            **transform,
+        )
+    sizes = None
+    if args.train_img_sizes:
+        sizes = {
+            'input_sizes': image_sizes(args.train_img_sizes, data_config['input_size'][0]),
+            'batch_sizes': args.train_batch_sizes or [args.batch_size] * len(args.train_img_sizes),
+            'choice_weights': args.train_size_probs,
+            'num_batches': args.train_batches_per_epoch,
+            'choice_schedule': args.train_size_schedule,
+            'schedule_epochs': args.epochs,
+            'schedule_spread': args.train_size_schedule_spread,
+            'schedule_random_mix': args.train_size_random_mix,
+        }
+    if args.resplit:
+        transform['re_num_splits'] = args.aug_splits or 2
+    return TrainLoader(
+        dataset,
+        **where,
+        input_size=data_config['input_size'],
+        batch_size=args.batch_size,
+        transform=transform,
+        mixup=_mixing(args),
+        mixup_off_epoch=args.mixup_off_epoch,
+        repeats=args.aug_repeats,
+        splits=args.aug_splits,
+        sizes=sizes,
+        world_size=args.world_size,
+        workers=args.workers,
+        pin_memory=args.pin_mem,
+        prefetch=not args.no_prefetcher,
+        dtype=dtype,
+    )
+
+
+def _fast_mixup(args: argparse.Namespace) -> Callable | None:
+    mixing = _mixing(args)
+    return FastCollateMixup(**mixing) if mixing else None
+
+
+def build_eval_loader(
+    args: argparse.Namespace, dataset: Dataset, data_config: dict[str, Any], device: torch.device
+) -> Any:
+    """Create the evaluation loader of `dataset`."""
+    return eval_loader(
+        dataset,
+        data_config,
+        batch_size=args.validation_batch_size or args.batch_size,
+        device=device,
+        num_workers=args.workers,
+        distributed=args.distributed,
+        pin_memory=args.pin_mem,
+        use_prefetcher=not args.no_prefetcher,
+        img_dtype=_FLOAT_TYPES[args.model_dtype or 'float32'],
+    )
+
+
+def build_scheduler(
+    args: argparse.Namespace, optimizer: torch.optim.Optimizer, loader: TrainLoader | StreamLoader, decreasing: bool
+) -> tuple[Scheduler | None, int]:
+    """Create timm's learning rate schedule and count the epochs, those of warm-up and cool-down included."""
+    return create_scheduler_v2(
+        optimizer,
+        **scheduler_kwargs(args, decreasing_metric=decreasing),
+        updates_per_epoch=updates_per_epoch(loader, args.grad_accum_steps),
+    )
+
+
+def build_stepper(
+    args: argparse.Namespace, task: TrainingTask, optimizer: torch.optim.Optimizer, device: torch.device
+) -> Stepper:
+    """Put together what one training step is."""
+    autocast, scaler = build_autocast(args, device)
+    exponent = {'none': 0.0, 'sqrt': 0.5, 'linear': 1.0}[args.variable_batch_loss_scale]
+    weight = (lambda images: (images / args.batch_size) ** exponent) if exponent else None
+    return Stepper(
+        task,
+        optimizer,
+        accumulate=args.grad_accum_steps,
+        autocast=autocast,
+        scaler=scaler,
+        clip_grad=args.clip_grad,
+        clip_mode=args.clip_mode,
+        loss_weight=weight,
+        channels_last=args.channels_last,
+        seed=args.seed,
+        rank=args.rank,
+    )

@@ -1,0 +1,7 @@
+#!/usr/bin/env python3
+"""Train a student on the answers of an ensemble of teachers: `python train_distill.py --help`."""
+
+from timm_mealv2.training.run import cli
+
+if __name__ == '__main__':
+    cli()
