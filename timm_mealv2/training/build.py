@@ -137,7 +137,7 @@ def build_student(args: argparse.Namespace, device: torch.device) -> tuple[nn.Mo
     if args.grad_checkpointing:
         model.set_grad_checkpointing(enable=True)
 
-    data_config = _resolve_pixels(args, model, in_chans or getattr(model, 'in_chans', 3))
+    data_config = _resolve_pixels(args, model, in_chans or int(getattr(model, 'in_chans', 3)))
     if args.split_bn:
         model = convert_splitbn_model(model, max(args.aug_splits, 2))
     model.to(device=device, dtype=_FLOAT_TYPES[args.model_dtype or 'float32'])
@@ -148,7 +148,7 @@ def build_student(args: argparse.Namespace, device: torch.device) -> tuple[nn.Mo
     return model, data_config
 
 
-def _resolve_pixels(args: argparse.Namespace, model: nn.Module, in_chans: int) -> dict[str, Any]:
+def _resolve_pixels(args: argparse.Namespace, model: Any, in_chans: int) -> dict[str, Any]:
     try:
         config = resolve_data_config({**vars(args), 'in_chans': in_chans}, model=model)
     except AssertionError:
@@ -157,20 +157,22 @@ def _resolve_pixels(args: argparse.Namespace, model: nn.Module, in_chans: int) -
     for name in ('mean', 'std'):
         config[name] = adapt_to_chs(tuple(config[name]), in_chans)
     # Whatever else the weights were once tested with is not what this run measures.
-    former = {k: v for k, v in model.pretrained_cfg.items() if k not in ('test_input_size', 'test_crop_pct')}
+    former = {
+        key: value for key, value in model.pretrained_cfg.items() if key not in ('test_input_size', 'test_crop_pct')
+    }
     model.pretrained_cfg = model.default_cfg = {**former, **config}
     _logger.info('Pixels: ' + ', '.join(f'{name} {value}' for name, value in config.items()))
     return config
 
 
-def build_teachers(args: argparse.Namespace, student: nn.Module, device: torch.device) -> EnsembleTeacher | None:
+def build_teachers(args: argparse.Namespace, in_chans: int, device: torch.device) -> EnsembleTeacher | None:
     """Create the ensemble of --teachers, None without or for timm's own distillation tasks."""
     if not args.teachers or args.kd_distill_type != 'mealv2':
         return None
     return create_ensemble(
         args.teachers,
         num_classes=args.num_classes,
-        in_chans=student.pretrained_cfg['input_size'][0],
+        in_chans=in_chans,
         weights=args.teacher_weights,
         img_sizes=args.teacher_img_size,
         dtype=_FLOAT_TYPES[args.teacher_dtype] if args.teacher_dtype else None,

@@ -49,27 +49,25 @@ class RunSaver(CheckpointSaver):
     """timm's checkpoint saver whose files also hold the position in the run, and are replaced in one step.
 
     A checkpoint has, beside timm's entries, 'progress' (see `Progress`), 'data_config' (what the pixels were),
-    'class_names', 'meters' (sums of a broken-off epoch) and 'scheduler' (of a schedule that follows a metric).
+    'class_names', 'batches' (of an epoch), 'meters' (sums of a broken-off epoch) and 'scheduler' (where it follows a
+    metric).
 
     Args:
         task: The task to save.
-        data_config: The resolved data configuration of the student.
-        class_names: Names of the classes, None where they are not known.
+        constant: Entries of every file: 'data_config' (the student's, resolved), 'class_names' (or None), 'batches'.
         **kwargs: Further arguments of timm's `CheckpointSaver`.
     """
 
-    def __init__(
-        self, task: TrainingTask, *, data_config: dict[str, Any], class_names: list[str] | None = None, **kwargs: Any
-    ) -> None:
+    def __init__(self, task: TrainingTask, *, constant: dict[str, Any], **kwargs: Any) -> None:
         self._state = _CheckpointState(task)
-        self._pixels_and_classes = {'data_config': data_config, 'class_names': class_names}
+        self._constant = constant
         super().__init__(model=unwrap_model(task.get_eval_model()), task=self._state, **kwargs)
 
     def keep(
         self, progress: Progress, meters: dict[str, Any] | None = None, scheduler: dict[str, Any] | None = None
     ) -> None:
         """Set what the next file will hold about the position in the run."""
-        self._state.extra = {'progress': asdict(progress), **self._pixels_and_classes}
+        self._state.extra = {'progress': asdict(progress), **self._constant}
         if meters:
             self._state.extra['meters'] = meters
         if scheduler:

@@ -8,7 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -108,7 +108,7 @@ class _Run:
         self.student, self.data_config = build_student(args, device)
         train, validation = build_datasets(args)
         self.class_names = class_names(train)
-        self.teachers = build_teachers(args, self.student, device)
+        self.teachers = build_teachers(args, self.data_config['input_size'][0], device)
         self.task = build_task(args, self.student, self.teachers, device)
         self.optimizer = build_optimizer(args, self.task)
         self.loader: TrainLoader | StreamLoader = build_train_loader(args, train, self.data_config, device)
@@ -183,9 +183,11 @@ class _Run:
         except (KeyError, RuntimeError, ValueError) as error:
             text = ' '.join(str(error).split())
             raise UserError(f'{path} does not fit this model or optimizer: {text[:400]}') from error
-        start = position(checkpoint, updates_per_epoch(self.loader, args.grad_accum_steps))
-        if not self.loader.resumable and start.batch:
-            start = replace(start, batch=0)
+        updates = updates_per_epoch(self.loader, args.grad_accum_steps)
+        start = position(checkpoint, updates)
+        if start.batch and not (self.loader.resumable and checkpoint.get('batches') == len(self.loader)):
+            _logger.info('The epoch cannot be entered where it was left (streaming, or batches of another size).')
+            start = Progress(start.epoch, update=start.epoch * updates)
         elif 'meters' in checkpoint:
             self.meters.load_state_dict(checkpoint['meters'], self.device)
         if self.scheduler is not None and 'scheduler' in checkpoint and not args.no_resume_opt:
@@ -321,8 +323,11 @@ class _Run:
             path.write_text(args_text(args))
         saver = RunSaver(
             self.task,
-            data_config=self.data_config,
-            class_names=self.class_names,
+            constant={
+                'data_config': self.data_config,
+                'class_names': self.class_names,
+                'batches': len(self.loader),
+            },
             optimizer=self.optimizer,
             args=argparse.Namespace(**{key: value for key, value in vars(args).items() if key != 'explicit'}),
             amp_scaler=self.stepper.scaler,
@@ -365,7 +370,7 @@ class _Run:
     # An epoch's end
 
     def _eval_student(self, ema: bool = False) -> nn.Module:
-        return self.task.get_eval_model(ema=ema)  # type: ignore[return-value]
+        return self.task.get_eval_model(ema=ema)
 
     def _evaluate(self, models: dict[str, nn.Module], reference: str | None = None) -> dict[str, dict[str, float]]:
         return evaluate(
