@@ -34,7 +34,9 @@ class Discriminator(nn.Module):
     def __init__(self, num_classes: int, reduction: int = 8, final_relu: bool = False) -> None:
         super().__init__()
         if num_classes < 2:
-            raise UserError(f'Discriminator needs num_classes >= 2, got {num_classes}: one output cannot be told apart.')
+            raise UserError(
+                f'Discriminator needs num_classes >= 2, got {num_classes}: one output cannot be told apart.'
+            )
         if reduction < 1:
             raise UserError(f'Discriminator needs reduction >= 1, got {reduction}: the official value is 8.')
         self.final_relu = final_relu

@@ -51,8 +51,8 @@ def sparse_similarity_loss(logits: Tensor, indices: Tensor, probabilities: Tenso
     Returns:
         The loss and the mean entropy of that very target in nats: two scalars, at least float32.
     """
-    p, rest, others = _split_target(logits, probabilities)
     log_q = F.log_softmax(at_least_float32(logits), dim=1)
+    p, rest, others = _split_target(probabilities.to(log_q.dtype), logits.shape[1])
     log_q_k = log_q.gather(1, indices)
     of_stored = (p * log_q_k).sum(dim=1)
     of_others = rest * (log_q.sum(dim=1) - log_q_k.sum(dim=1))
@@ -60,21 +60,25 @@ def sparse_similarity_loss(logits: Tensor, indices: Tensor, probabilities: Tenso
     return -(of_stored + of_others).mean(), entropy.mean()
 
 
-def dense_log_target(logits: Tensor, indices: Tensor, probabilities: Tensor) -> Tensor:
+def dense_log_target(indices: Tensor, probabilities: Tensor, num_classes: int) -> Tensor:
     """Log of the dense target [B, C] that `sparse_similarity_loss` describes, as rows for the discriminator.
 
-    Probabilities are floored at `SMALLEST_PROBABILITY`, so that the rows are finite. Arguments as there; of `logits`
-    only shape, dtype and device matter.
+    Probabilities are floored at `SMALLEST_PROBABILITY`, so that the rows are finite. At least float32.
+
+    Args:
+        indices: Class indices [B, K], int64, distinct within a row.
+        probabilities: Their probabilities [B, K].
+        num_classes: C.
     """
-    p, rest, _ = _split_target(logits, probabilities)
-    dense = rest[:, None].expand(logits.shape).scatter(1, indices, p)
+    p, rest, _ = _split_target(probabilities, num_classes)
+    dense = rest[:, None].expand(-1, num_classes).scatter(1, indices, p)
     return dense.clamp(min=SMALLEST_PROBABILITY).log()
 
 
-def _split_target(logits: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor, int]:
+def _split_target(probabilities: Tensor, num_classes: int) -> tuple[Tensor, Tensor, int]:
     """Stored probabilities [B, K], the probability [B] of every other class, and the number of other classes."""
-    p = probabilities.detach().to(torch.promote_types(logits.dtype, torch.float32))
-    others = logits.shape[1] - p.shape[1]
+    p = at_least_float32(probabilities.detach())
+    others = num_classes - p.shape[1]
     rest = (1 - p.sum(dim=1)).clamp(min=0) / max(others, 1)
     return p, rest, others
 

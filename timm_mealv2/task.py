@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import group_parameters
 from timm.optim import auto_group_layers
 from timm.task import TrainingTask, resolve_classification_loss
 from timm.utils import unwrap_model
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from timm_mealv2.discriminator import Discriminator, GradientReversal
 from timm_mealv2.errors import UserError
@@ -24,6 +24,7 @@ from timm_mealv2.losses import (
     sparse_similarity_loss,
 )
 from timm_mealv2.mealv2_teachers import EnsembleTeacher, create_ensemble
+from timm_mealv2.normalisation import channel_stats, renormalise
 
 _logger = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ class MealV2TrainableModule(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters without weight decay: the student's own choice, and the whole discriminator."""
-        student_names = getattr(unwrap_model(self.student), 'no_weight_decay', set)()
+        student_names: set[str] = getattr(unwrap_model(self.student), 'no_weight_decay', set)()
         discriminator_names = {name for name, _ in self.named_parameters() if name.startswith('discriminator_loss.')}
         return {f'student.{name}' for name in student_names} | discriminator_names
 
@@ -76,10 +77,10 @@ class MealV2TrainableModule(nn.Module):
             teacher_rows: The discriminator's teacher rows [B, C], without gradient.
 
         Returns:
-            Student logits [B, C], the discriminator's loss and its accuracy (None without a discriminator).
+            Student logits [B, C], the discriminator's loss and its accuracy (None without a discriminator or rows).
         """
         output = self.student(input)
-        if self.discriminator_loss is None:
+        if self.discriminator_loss is None or teacher_rows is None:
             return output, None, None
         return output, *self.discriminator_loss.measure(self.student_rows(at_least_float32(output)), teacher_rows)
 
@@ -120,7 +121,7 @@ class MealV2Task(TrainingTask):
         criterion: Loss on class indices [B] or, from Mixup, on soft targets [B, C]; cross-entropy if None. Rows whose
             index is -1 are left out (choosing rows waits for the device once a step).
         device: Device of discriminator and teachers; the student's if None.
-        dtype: Dtype of the task's tensors, the student's if None. The discriminator is never below float32.
+        dtype: Dtype of the discriminator, the student's if None; at least float32.
         verbose: Log what is set up.
 
     Raises:
@@ -154,17 +155,12 @@ class MealV2Task(TrainingTask):
         self.criterion = resolve_classification_loss(criterion, self.device)
 
         student = unwrap_model(student_model)
-        self.teacher: EnsembleTeacher | None = None
         num_classes: int | None = getattr(student, 'num_classes', None)
-        if teacher_model is None:
-            self._teach, self._similarity_loss = self._read_labels, sparse_similarity_loss
-        else:
-            self._teach, self._similarity_loss = self._ask_teachers, similarity_loss
-            self._set_teacher(teacher_model, student)
-            num_classes = self._check_num_classes(student)
         if num_classes is None:
             raise UserError(f'{type(student).__name__} has no num_classes: set it to the width of its logits.')
         self.num_classes = num_classes
+        self.teacher = None if teacher_model is None else self._build_teacher(teacher_model, student)
+        self._student_cfg = dict(getattr(student, 'pretrained_cfg', None) or {})
         self.trainable_module: nn.Module = self._build_trainable_module(student_model, discriminator_mode)
         self.register_state_dict_post_hook(_leave_teacher_out)
         self.register_load_state_dict_post_hook(_expect_no_teacher)
@@ -189,10 +185,16 @@ class MealV2Task(TrainingTask):
             a discriminator 'discriminator_loss' and 'discriminator_accuracy' (0..1), with a hard label weight
             'hard_label_loss'.
         """
+        teacher_rows: Tensor | None
         # The teachers first: their activations are gone before the student's are made.
-        soft_target, teacher_top1, teacher_rows, target = self._teach(input, target)
-        output, discriminator_loss, accuracy = self.trainable_module(input, teacher_rows)
-        similarity, entropy = self._similarity_loss(output, *soft_target)
+        if self.teacher is not None:
+            log_probs, teacher_rows, teacher_top1 = self._ask_teachers(self.teacher, input)
+            output, discriminator_loss, accuracy = self.trainable_module(input, teacher_rows)
+            similarity, entropy = similarity_loss(output, log_probs)
+        else:
+            target, soft_target, teacher_rows, teacher_top1 = self._read_labels(target)
+            output, discriminator_loss, accuracy = self.trainable_module(input, teacher_rows)
+            similarity, entropy = sparse_similarity_loss(output, *soft_target)
 
         result = {'loss': similarity, 'output': output}
         result['similarity_loss'] = similarity.detach()
@@ -208,26 +210,120 @@ class MealV2Task(TrainingTask):
             result['hard_label_loss'] = hard_label_loss.detach()
         return result
 
-    def _ask_teachers(self, input: Tensor, target: Tensor) -> tuple[tuple[Tensor, ...], Tensor, Tensor, Tensor]:
-        """Soft target of live teachers: (log p,), its top-1 [B], the discriminator's rows [B, C], the hard target."""
-        log_probs, logits = self._predict(self._renormalise(input))
-        return (log_probs,), log_probs.argmax(dim=1), logits, target
+    @property
+    def discriminator(self) -> nn.Module | None:
+        """The discriminator that is trained, None if there is none."""
+        return _discriminator_of(self.trainable_module)
 
-    def _read_labels(self, input: Tensor, target: Tensor) -> tuple[tuple[Tensor, ...], Tensor, Tensor | None, Tensor]:
-        """Soft target from stored labels: (indices, probabilities), and the rest as for `_ask_teachers`."""
+    def prepare_distributed(self, device_ids: list[int] | None = None, **ddp_kwargs: Any) -> Self:
+        """Wrap student and discriminator together in DistributedDataParallel; the teachers stay outside."""
+        self.trainable_module = DistributedDataParallel(self.trainable_module, device_ids=device_ids, **ddp_kwargs)
+        return self
+
+    def compile(self, backend: str = 'inductor', mode: str | None = None, **compile_kwargs: Any) -> nn.Module:
+        """Compile the training step's modules, each teacher and the student for evaluation, before DDP wraps.
+
+        Returns:
+            The compiled student.
+        """
+        options = {'backend': backend, 'mode': mode, **compile_kwargs}
+        eval_model: Any = torch.compile(self.get_eval_model(), **options)
+        trainable_module: Any = torch.compile(self.trainable_module, **options)
+        self.eval_model, self.trainable_module = eval_model, trainable_module
+        if self.teacher is not None:
+            for teacher in self.teacher.teachers:
+                teacher.compile(**options)
+        return self.eval_model
+
+    def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> nn.Module | None:
+        """The student alone, or its EMA; compiled if the task is."""
+        model = super().get_eval_model(module=module, ema=ema)
+        trainable = unwrap_model(model)
+        return trainable.student if isinstance(trainable, MealV2TrainableModule) else model
+
+    def get_clip_parameters(self, exclude_head: bool = False) -> list[nn.Parameter]:
+        """The parameters to clip; `exclude_head` leaves out the student's last two, as timm does for any model."""
+        trainable = unwrap_model(self.trainable_module)
+        student = list(trainable.student.parameters())
+        discriminator = [] if self.discriminator is None else list(self.discriminator.parameters())
+        return (student[:-2] if exclude_head else student) + discriminator
+
+    def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
+        """What a checkpoint holds beside the student: the discriminator's state dict, if there is one."""
+        discriminator = _discriminator_of(module if module is not None else self.get_trainable_module(ema=ema))
+        return {} if discriminator is None else {'discriminator': discriminator.state_dict()}
+
+    def load_task_state(
+        self,
+        state: dict[str, Any] | None,
+        strict: bool = True,
+        module: nn.Module | None = None,
+        ema: bool = False,
+    ) -> None:
+        """Load what `get_task_state` returned. Without a discriminator in `state` the present one is kept.
+
+        Raises:
+            UserError: If `state` holds a discriminator and the task none; ignored if not `strict`.
+        """
+        discriminator = _discriminator_of(module if module is not None else self.get_trainable_module(ema=ema))
+        discriminator_state = (state or {}).get('discriminator')
+        if discriminator is not None and discriminator_state is not None:
+            discriminator.load_state_dict(discriminator_state, strict=strict)
+        elif discriminator is not None:
+            _logger.warning('The checkpoint holds no discriminator: it starts from its initial weights.')
+        elif discriminator_state is not None and strict:
+            raise UserError('The checkpoint holds a discriminator, the task none: set discriminator_weight above 0.')
+
+    def _build_teacher(self, teacher_model: Teacher | Sequence[Teacher], student: nn.Module) -> EnsembleTeacher:
+        if isinstance(teacher_model, EnsembleTeacher):
+            teacher = teacher_model.to(self.device)
+        else:
+            teacher = create_ensemble(
+                [teacher_model] if isinstance(teacher_model, str | nn.Module) else teacher_model,
+                num_classes=self.num_classes,
+                in_chans=getattr(student, 'in_chans', None),
+                device=self.device,
+            )
+        if teacher.num_classes != self.num_classes:
+            raise UserError(
+                f'The student has {self.num_classes} classes, the teachers {teacher.num_classes}: all must be the same.'
+            )
+        return teacher
+
+    def _build_trainable_module(self, student_model: nn.Module, mode: str) -> MealV2TrainableModule:
+        if not self.discriminator_weight:
+            return MealV2TrainableModule(student_model)
+        discriminator = Discriminator(self.num_classes, final_relu=mode == 'official')
+        discriminator.to(device=self.device, dtype=torch.promote_types(self.dtype, torch.float32))
+        rows = nn.Sequential()
+        if self.teacher is None:
+            rows.append(nn.LogSoftmax(dim=1))
+        if mode == 'adversarial':
+            rows.append(GradientReversal())
+        return MealV2TrainableModule(student_model, DiscriminatorLoss(discriminator), rows)
+
+    def _ask_teachers(self, teacher: EnsembleTeacher, input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of live teachers: log p [B, C], the discriminator's rows [B, C], and the top-1 [B]."""
+        chans = input.shape[1]
+        pixels = renormalise(
+            input, *channel_stats(self._student_cfg, chans), *channel_stats(teacher.pretrained_cfg, chans)
+        )
+        log_probs, logits = teacher.predict(pixels)
+        return log_probs, logits, log_probs.argmax(dim=1)
+
+    def _read_labels(self, target: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor | None, Tensor]:
+        """Of stored labels: hard labels [B], (indices, probabilities) [B, K], and rows and top-1 as above."""
         k = (target.shape[-1] - 1) // 2
         if target.ndim != 2 or target.shape[1] != 1 + 2 * k or not 1 <= k <= self.num_classes:
             raise UserError(
                 f'teacher_model=None expects stored labels [B, 1 + 2K] with 1 <= K <= {self.num_classes}, got a target '
                 f'of shape {list(target.shape)}: pass teachers, or a data set of stored labels.'
             )
-        hard = target[:, 0].long()
-        indices, probabilities = target[:, 1 : 1 + k].long(), target[:, 1 + k :]
+        hard, indices = target[:, 0].long(), target[:, 1 : 1 + k].long()
+        probabilities = target[:, 1 + k :].to(torch.promote_types(self.dtype, torch.float32))
         top1 = indices.gather(1, probabilities.argmax(dim=1, keepdim=True)).squeeze(1)
-        rows = None
-        if self.discriminator is not None:
-            rows = dense_log_target(indices, probabilities, self.num_classes)
-        return (indices, probabilities), top1, rows, hard
+        rows = None if self.discriminator is None else dense_log_target(indices, probabilities, self.num_classes)
+        return hard, (indices, probabilities), rows, top1
 
     def _hard_label_loss(self, output: Tensor, target: Tensor) -> Tensor:
         output = at_least_float32(output)
@@ -237,3 +333,62 @@ class MealV2Task(TrainingTask):
             if not len(target):  # the mean over no rows would be nan
                 return output.sum()
         return self.criterion(output, target)
+
+
+def scale_discriminator_lr(
+    optimizer_or_groups: torch.optim.Optimizer | list[dict[str, Any]], task: MealV2Task, scale: float
+) -> None:
+    """Give the discriminator `scale` times the learning rate of the optimizer, now and through timm's schedulers.
+
+    Its parameters are moved to groups of their own, which get timm's `lr_scale`. Call it before the scheduler is
+    made and before a checkpoint is loaded. Without a discriminator there is nothing to do.
+
+    Args:
+        optimizer_or_groups: An optimizer over `task.get_trainable_module()`, or the list of its parameter groups;
+            changed in place.
+        task: Holds the discriminator.
+        scale: Factor on the learning rate, 0 or more.
+
+    Raises:
+        UserError: If `scale` is negative, or the discriminator's parameters are not all there.
+    """
+    if not 0 <= scale < float('inf'):
+        raise UserError(f"The scale of the discriminator's learning rate must be 0 or more, got {scale}.")
+    groups = optimizer_or_groups
+    if isinstance(groups, torch.optim.Optimizer):
+        groups = groups.param_groups
+    wanted = set() if task.discriminator is None else set(task.discriminator.parameters())
+    found = 0
+    for group in list(groups):
+        own = [parameter for parameter in group['params'] if parameter in wanted]
+        if not own:
+            continue
+        found += len(own)
+        if len(own) < len(group['params']):
+            group['params'] = [parameter for parameter in group['params'] if parameter not in wanted]
+            group = {**group, 'params': own}
+            groups.append(group)
+        group['lr_scale'] = scale
+        if 'lr' in group:
+            # A timm scheduler multiplies initial_lr, where there is one, by lr_scale; without any, lr stays this.
+            group['lr'] = group.setdefault('initial_lr', group['lr']) * scale
+    if found < len(wanted):
+        raise UserError('The optimizer lacks the discriminator: make it from task.get_trainable_module().')
+
+
+def _discriminator_of(module: nn.Module | None) -> nn.Module | None:
+    """The discriminator inside a trainable module, also one wrapped by DDP, EMA or torch.compile."""
+    loss: DiscriminatorLoss | None = getattr(unwrap_model(module), 'discriminator_loss', None)
+    return None if loss is None else loss.discriminator
+
+
+def _leave_teacher_out(task: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    """Hook on `state_dict()`: teachers are given, not learnt."""
+    for key in [key for key in state_dict if key.startswith(f'{prefix}teacher.')]:
+        del state_dict[key]
+
+
+def _expect_no_teacher(task: nn.Module, incompatible_keys: Any) -> None:
+    """Hook on `load_state_dict()`: what `_leave_teacher_out` leaves out is not missing."""
+    missing = incompatible_keys.missing_keys
+    missing[:] = [key for key in missing if not key.startswith('teacher.')]

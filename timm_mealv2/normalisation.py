@@ -1,0 +1,54 @@
+"""Pixels normalised with one mean and std, brought to another: models differ in what they were trained with."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor
+
+Stats = tuple[float, ...]
+"""A mean or a std, one number per channel, in units where a pixel is 0..1."""
+
+
+def channel_stats(cfg: Mapping[str, Any] | None, in_chans: int) -> tuple[Stats, Stats]:
+    """Return the mean and std that a model takes its pixels with, one number per channel.
+
+    As timm's loader does it: ImageNet's where `cfg` has none, and the average over the channels where their number is
+    not `in_chans` (grey pictures for a colour config).
+
+    Args:
+        cfg: A `pretrained_cfg` or a data config; of interest are 'mean' and 'std'.
+        in_chans: Channels of the pictures.
+    """
+    cfg = cfg or {}
+    mean, std = cfg.get('mean') or IMAGENET_DEFAULT_MEAN, cfg.get('std') or IMAGENET_DEFAULT_STD
+    return _per_channel(mean, in_chans), _per_channel(std, in_chans)
+
+
+def renormalise(x: Tensor, from_mean: Stats, from_std: Stats, to_mean: Stats, to_std: Stats) -> Tensor:
+    """Bring pixels [B, C, H, W] from one normalisation to another; with equal statistics, `x` itself is returned.
+
+    Computed in at least float32, returned in the dtype and memory format of `x`; gradients pass. Waits for no device.
+
+    Args:
+        x: Pixels normalised as (pixel - from_mean) / from_std.
+        from_mean: One number per channel, as are the other three (`channel_stats` makes them).
+        from_std: See `from_mean`.
+        to_mean: The pixels returned are (pixel - to_mean) / to_std.
+        to_std: See `to_mean`.
+    """
+    if (from_mean, from_std) == (to_mean, to_std):
+        return x
+    scale = [a / b for a, b in zip(from_std, to_std, strict=True)]
+    shift = [(a - b) / std for a, b, std in zip(from_mean, to_mean, to_std, strict=True)]
+    assert len(scale) == len(shift) == x.shape[1], f'{len(scale)} statistics for {x.shape[1]} channels'
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    # From pageable memory a non-blocking copy of a few bytes is staged at once: safe, and no wait for the stream.
+    factors = torch.tensor([scale, shift], dtype=dtype).view(2, -1, 1, 1).to(x.device, non_blocking=True)
+    return (x * factors[0] + factors[1]).to(x.dtype)
+
+
+def _per_channel(stats: Stats | float, in_chans: int) -> Stats:
+    stats = tuple(stats) if isinstance(stats, (tuple, list)) else (stats,)
+    return stats if len(stats) == in_chans else (sum(stats) / len(stats),) * in_chans

@@ -1,0 +1,302 @@
+"""What settings are possible, each by itself and together; told before anything is loaded or written."""
+
+import argparse
+import difflib
+import logging
+import math
+from collections.abc import Callable
+from pathlib import PurePath
+from typing import Any
+
+import timm
+from timm.data.auto_augment import auto_augment_policy
+from timm.models import split_model_name_tag
+from timm.optim import list_optimizers
+
+from timm_mealv2.errors import UserError
+
+_logger = logging.getLogger(__name__)
+
+_INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'lanczos', 'box', 'hamming')
+_CHOICES: dict[str, tuple[str, ...]] = {
+    'amp_dtype': ('float16', 'bfloat16'),
+    'model_dtype': ('float32', 'float16', 'bfloat16'),
+    'clip_mode': ('norm', 'value', 'agc'),
+    'sched': ('cosine', 'tanh', 'step', 'multistep', 'poly', 'plateau', 'wsd', 'rsqrt', 'constant', 'none'),
+    'lr_base_scale': ('', 'linear', 'sqrt'),
+    'interpolation': ('', *_INTERPOLATIONS),
+    'train_interpolation': ('', 'random', *_INTERPOLATIONS),
+    'train_crop_mode': ('rrc', 'rkrc', 'rkrr'),
+    'remode': ('const', 'rand', 'pixel'),
+    'mixup_mode': ('batch', 'pair', 'elem'),
+    'worker_seeding': ('all', 'part'),
+    'eval_metric': ('top1', 'top5', 'loss'),
+    'dist_bn': ('', 'reduce', 'broadcast'),
+    'kd_loss_type': ('kl',),
+}
+
+# Smallest and largest possible value; open bounds as such. Every number has to be finite besides.
+_AT_LEAST_1 = (1, math.inf)
+_AT_LEAST_0 = (0, math.inf)
+_POSITIVE = (math.ulp(0.0), math.inf)
+_SHARE = (0, 1)
+_BELOW_1 = (0, math.nextafter(1, 0))
+_RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(
+        (
+            *('train_num_samples', 'val_num_samples', 'num_classes', 'img_size', 'in_chans', 'input_size'),
+            *('batch_size', 'validation_batch_size', 'grad_accum_steps', 'lr_base_size', 'lr_cycle_limit', 'epochs'),
+            *('log_interval', 'val_interval', 'checkpoint_hist', 'train_img_sizes', 'train_batch_sizes'),
+            *('train_batches_per_epoch', 'kd_student_feature_dim', 'kd_teacher_feature_dim', 'teacher_img_size'),
+            *('total_batch_size', 'recount'),
+        ),
+        _AT_LEAST_1,
+    ),
+    **dict.fromkeys(
+        (
+            *('opt_eps', 'weight_decay', 'layer_decay_min_scale', 'layer_decay_no_opt_scale', 'lr', 'lr_noise_pct'),
+            *('lr_noise_std', 'warmup_lr', 'min_lr', 'epoch_repeats', 'start_epoch', 'decay_milestones', 'momentum'),
+            *('warmup_epochs', 'cooldown_epochs', 'patience_epochs', 'color_jitter', 'aug_repeats', 'aug_splits'),
+            *('mixup', 'cutmix', 'mixup_off_epoch', 'recovery_interval', 'workers', 'tta', 'seed', 'local_rank'),
+            *('train_size_probs', 'train_size_schedule_spread', 'teacher_weights', 'discriminator_weight'),
+            *('discriminator_lr_scale', 'hard_label_weight', 'distill_loss_weight', 'task_loss_weight'),
+            *('head_init_scale', 'lr_cycle_decay'),
+        ),
+        _AT_LEAST_0,
+    ),
+    **dict.fromkeys(
+        (
+            *('std', 'clip_grad', 'layer_decay', 'lr_base', 'lr_cycle_mul', 'lr_k_decay', 'decay_epochs', 'scale'),
+            *('ratio', 'decay_rate', 'bce_pos_weight', 'bn_eps', 'kd_temperature'),
+        ),
+        _POSITIVE,
+    ),
+    **dict.fromkeys(
+        (
+            *('mean', 'lr_noise', 'hflip', 'vflip', 'color_jitter_prob', 'grayscale_prob', 'gaussian_blur_prob'),
+            *('reprob', 'cutmix_minmax', 'mixup_prob', 'mixup_switch_prob', 'bn_momentum', 'model_ema_decay'),
+            *('train_size_random_mix', 'bce_target_thresh'),
+        ),
+        _SHARE,
+    ),
+    **dict.fromkeys(('smoothing', 'drop', 'drop_connect', 'drop_path', 'drop_block', 'opt_betas'), _BELOW_1),
+    'crop_pct': (math.ulp(0.0), 1),
+}
+
+_OF_MEALV2 = (
+    *('teacher_weights', 'teacher_dtype', 'teacher_img_size', 'discriminator_weight', 'discriminator_mode'),
+    *('discriminator_lr_scale', 'hard_label_weight'),
+)
+
+
+def option(name: str) -> str:
+    """The option of a setting as the command line spells it."""
+    return '--local_rank' if name == 'local_rank' else f'--{name.replace("_", "-")}'
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Check every setting by itself, then those that have to go together.
+
+    Raises:
+        UserError: Names the option, what it is, and what is allowed.
+    """
+    for name, allowed in _CHOICES.items():
+        value = getattr(args, name)
+        if value is not None and value not in allowed:
+            _refuse(name, value, f'must be one of {", ".join(filter(None, dict.fromkeys(allowed)))}')
+    for name, value in vars(args).items():
+        for number in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(number, (int, float)) and not isinstance(number, bool):
+                _check_number(name, number)
+    for check in (_check_names, _check_shapes, _check_refused, _check_batches, _check_losses, _check_distillation):
+        check(args)
+
+
+def _refuse(name: str, value: Any, text: str) -> None:
+    shown = '' if value is True else f' {" ".join(map(str, value)) if isinstance(value, list) else value}'
+    raise UserError(f'{option(name)}{shown}: {text}.')
+
+
+def _check_number(name: str, value: float) -> None:
+    if not math.isfinite(value):
+        _refuse(name, value, 'must be a finite number')
+    low, high = _RANGES.get(name, (-math.inf, math.inf))
+    if low <= value <= high:
+        return
+    lower = 'above 0' if low == math.ulp(0.0) else f'{low} or more'
+    upper = '' if high == math.inf else f' and {"below 1" if high < 1 else f"at most {high}"}'
+    _refuse(name, value, f'must be {lower}{upper}')
+
+
+def _check_names(args: argparse.Namespace) -> None:
+    if ':' not in args.model and not timm.is_model(split_model_name_tag(args.model)[0]):
+        near = difflib.get_close_matches(args.model, timm.list_models(), 1, 0) or ['none']
+        _refuse('model', args.model, f'timm has no such model, the nearest is {near[0]}')
+    if args.opt.lower() not in list_optimizers():
+        _refuse('opt', args.opt, 'timm has no such optimizer; timm.optim.list_optimizers() lists them')
+    experiment = PurePath(args.experiment)
+    if experiment.is_absolute() or '..' in experiment.parts:
+        _refuse('experiment', args.experiment, 'must name a folder inside --output')
+    if args.resume == 'auto' and not args.experiment:
+        raise UserError('--resume auto needs --experiment, the run folder to continue.')
+    if args.aa is not None:
+        _check_policy(args.aa)
+
+
+def _check_policy(policy: str) -> None:
+    kind = policy.split('-')[0]
+    if kind in ('rand', 'augmix', '3a'):
+        return
+    try:
+        auto_augment_policy(policy)
+    except (AssertionError, KeyError, ValueError, IndexError):
+        _refuse('aa', policy, 'must be rand-..., augmix-..., 3a, v0, v0r, original or originalr')
+
+
+def _check_shapes(args: argparse.Namespace) -> None:
+    channels = args.input_size[0] if args.input_size else args.in_chans
+    if args.input_size and args.in_chans not in (None, channels):
+        _refuse('in_chans', args.in_chans, f'--input-size says {channels} channels')
+    for name in ('mean', 'std'):
+        value = getattr(args, name)
+        if value is not None and len(value) not in (1, channels or 3):
+            _refuse(name, value, f'must be one value or {channels or 3}, one per channel')
+    for name in ('scale', 'ratio', 'cutmix_minmax'):
+        value = getattr(args, name)
+        if value is not None and (len(value) != 2 or value[0] > value[1]):
+            _refuse(name, value, 'must be two values, the smaller first')
+    if args.lr_noise is not None and (len(args.lr_noise) > 2 or args.lr_noise != sorted(args.lr_noise)):
+        _refuse('lr_noise', args.lr_noise, 'must be one or two values, the smaller first')
+    if args.train_crop_mode in (None, 'rrc') and args.scale[1] > 1:
+        _refuse('scale', args.scale, 'must be at most 1, the whole image')
+
+
+def _check_refused(args: argparse.Namespace) -> None:
+    for name in sorted(args.explicit):
+        if name.startswith('naflex'):
+            _refuse(name, True, 'refused, teachers and loaders work on images, not on NaFlex patches; leave it out')
+    if args.torchscript:
+        _refuse('torchscript', True, 'refused, TorchScript cannot hold a training task; use --torchcompile')
+    if args.fuser:
+        _refuse('fuser', args.fuser, 'refused, only TorchScript has fusers; use --torchcompile')
+    if args.tta > 1:
+        _refuse('tta', args.tta, "refused, timm's loaders make no copies of an image that could be averaged")
+    if args.torchcompile_mode and args.torchcompile is None:
+        _refuse('torchcompile_mode', args.torchcompile_mode, 'needs --torchcompile')
+    if args.amp and args.model_dtype in ('float16', 'bfloat16'):
+        _refuse('amp', True, f'--model-dtype {args.model_dtype} leaves nothing to mix; give one of them')
+    if args.model_dtype == 'float16':
+        _refuse('model_dtype', 'float16', 'refused, weights in float16 do not train; use --amp, or bfloat16')
+
+
+def _check_batches(args: argparse.Namespace) -> None:
+    if args.total_batch_size and 'batch_size' in args.explicit:
+        _refuse('total_batch_size', args.total_batch_size, '--batch-size is given as well; give one of them')
+    mixing = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax
+    if mixing and not args.total_batch_size and args.batch_size % 2:
+        _refuse('batch_size', args.batch_size, 'must be even with --mixup or --cutmix, which mix pairs')
+    sizes = args.train_img_sizes
+    for name in ('train_batch_sizes', 'train_size_probs', 'train_batches_per_epoch'):
+        value = getattr(args, name)
+        if value is None:
+            continue
+        if not sizes:
+            _refuse(name, value, 'needs --train-img-sizes')
+        if isinstance(value, list) and len(value) != len(sizes):
+            _refuse(name, value, f'must be {len(sizes)} values, one per --train-img-sizes')
+    if args.train_size_probs and not sum(args.train_size_probs):
+        _refuse('train_size_probs', args.train_size_probs, 'must not all be 0')
+    if args.train_size_schedule == 'progressive' and len(sizes or ()) < 2:
+        _refuse('train_size_schedule', 'progressive', 'needs two --train-img-sizes or more')
+    if sizes and args.aug_splits:
+        _refuse('train_img_sizes', sizes, 'cannot go with --aug-splits')
+    if mixing and args.train_batch_sizes and any(size % 2 for size in args.train_batch_sizes):
+        _refuse('train_batch_sizes', args.train_batch_sizes, 'must be even with --mixup or --cutmix, which mix pairs')
+
+
+def _check_losses(args: argparse.Namespace) -> None:
+    if args.aug_splits == 1:
+        _refuse('aug_splits', 1, 'must be 0, or 2 or more')
+    if args.jsd_loss and not args.aug_splits:
+        _refuse('jsd_loss', True, 'needs --aug-splits 2 or more')
+    if args.jsd_loss and args.bce_loss:
+        _refuse('jsd_loss', True, 'cannot go with --bce-loss')
+    if args.split_bn and not args.aug_splits:
+        _refuse('split_bn', True, 'needs --aug-splits 2 or more, or --resplit with it')
+    if args.split_bn and args.sync_bn:
+        _refuse('split_bn', True, 'cannot go with --sync-bn')
+    mixing = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax
+    if args.aug_splits and mixing:
+        _refuse('aug_splits', args.aug_splits, 'cannot go with --mixup or --cutmix')
+    if args.aug_splits and args.no_aug:
+        _refuse('no_aug', True, 'cannot go with --aug-splits')
+    if not args.bce_loss:
+        for name in ('bce_sum', 'bce_target_thresh', 'bce_pos_weight'):
+            if getattr(args, name):
+                _refuse(name, getattr(args, name), 'needs --bce-loss')
+
+
+def _check_distillation(args: argparse.Namespace) -> None:
+    kind = args.kd_distill_type
+    mealv2 = bool(args.teachers) and kind == 'mealv2'
+    if not mealv2:
+        why = 'needs --teachers' if not args.teachers else f'cannot go with --kd-distill-type {kind}'
+        for name in _OF_MEALV2:
+            if name in args.explicit:
+                _refuse(name, getattr(args, name), why)
+        if args.unlabeled:
+            _refuse('unlabeled', True, why)
+    if 'kd_distill_type' in args.explicit and kind != 'mealv2' and not args.teachers:
+        _refuse('kd_distill_type', kind, 'needs --kd-model-name or --teachers')
+    if mealv2:
+        _check_mealv2(args)
+    elif args.teachers:
+        if len(args.teachers) > 1:
+            raise UserError(
+                f'--kd-distill-type {kind} takes one teacher, got {len(args.teachers)}: use mealv2, or name an '
+                'ensemble such as mealv2_ensemble_gluon.'
+            )
+        used: dict[str, Callable[[str], bool]] = {
+            'kd_loss_type': lambda kind: kind == 'logit',
+            'kd_temperature': lambda kind: kind in ('logit', 'token'),
+            'kd_student_feature_dim': lambda kind: kind == 'feature',
+            'kd_teacher_feature_dim': lambda kind: kind == 'feature',
+            'kd_token_distill_type': lambda kind: kind == 'token',
+        }
+        for name, uses in used.items():
+            if name in args.explicit and not uses(kind):
+                _refuse(name, getattr(args, name), f'does nothing with --kd-distill-type {kind}')
+
+
+def _check_mealv2(args: argparse.Namespace) -> None:
+    reasons = {
+        'kd_loss_type': 'MEAL V2 has its own loss; leave it out',
+        'distill_loss_weight': "the teachers' mean probability is the only target; --hard-label-weight adds labels",
+        'task_loss_weight': 'use --hard-label-weight, which weighs the loss on the labels',
+        'kd_student_feature_dim': 'MEAL V2 compares outputs alone; use --kd-distill-type feature',
+        'kd_teacher_feature_dim': 'MEAL V2 compares outputs alone; use --kd-distill-type feature',
+        'kd_token_distill_type': 'use --kd-distill-type token',
+    }
+    for name, reason in reasons.items():
+        if name in args.explicit:
+            _refuse(name, getattr(args, name), reason)
+    if 'kd_temperature' in args.explicit and args.kd_temperature != 1:
+        _refuse('kd_temperature', args.kd_temperature, 'the temperature of MEAL V2 is 1; leave it out')
+    for name in ('jsd_loss', 'aug_splits', 'split_bn'):
+        if getattr(args, name):
+            value = getattr(args, name)
+            _refuse(name, value, 'refused with MEAL V2, teachers and student see one and the same augmented image')
+    count = len(args.teachers)
+    if args.teacher_weights is not None:
+        if len(args.teacher_weights) != count:
+            _refuse('teacher_weights', args.teacher_weights, f'must be {count} values, one per teacher')
+        if not sum(args.teacher_weights):
+            _refuse('teacher_weights', args.teacher_weights, 'must not all be 0')
+    if args.teacher_img_size is not None and len(args.teacher_img_size) not in (1, count):
+        _refuse('teacher_img_size', args.teacher_img_size, f'must be one value, or {count}, one per teacher')
+    if args.unlabeled and args.hard_label_weight:
+        _refuse('hard_label_weight', args.hard_label_weight, 'cannot go with --unlabeled')
+    if not args.hard_label_weight:
+        for name in ('bce_loss', 'smoothing'):
+            if name in args.explicit and getattr(args, name):
+                _logger.warning(f'{option(name)} does nothing: --hard-label-weight is 0, the labels are not looked at.')
