@@ -76,6 +76,7 @@ print(json.dumps([resolve_model_data_config(model), cfg['label_names'], cfg['num
     assert {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()} == GREY
     assert (label_names, num_classes, architecture) == (['bag', 'coat', 'shirt'], 3, 'resnet10t')
     assert {path.name for path in folder.iterdir()} == {'model.safetensors', 'config.json'}
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1  # who may read one may read the other
     assert [path.name for path in folder.parent.iterdir()] == ['out']
 
 

@@ -47,7 +47,7 @@ def train(scenario: str, rank: int, world_size: int) -> dict[str, Any]:
     optimizer = create_optimizer_v2(task.get_trainable_module(), opt='sgd', lr=0.02, momentum=0.9, weight_decay=0.0)
     scale_discriminator_lr(optimizer, task, 0.5)
     if compiled:
-        task.compile(backend='aot_eager')
+        task.compile(backend='eager')
     if world_size > 1:
         task.prepare_distributed()
         assert isinstance(task.trainable_module, DistributedDataParallel)

@@ -55,6 +55,8 @@ def export_model(checkpoint: str | os.PathLike[str], out: str | os.PathLike[str]
     model_config = {'label_names': names} if len(names) == model.num_classes else {}
     with _replacing_folder(Path(out)) as folder:
         save_for_hf(model, folder, model_config=model_config, safe_serialization=True, data_config=data_config)
+        # safetensors makes its file readable by the owner alone, whatever the umask.
+        (folder / WEIGHTS_FILE).chmod((folder / CONFIG_FILE).stat().st_mode)
         _check_equal(model, data_config, timm.create_model(f'local-dir:{folder}', pretrained=True))
     return Path(out)
 

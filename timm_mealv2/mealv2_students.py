@@ -124,7 +124,7 @@ def _create(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     weights, origin = _read_weights(cfg, kwargs.get('cache_dir'))
     _check_fit(weights, origin, cfg, architecture, kwargs.get('pretrained_model_args') or {})
     # timm gets the very tensors that were checked; a second look at the source could find others.
-    loading = replace(cfg, **dict.fromkeys(_SOURCES), state_dict=weights)  # type: ignore[arg-type]
+    loading = replace(cfg, **{**dict.fromkeys(_SOURCES), 'state_dict': weights})
     model = architecture(pretrained=True, pretrained_cfg=loading, **kwargs)
     _restore_source(model, cfg)
     return model
@@ -284,7 +284,7 @@ def _check_fit(
     Raises:
         UserError: They differ; names the first few keys of each kind and counts them.
     """
-    bare = replace(cfg, **dict.fromkeys(_SOURCES))  # type: ignore[arg-type]
+    bare = replace(cfg, **dict.fromkeys(_SOURCES))
     full = architecture(pretrained=False, pretrained_cfg=bare, **{**model_args, 'device': 'meta'}).state_dict()
     shape = {key: list(getattr(value, 'shape', ())) for key, value in weights.items()}
     problems = {

@@ -180,7 +180,7 @@ def _draw(
                 axes.axhline(value, color='#666666', linestyle=style, linewidth=1.2, label=f'{label} ({value:.2f})')
             axes.set_ylim(bottom=top1_from)
         if len(axes.get_lines()) > 1 or len(runs) > 1:
-            axes.legend(fontsize=8, frameon=False)
+            axes.legend(fontsize=8, framealpha=0.9, edgecolor='none')
     file = io.BytesIO()
     figure.savefig(file, format='png', dpi=120)
     return file.getvalue()

@@ -28,9 +28,10 @@ from timm_mealv2.files import replacing
 HERE = Path(__file__).resolve().parent
 SOURCE = Path('/usr/share/datasets/fashion-mnist')
 CLASS_NAMES = (
-    't_shirt', 'trouser', 'pullover', 'dress', 'coat', 'sandal', 'shirt', 'sneaker', 'bag', 'ankle_boot',
-)  # fmt: skip
-"""Folder names in the order of the source's labels 0..9; timm numbers the classes by these names' order."""
+    *('0-t-shirt-top', '1-trouser', '2-pullover', '3-dress', '4-coat'),
+    *('5-sandal', '6-shirt', '7-sneaker', '8-bag', '9-ankle-boot'),
+)
+"""Folder names by the source's labels 0..9; the digits have timm number the classes likewise."""
 PER_CLASS = 200
 
 

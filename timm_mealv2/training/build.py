@@ -342,8 +342,8 @@ def build_train_loader(
     }
     where = {'seed': args.seed, 'rank': args.rank, 'device': device, 'unlabeled': args.unlabeled}
     if isinstance(dataset, IterableDataset):
-        if _mixing(args) and (args.no_prefetcher or args.unlabeled):
-            raise UserError('a streaming data set is mixed by the prefetcher only, and with labels.')
+        if _mixing(args) and (args.no_prefetcher or args.unlabeled or args.batch_size % 2):
+            raise UserError('a streaming data set is mixed by the prefetcher, in even batches and with labels only.')
         _logger.info('Streaming data set: a broken-off run continues at the start of its epoch.')
         return StreamLoader(
             dataset,

@@ -192,9 +192,6 @@ def _check_refused(args: argparse.Namespace) -> None:
 def _check_batches(args: argparse.Namespace) -> None:
     if args.total_batch_size and 'batch_size' in args.explicit:
         _refuse('total_batch_size', args.total_batch_size, '--batch-size is given as well; give one of them')
-    mixing = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax
-    if mixing and not args.total_batch_size and args.batch_size % 2:
-        _refuse('batch_size', args.batch_size, 'must be even with --mixup or --cutmix, which mix pairs')
     sizes = args.train_img_sizes
     for name in ('train_batch_sizes', 'train_size_probs', 'train_batches_per_epoch'):
         value = getattr(args, name)
@@ -210,8 +207,6 @@ def _check_batches(args: argparse.Namespace) -> None:
         _refuse('train_size_schedule', 'progressive', 'needs two --train-img-sizes or more')
     if sizes and args.aug_splits:
         _refuse('train_img_sizes', sizes, 'cannot go with --aug-splits')
-    if mixing and args.train_batch_sizes and any(size % 2 for size in args.train_batch_sizes):
-        _refuse('train_batch_sizes', args.train_batch_sizes, 'must be even with --mixup or --cutmix, which mix pairs')
 
 
 def _check_losses(args: argparse.Namespace) -> None:

@@ -1,0 +1,23 @@
+"""Entry points of `torch.hub.load`: every MEAL V2 student; keywords as for `timm.create_model`."""
+
+from timm_mealv2.mealv2_students import (
+    mealv1_resnet50,
+    mealv2_efficientnet_b0,
+    mealv2_mobilenetv3_large_100,
+    mealv2_mobilenetv3_small_075,
+    mealv2_mobilenetv3_small_100,
+    mealv2_resnet18,
+    mealv2_resnet50,
+)
+
+__all__ = [
+    'mealv1_resnet50',
+    'mealv2_efficientnet_b0',
+    'mealv2_mobilenetv3_large_100',
+    'mealv2_mobilenetv3_small_075',
+    'mealv2_mobilenetv3_small_100',
+    'mealv2_resnet18',
+    'mealv2_resnet50',
+]
+
+dependencies = ['torch', 'timm', 'huggingface_hub', 'safetensors', 'filelock']
