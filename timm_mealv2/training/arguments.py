@@ -201,7 +201,7 @@ def _entry(parser: argparse.ArgumentParser, action: argparse.Action, value: Any,
 
 def _number_or_text(action: argparse.Action, value: Any, where: str) -> Any:
     wanted = action.type or str
-    types = {int: int, float: (int, float)}.get(wanted, str)  # type: ignore[call-overload]
+    types = (int,) if wanted is int else (int, float) if wanted is float else (str,)
     fits = isinstance(value, types) and not isinstance(value, bool)
     if wanted is float and isinstance(value, str):  # YAML 1.1 takes 1e-3 for text
         try:
