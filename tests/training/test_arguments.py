@@ -180,6 +180,8 @@ def test_a_number_has_to_be_possible(capsys: pytest.CaptureFixture[str], option:
         ('--in-chans 1 --std 0.5 0.5 0.5', 'one per channel'),
         ('--input-size 1 32 32 --in-chans 3', '--input-size says 1'),
         ('--input-size 32 32', 'expected 3 arguments'),
+        ('--model-kwargs channels', 'expected KEY=VALUE'),
+        ('--opt-kwargs 1=2', 'expected KEY=VALUE'),
         ('--experiment ../../x', 'inside --output'),
         ('--experiment /tmp/x', 'inside --output'),
         ('--resume auto', 'needs --experiment'),

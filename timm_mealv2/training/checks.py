@@ -186,7 +186,7 @@ def _check_refused(args: argparse.Namespace) -> None:
     if args.amp and args.model_dtype in ('float16', 'bfloat16'):
         _refuse('amp', True, f'--model-dtype {args.model_dtype} leaves nothing to mix; give one of them')
     if args.model_dtype == 'float16':
-        _refuse('model_dtype', 'float16', 'refused, weights in float16 do not train; use --amp, or bfloat16')
+        _logger.warning('--model-dtype float16: such weights lose small updates; --amp or bfloat16 trains better.')
 
 
 def _check_batches(args: argparse.Namespace) -> None:

@@ -10,6 +10,22 @@ from timm_mealv2.cli import OneLineParser
 _Option = tuple[tuple[str, ...], dict[str, Any]]
 
 
+class _KeyValues(ParseKwargs):
+    """timm's action for KEY=VALUE, which a text without '=' makes fail with a traceback."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        for value in values:
+            if not value.partition('=')[0].isidentifier() or '=' not in value:
+                raise argparse.ArgumentError(self, f'expected KEY=VALUE, got {value!r}')
+        super().__call__(parser, namespace, values, option_string)
+
+
 def _flag(*names: str, help: str) -> _Option:
     return names, {'action': 'store_true', 'help': help}
 
@@ -106,7 +122,7 @@ _MODEL: list[_Option] = [
     _flag('--fast-norm', help="timm's fast normalisation layers under AMP"),
     (
         ('--model-kwargs',),
-        {'nargs': '*', 'default': {}, 'action': ParseKwargs, 'metavar': 'K=V', 'help': 'arguments of the model'},
+        {'nargs': '*', 'default': {}, 'action': _KeyValues, 'metavar': 'K=V', 'help': 'arguments of the model'},
     ),
     _float('--head-init-scale', help="factor on the classifier's initial weights"),
     _float('--head-init-bias', help="the classifier's initial bias"),
@@ -139,7 +155,7 @@ _OPTIMIZER: list[_Option] = [
     _float('--layer-decay-no-opt-scale', help='layers below this factor are not trained'),
     (
         ('--opt-kwargs',),
-        {'nargs': '*', 'default': {}, 'action': ParseKwargs, 'metavar': 'K=V', 'help': 'arguments of the optimizer'},
+        {'nargs': '*', 'default': {}, 'action': _KeyValues, 'metavar': 'K=V', 'help': 'arguments of the optimizer'},
     ),
 ]
 
@@ -302,6 +318,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return a fresh parser of every option; those of timm's train.py have its names, types and defaults."""
     parser = OneLineParser(
         prog='mealv2-train',
+        usage='%(prog)s [OPTION ...] [DATA]',
         description='Train an image classifier on the answers of an ensemble of teachers (MEAL V2), or without.',
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
