@@ -68,7 +68,11 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_recipe(tmp_pa
     args = parse_args(['--recipe', 'quickstart', '-c', str(tmp_path / 'c.yaml'), '--epochs', '3'])
     assert (args.lr, args.epochs, args.weight_decay, args.model) == (0.02, 3, 1e-4, 'resnet10t')
     assert {'lr', 'epochs', 'model'} <= args.explicit
-    assert parse_args(['--recipe', 'mealv2_resnet50_224', '--batch-size', '32']).total_batch_size is None
+    for argv in (['--batch-size', '32'], ['-c', str(tmp_path / 'b.yaml')]):
+        (tmp_path / 'b.yaml').write_text('batch_size: 32\nkd_model_name: resnet18\n')
+        args = parse_args(['--recipe', 'mealv2_resnet50_224', *argv])
+        assert (args.batch_size, args.total_batch_size) == (32, None)
+    assert args.teachers == ['resnet18']
 
 
 @pytest.mark.parametrize(
@@ -167,7 +171,7 @@ def test_a_number_has_to_be_possible(capsys: pytest.CaptureFixture[str], option:
         ('--worker-seeding none', 'must be one of all, part'),
         ('--model resnet5o', 'the nearest is resnet50'),
         ('--opt sdg', 'no such optimizer'),
-        ('--aa random', 'must be rand-'),
+        ('--aa random', 'must be such as rand-m9'),
         ('--recipe mealv2_resnet50', 'the nearest is mealv2_resnet50_'),
         ('--epoch 3', 'unrecognized arguments: --epoch'),
         ('--scale 0.5', 'must be two values'),
@@ -182,6 +186,13 @@ def test_a_number_has_to_be_possible(capsys: pytest.CaptureFixture[str], option:
         ('--input-size 32 32', 'expected 3 arguments'),
         ('--model-kwargs channels', 'expected KEY=VALUE'),
         ('--opt-kwargs 1=2', 'expected KEY=VALUE'),
+        ('--model-kwargs a={[]:1}', 'expected KEY=VALUE'),
+        ('--model resnet50.foo', 'no such tag'),
+        ('--aa rand-x9', 'must be such as rand-m9'),
+        ('--device foo', 'must be a device'),
+        ('--opt-betas 0.9', 'must be two values'),
+        ('--seed 4294967296', 'must be 0 or more and at most'),
+        ('--experiment .', 'inside --output'),
         ('--experiment ../../x', 'inside --output'),
         ('--experiment /tmp/x', 'inside --output'),
         ('--resume auto', 'needs --experiment'),

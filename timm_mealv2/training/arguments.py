@@ -20,6 +20,7 @@ __all__ = ['args_text', 'build_parser', 'list_recipes', 'paper_differences', 'pa
 
 # What the command line says about itself, not about the training.
 _NOT_SETTINGS = ('config', 'recipe', 'list_recipes', 'explicit')
+_SAY_THE_SAME = (('batch_size', 'total_batch_size'), ('teachers', 'kd_model_name'))
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -43,16 +44,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         raise SystemExit(0)
     settings: dict[str, Any] = {}
     if given.get('recipe'):
-        settings.update(_recipe(given['recipe']))
+        settings = _recipe(given['recipe'])
     if given.get('config'):
-        settings.update(_read_settings(Path(given['config'])))
-    if 'batch_size' in given and 'total_batch_size' not in given:
-        settings.pop('total_batch_size', None)
-    if 'total_batch_size' in given and 'batch_size' not in given:
-        settings.pop('batch_size', None)
-    for ours, timms in (('teachers', 'kd_model_name'), ('kd_model_name', 'teachers')):
-        if ours in given and timms not in given:
-            settings.pop(timms, None)
+        settings = _over(_read_settings(Path(given['config'])), settings)
+    settings = {name: value for name, value in _over(given, settings).items() if name not in given}
     parser = build_parser()
     changed = {dest for dest, value in settings.items() if value != parser.get_default(dest)}
     parser.set_defaults(**settings)
@@ -64,6 +59,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.kd_model_name = None
     check_args(args)
     return args
+
+
+def _over(upper: Mapping[str, Any], lower: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of two layers; one in the upper also hides the one in the lower that says the same otherwise."""
+    hidden = {
+        other for pair in _SAY_THE_SAME for name, other in (pair, pair[::-1]) if name in upper and other not in upper
+    }
+    return {**{name: value for name, value in lower.items() if name not in hidden}, **upper}
 
 
 def args_text(args: argparse.Namespace) -> str:
@@ -172,8 +175,9 @@ def _read_settings(path: Any, recipe: bool = False) -> dict[str, Any]:
     for key, value in content.items():
         dest = str(key).replace('-', '_')
         if dest not in actions:
-            near = difflib.get_close_matches(dest, actions, 1, 0)
-            raise UserError(f'{path}: there is no option {key!r}, the nearest is {near[0]!r}.')
+            near = difflib.get_close_matches(dest, actions, 1, 0.5)
+            hint = f', the nearest is {near[0]!r}' if near else ''
+            raise UserError(f'{path}: there is no option {key!r}{hint} (mealv2-train --help lists them).')
         settings[dest] = _entry(parser, actions[dest], value, f'{path}: {key}')
     return settings
 

@@ -419,11 +419,14 @@ def build_scheduler(
     args: argparse.Namespace, optimizer: torch.optim.Optimizer, loader: TrainLoader | StreamLoader, decreasing: bool
 ) -> tuple[Scheduler | None, int]:
     """Create timm's learning rate schedule and count the epochs, those of warm-up and cool-down included."""
-    return create_scheduler_v2(
-        optimizer,
-        **scheduler_kwargs(args, decreasing_metric=decreasing),
-        updates_per_epoch=updates_per_epoch(loader, args.grad_accum_steps),
-    )
+    try:
+        return create_scheduler_v2(
+            optimizer,
+            **scheduler_kwargs(args, decreasing_metric=decreasing),
+            updates_per_epoch=updates_per_epoch(loader, args.grad_accum_steps),
+        )
+    except (AssertionError, ValueError) as error:
+        raise UserError(f'cannot create --sched {args.sched}: {error}') from error
 
 
 def build_stepper(

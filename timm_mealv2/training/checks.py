@@ -9,8 +9,9 @@ from pathlib import PurePath
 from typing import Any
 
 import timm
-from timm.data.auto_augment import auto_augment_policy
-from timm.models import split_model_name_tag
+import torch
+from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
+from timm.models import get_arch_pretrained_cfgs, split_model_name_tag
 from timm.optim import list_optimizers
 
 from timm_mealv2.errors import UserError
@@ -57,7 +58,7 @@ _RANGES: dict[str, tuple[float, float]] = {
             *('opt_eps', 'weight_decay', 'layer_decay_min_scale', 'layer_decay_no_opt_scale', 'lr', 'lr_noise_pct'),
             *('lr_noise_std', 'warmup_lr', 'min_lr', 'epoch_repeats', 'start_epoch', 'decay_milestones', 'momentum'),
             *('warmup_epochs', 'cooldown_epochs', 'patience_epochs', 'color_jitter', 'aug_repeats', 'aug_splits'),
-            *('mixup', 'cutmix', 'mixup_off_epoch', 'recovery_interval', 'workers', 'tta', 'seed', 'local_rank'),
+            *('mixup', 'cutmix', 'mixup_off_epoch', 'recovery_interval', 'workers', 'tta', 'local_rank'),
             *('train_size_probs', 'train_size_schedule_spread', 'teacher_weights', 'discriminator_weight'),
             *('discriminator_lr_scale', 'hard_label_weight', 'distill_loss_weight', 'task_loss_weight'),
             *('head_init_scale', 'lr_cycle_decay'),
@@ -81,6 +82,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     ),
     **dict.fromkeys(('smoothing', 'drop', 'drop_connect', 'drop_path', 'drop_block', 'opt_betas'), _BELOW_1),
     'crop_pct': (math.ulp(0.0), 1),
+    'seed': (0, 2**32 - 1),
 }
 
 _OF_MEALV2 = (
@@ -129,13 +131,22 @@ def _check_number(name: str, value: float) -> None:
 
 
 def _check_names(args: argparse.Namespace) -> None:
-    if ':' not in args.model and not timm.is_model(split_model_name_tag(args.model)[0]):
-        near = difflib.get_close_matches(args.model, timm.list_models(), 1, 0) or ['none']
+    architecture, tag = split_model_name_tag(args.model)
+    if ':' not in args.model and not timm.is_model(architecture):
+        near = difflib.get_close_matches(args.model, timm.list_models(), 1, 0)
         _refuse('model', args.model, f'timm has no such model, the nearest is {near[0]}')
+    if ':' not in args.model and tag and args.model not in get_arch_pretrained_cfgs(architecture):
+        _refuse('model', args.model, f'timm has no such tag, but {", ".join(get_arch_pretrained_cfgs(architecture))}')
+    try:
+        torch.device(args.device)
+    except RuntimeError:
+        _refuse('device', args.device, 'must be a device of torch, such as cpu, cuda or cuda:1')
+    if args.opt_betas is not None and len(args.opt_betas) not in (2, 3):
+        _refuse('opt_betas', args.opt_betas, 'must be two values (three for adan)')
     if args.opt.lower() not in list_optimizers():
         _refuse('opt', args.opt, 'timm has no such optimizer; timm.optim.list_optimizers() lists them')
     experiment = PurePath(args.experiment)
-    if experiment.is_absolute() or '..' in experiment.parts:
+    if args.experiment and (experiment.is_absolute() or '..' in experiment.parts or not experiment.parts):
         _refuse('experiment', args.experiment, 'must name a folder inside --output')
     if args.resume == 'auto' and not args.experiment:
         raise UserError('--resume auto needs --experiment, the run folder to continue.')
@@ -145,12 +156,11 @@ def _check_names(args: argparse.Namespace) -> None:
 
 def _check_policy(policy: str) -> None:
     kind = policy.split('-')[0]
-    if kind in ('rand', 'augmix', '3a'):
-        return
+    make = {'rand': rand_augment_transform, 'augmix': augment_and_mix_transform}.get(kind, auto_augment_transform)
     try:
-        auto_augment_policy(policy)
+        make(policy, {})
     except (AssertionError, KeyError, ValueError, IndexError):
-        _refuse('aa', policy, 'must be rand-..., augmix-..., 3a, v0, v0r, original or originalr')
+        _refuse('aa', policy, 'must be such as rand-m9-mstd0.5, augmix-m5-w2, 3a, v0, v0r, original or originalr')
 
 
 def _check_shapes(args: argparse.Namespace) -> None:

@@ -23,7 +23,10 @@ class _KeyValues(ParseKwargs):
         for value in values:
             if not value.partition('=')[0].isidentifier() or '=' not in value:
                 raise argparse.ArgumentError(self, f'expected KEY=VALUE, got {value!r}')
-        super().__call__(parser, namespace, values, option_string)
+        try:
+            super().__call__(parser, namespace, values, option_string)
+        except (MemoryError, RecursionError, TypeError) as error:  # a literal that is none
+            raise argparse.ArgumentError(self, f'expected KEY=VALUE, got {" ".join(values)!r}: {error}') from None
 
 
 def _flag(*names: str, help: str) -> _Option:
