@@ -51,12 +51,12 @@ DATA = HERE / 'data'
 TEACHERS = {name: f'local-dir:{HERE / "teachers" / name}' for name in ('teacher_a', 'teacher_b')}
 
 STUDENT = 'resnet10t'
-START_EPOCHS, STUDENT_EPOCHS = 60, 40
+START_EPOCHS, STUDENT_EPOCHS = 50, 30
 LABELLED = 2000
 
 # The recipe has the model, the pixels, the augmentation and the settings of MEAL V2.
 COMMON = shlex.split(
-    '--recipe quickstart --train-split train.tar --val-split validation.tar --val-interval 5 --checkpoint-hist 1 '
+    '--recipe quickstart --train-split train.tar --val-split validation.tar --val-interval 10 --checkpoint-hist 1 '
     '--channels-last --workers 0'
 )
 START = shlex.split('--lr 0.1 --warmup-epochs 5 --weight-decay 5e-4')
