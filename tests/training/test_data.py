@@ -1,5 +1,6 @@
 """The training loader: what a batch holds depends on (seed, epoch, batch) alone."""
 
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from timm.data import create_dataset
 from torch import Tensor
 
 from timm_mealv2.errors import UserError
-from timm_mealv2.training.data import TrainLoader, check_classes, eval_loader, open_dataset
+from timm_mealv2.training.data import TrainLoader, check_classes, class_names, eval_loader, open_dataset
 
 TRANSFORM: dict[str, Any] = {
     'scale': (0.3, 1.0),
@@ -148,6 +149,15 @@ def test_what_cannot_be_opened_is_said_in_one_line(tmp_path: Path) -> None:
             open_dataset('', str(tmp_path / root), 'train')
     with pytest.raises(UserError, match='--data-dir'):
         open_dataset('', None, 'train')
+
+
+def test_classes_of_a_tar_are_compared_too(image_folder: Path, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / 'train.tar', 'w') as tar:
+        tar.add(image_folder / 'train', 'train')
+    dataset = open_dataset('', str(tmp_path), 'train.tar')
+    assert class_names(dataset) == ['cold', 'plain', 'warm']
+    with pytest.raises(UserError, match='3 classes, the model 10'):
+        check_classes(dataset, None, 10)
 
 
 def test_class_counts_and_names_are_compared(image_folder: Path, tmp_path: Path) -> None:

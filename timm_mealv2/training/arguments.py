@@ -69,12 +69,14 @@ def _over(upper: Mapping[str, Any], lower: Mapping[str, Any]) -> dict[str, Any]:
     return {**{name: value for name, value in lower.items() if name not in hidden}, **upper}
 
 
-def args_text(args: argparse.Namespace) -> str:
-    """Return all settings as YAML; `-c` on that file gives them back."""
-    names = [action.dest for action in build_parser()._actions if action.dest not in (*_NOT_SETTINGS, 'help')]
-    settings = {name: getattr(args, name) for name in names}
+def args_text(args: argparse.Namespace, changed: bool = False) -> str:
+    """Return all settings, or those that are not the default, as YAML; `-c` on that file gives them back."""
+    actions = [action for action in build_parser()._actions if action.dest not in (*_NOT_SETTINGS, 'help')]
+    settings = {action.dest: getattr(args, action.dest) for action in actions}
+    if changed:
+        settings = {a.dest: settings[a.dest] for a in actions if settings[a.dest] not in (a.default, [])}
     if args.total_batch_size:
-        del settings['batch_size']  # it was made from the total
+        settings.pop('batch_size', None)  # it was made from the total
     head = f'# mealv2-train --recipe {args.recipe}\n' if args.recipe else ''
     return head + yaml.dump(settings, Dumper=_Dumper, sort_keys=False)
 

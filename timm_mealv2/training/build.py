@@ -328,7 +328,7 @@ def build_train_loader(
         'ratio': args.ratio,
         'hflip': args.hflip,
         'vflip': args.vflip,
-        'color_jitter': args.color_jitter,
+        'color_jitter': args.color_jitter or None,  # timm applies a jitter of 0 too, which only takes time
         'color_jitter_prob': args.color_jitter_prob,
         'grayscale_prob': args.grayscale_prob or 0.0,
         'gaussian_blur_prob': args.gaussian_blur_prob or 0.0,

@@ -69,7 +69,8 @@ def dataset_root(dataset: Dataset) -> Path | None:
 
 def class_names(dataset: Dataset) -> list[str] | None:
     """Names of the classes in the order of their indices, None where the data set does not tell."""
-    mapping = getattr(getattr(dataset, 'reader', dataset), 'class_to_idx', None)
+    reader = getattr(dataset, 'reader', dataset)
+    mapping = getattr(reader, 'class_to_idx', None) or getattr(reader, 'class_name_to_idx', None)  # of tars
     if not mapping or len(set(mapping.values())) != len(mapping):
         return None
     return [str(name) for name in sorted(mapping, key=mapping.__getitem__)]

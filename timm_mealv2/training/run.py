@@ -279,7 +279,7 @@ class _Run:
     def _announce(self) -> None:
         args = self.args
         if args.recipe or args.dry_run:
-            _logger.info(f'Settings:\n{args_text(args)}')
+            _logger.info(f'Settings other than the defaults:\n{args_text(args, changed=True)}')
         if isinstance(self.teachers, EnsembleTeacher):
             for name, teacher in zip(self.teachers.names, self.teachers.teachers, strict=True):
                 own = getattr(teacher, 'pretrained_cfg', {})
