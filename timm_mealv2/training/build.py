@@ -64,6 +64,8 @@ def build_device(args: argparse.Namespace) -> torch.device:
     device = init_distributed_device(args)
     if not args.distributed and is_distributed_env():
         raise UserError('WORLD_SIZE is above 1 but no process group was made: start with torchrun.')
+    if args.sync_bn and args.distributed and device.type == 'cpu':
+        raise UserError('--sync-bn: torch synchronises batch norm on GPUs only; leave it out.')
     if args.total_batch_size:
         if args.total_batch_size % (args.world_size * args.grad_accum_steps):
             raise UserError(
