@@ -1,4 +1,4 @@
-"""Entry points of `torch.hub.load`: every MEAL V2 student; keywords as for `timm.create_model`."""
+"""Entry points of `torch.hub.load`: every student; `pretrained_cfg=TAG` chooses the weights, the rest is as in timm."""
 
 from timm_mealv2.mealv2_students import (
     mealv1_resnet50,

@@ -1,6 +1,9 @@
 """What several test files share: a small data set with something to learn, and a quiet, offline environment."""
 
+import os
 from pathlib import Path
+
+os.environ['HF_HUB_OFFLINE'] = '1'  # huggingface_hub reads it when it is imported
 
 import numpy as np
 import pytest
@@ -18,7 +21,6 @@ def _one_thread() -> None:
 @pytest.fixture(autouse=True)
 def _own_caches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No test reads or writes the user's caches, or reaches for the network by itself."""
-    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
     monkeypatch.setenv('HF_HOME', str(tmp_path / 'hf_home'))
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch_home'))
 

@@ -13,10 +13,14 @@ import hashlib
 import http.client
 import logging
 import os
-from collections.abc import Callable, Mapping
+import ssl
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 from urllib.parse import urlparse
 
 import torch
@@ -32,7 +36,6 @@ from timm.models import (
     register_model,
     resolve_pretrained_cfg,
 )
-from timm.models._hub import load_state_dict_from_path
 from timm.models.efficientnet import tf_efficientnet_b0
 from timm.models.mobilenetv3 import tf_mobilenetv3_large_100, tf_mobilenetv3_small_075, tf_mobilenetv3_small_100
 from timm.models.resnet import resnet18, resnet50
@@ -106,6 +109,8 @@ KNOWN_SHA256: dict[str, str] = {}
 Empty: the release page was out of reach when this was written, and a digest is pinned only from the file itself.
 """
 
+_Check = Callable[[dict[str, Tensor], str], dict[str, Tensor]]
+
 _SOURCES = ('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source')
 
 
@@ -121,8 +126,8 @@ def _create(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
         return architecture(pretrained=False, pretrained_cfg=cfg, **kwargs)
 
     cfg = _from_namespace(cfg)
-    weights, origin = _read_weights(cfg, kwargs.get('cache_dir'))
-    _check_fit(weights, origin, cfg, architecture, kwargs.get('pretrained_model_args') or {})
+    check = partial(_fitting, cfg=cfg, architecture=architecture, model_args=kwargs.get('pretrained_model_args') or {})
+    weights = _read_weights(cfg, kwargs.get('cache_dir'), check)
     # timm gets the very tensors that were checked; a second look at the source could find others.
     loading = replace(cfg, **{**dict.fromkeys(_SOURCES), 'state_dict': weights})
     model = architecture(pretrained=True, pretrained_cfg=loading, **kwargs)
@@ -157,25 +162,25 @@ def _restore_source(model: nn.Module, cfg: PretrainedCfg) -> None:
                 entries.update(source)
 
 
-def _read_weights(cfg: PretrainedCfg, cache_dir: str | os.PathLike[str] | None) -> tuple[dict[str, Tensor], str]:
-    """Return the state dict (without `module.`) that `cfg` points to, and what to call its source in a message.
+def _read_weights(cfg: PretrainedCfg, cache_dir: str | os.PathLike[str] | None, check: _Check) -> dict[str, Tensor]:
+    """Return the state dict (without `module.`) that `cfg` points to, after `check(weights, name of the source)`.
 
     The order of sources is timm's.
     """
     if cfg.source == 'local-dir':
-        assert cfg.file is not None
-        return _readable(load_state_dict_from_path, cfg.file), cfg.file
+        path = _weights_file(str(cfg.file))
+        return check(_readable(path, str(path)), str(path))
     if cfg.source != 'hf-hub':
         if cfg.state_dict:
-            return clean_state_dict(cfg.state_dict), 'the given state_dict'
+            return check(clean_state_dict(cfg.state_dict), 'the given state_dict')
         if cfg.file:
             if not Path(cfg.file).is_file():
                 raise UserError(f'{cfg.file}: no such file; expected the weights of {cfg.architecture}')
-            return _readable(load_state_dict, cfg.file), str(cfg.file)
+            return check(_readable(Path(cfg.file), str(cfg.file)), str(cfg.file))
     if cfg.hf_hub_id:
-        return _read_from_hub(cfg, cache_dir), cfg.hf_hub_id
+        return check(_read_from_hub(cfg, cache_dir), cfg.hf_hub_id)
     if cfg.url:
-        return _read_from_url(str(cfg.url), cfg, cache_dir)
+        return _read_from_url(str(cfg.url), cache_dir, check)
     recipe = f'{cfg.architecture}_{cfg.input_size[-1]}'
     raise UserError(
         f'{cfg.architecture}: no weights were released; train it with `mealv2-train --recipe {recipe}`, '
@@ -183,15 +188,22 @@ def _read_weights(cfg: PretrainedCfg, cache_dir: str | os.PathLike[str] | None) 
     )
 
 
-def _readable(load: Callable[..., Any], path: str | os.PathLike[str], name: str | None = None) -> dict[str, Tensor]:
-    """Call `load(path)`; whatever torch and safetensors raise for a damaged file is one `UserError`."""
+def _weights_file(folder: str) -> Path:
+    names = 'model.safetensors', 'pytorch_model.bin'  # what timm's save_for_hf writes, in the order timm looks for them
+    for name in names:
+        if (path := Path(folder, name)).is_file():
+            return path
+    raise UserError(f'{folder}: no weights there; expected {" or ".join(names)}')
+
+
+def _readable(path: Path, name: str) -> dict[str, Tensor]:
+    """Read a state dict; whatever torch and safetensors raise for a damaged file is one `UserError`."""
     try:
-        return clean_state_dict(load(path))
+        return clean_state_dict(load_state_dict(str(path)))
     except Exception as error:
-        reason = str(error).strip().split('\n')[0][:200]
         raise UserError(
-            f'{name or path} cannot be read as a state dict (cut off, damaged, or not only weights): '
-            f'{type(error).__name__}: {reason}; get the file again'
+            f'{name} cannot be read as a state dict (cut off, damaged, or not only weights): {_first_line(error)}; '
+            f'get the file again'
         ) from error
 
 
@@ -206,73 +218,88 @@ def _read_from_hub(cfg: PretrainedCfg, cache_dir: str | os.PathLike[str] | None)
         ) from error
 
 
-def _read_from_url(
-    url: str, cfg: PretrainedCfg, cache_dir: str | os.PathLike[str] | None
-) -> tuple[dict[str, Tensor], str]:
-    """Return the weights of `url` and the path of the file, which is downloaded when the cache lacks it.
+def _read_from_url(url: str, cache_dir: str | os.PathLike[str] | None, check: _Check) -> dict[str, Tensor]:
+    """Return the weights of `url`, from the cache or, for the first time, by a download.
 
     A download enters the cache when it is whole, readable and fits. The digest of the first use is recorded beside
-    the file, in the format of `sha256sum`.
+    the file, in the format of `sha256sum`; it outlives the file, so that another file is noticed later.
     """
     path = Path(cache_dir or Path(torch.hub.get_dir()) / 'checkpoints') / Path(urlparse(url).path).name
     record = Path(f'{path}.sha256')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_file() and record.is_file():  # needs no lock, hence serves a cache that cannot be written
-            return _read_checked(path, path, record), str(path)
-        with FileLock(path.with_name(f'.{path.name}.lock')):
+            return check(_read_checked(path, path, record)[0], str(path))
+        with _locked(path):
             if path.is_file():
-                weights = _read_checked(path, path, record)
+                weights, digest = _read_checked(path, path, record)
+                check(weights, str(path))
             else:
                 with replacing(path) as temporary:
                     _download(url, temporary)
-                    weights = _read_checked(temporary, path, record)
-                    _check_fit(weights, url, cfg, _ARCHITECTURES[cfg.architecture], {})
+                    weights, digest = _read_checked(temporary, path, record)
+                    check(weights, url)
             if not record.is_file():
                 with replacing(record) as temporary:
-                    temporary.write_text(f'{_sha256(path)}  {path.name}\n')
+                    temporary.write_text(f'{digest}  {path.name}\n')
     except OSError as error:
-        raise UserError(f'{path} cannot be written: {_first_line(error)}; choose another cache_dir') from error
-    return weights, str(path)
+        raise UserError(
+            f'{path.parent} cannot be used as a cache: {_first_line(error)}; mend that or choose another cache_dir'
+        ) from error
+    return weights
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Let one process at a time download `path`; a second one then finds it there."""
+    lock = path.with_name(f'.{path.name}.lock')
+    with FileLock(lock):
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)  # at worst a process that waits and one that comes later download both
 
 
 def _download(url: str, path: Path) -> None:
     _logger.info('Downloading %s', url)
     try:
         torch.hub.download_url_to_file(url, str(path), progress=True)
-    except (OSError, ValueError, http.client.HTTPException) as error:
+    except (URLError, ssl.SSLError, ConnectionError, TimeoutError, http.client.HTTPException, ValueError) as error:
         raise UserError(
             f'{url} cannot be downloaded: {_first_line(error)}; check the network, or give '
             f'pretrained_cfg_overlay=dict(file=...) with a copy of the file'
         ) from error
 
 
-def _read_checked(file: Path, path: Path, record: Path) -> dict[str, Tensor]:
-    """Read `file`, which is or will be `path`, after comparing its digest with the pinned or the recorded one."""
-    expected = KNOWN_SHA256.get(path.name)
-    where = 'KNOWN_SHA256'
+def _read_checked(file: Path, path: Path, record: Path) -> tuple[dict[str, Tensor], str]:
+    """Read `file`, which is or will be `path`, after comparing its digest with the pinned or the recorded one.
+
+    Returns:
+        The weights, and the digest.
+    """
+    with file.open('rb') as opened:
+        digest = hashlib.file_digest(opened, 'sha256').hexdigest()
+    expected, where = KNOWN_SHA256.get(path.name), 'KNOWN_SHA256'
+    remedy = 'that is not the released file'
     if expected is None and record.is_file():
         expected, where = (record.read_text().split() or ['nothing'])[0], str(record)
-    if expected is not None and (actual := _sha256(file)) != expected:
-        raise UserError(
-            f'{path} has SHA-256 {actual}, but {where} says {expected}; delete {path} and download it again'
-        )
-    return _readable(load_state_dict, file, str(path))
+        remedy = f'the source has another file than before; delete {record} to accept it'
+    if expected not in (None, digest):
+        if file == path:
+            remedy = f'delete {path} and load again'
+        raise UserError(f'{path.name} has SHA-256 {digest}, but {where} says {expected}: {remedy}')
+    return _readable(file, str(path)), digest
 
 
-def _sha256(path: Path) -> str:
-    with path.open('rb') as file:
-        return hashlib.file_digest(file, 'sha256').hexdigest()
-
-
-def _check_fit(
-    weights: Mapping[str, Tensor],
+def _fitting(
+    weights: dict[str, Tensor],
     origin: str,
+    *,
     cfg: PretrainedCfg,
     architecture: Callable[..., nn.Module],
     model_args: dict[str, Any],
-) -> None:
-    """Compare keys and shapes of `weights` with the full model that `cfg` describes.
+) -> dict[str, Tensor]:
+    """Return `weights` if their keys and shapes are those of the full model that `cfg` describes.
 
     Args:
         weights: State dict without prefixes.
@@ -303,6 +330,7 @@ def _check_fit(
             f'{origin} does not fit {cfg.architecture} (weights of a {vanilla} with {cfg.num_classes} classes and '
             f'{cfg.input_size[0]} input channels are expected): {told}'
         )
+    return weights
 
 
 def _some(keys: list[str], number: int = 3) -> str:
