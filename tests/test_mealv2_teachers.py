@@ -4,6 +4,7 @@ import argparse
 import copy
 import json
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -510,6 +511,165 @@ class TestCheckpoint:
 def test_parse_teachers():
     texts = ['a.x, b', 'hf-hub:me/a,b', 'local-dir:/x,y', 'resnet18=/p,q/r.pth', 'c,']
     assert parse_teachers(texts) == ['a.x', 'b', 'hf-hub:me/a,b', 'local-dir:/x,y', 'resnet18=/p,q/r.pth', 'c']
+
+
+class TestClasses:
+    def test_a_subset_is_renormalised_as_numpy_does_it(self):
+        rng = np.random.default_rng(0)
+        wide, narrow, chosen = rng.normal(scale=3, size=(6, 8)), rng.normal(scale=3, size=(6, 3)), [5, 0, 2]
+        teachers = [Scripted(wide), Scripted(narrow)]
+        teachers[0].pretrained_cfg = {'architecture': 'wide'}  # type: ignore[assignment]
+        ensemble = create_ensemble(teachers, num_classes=3, weights=[3, 1], classes={'wide': chosen})
+
+        wide_prob, narrow_prob = (np.exp(z) / np.exp(z).sum(axis=1, keepdims=True) for z in (wide, narrow))
+        part = wide_prob[:, chosen] / wide_prob[:, chosen].sum(axis=1, keepdims=True)
+        log_probs, mean_logits = ensemble.predict(images(6).double())
+        np.testing.assert_allclose(log_probs.exp().numpy(), 0.75 * part + 0.25 * narrow_prob, rtol=1e-10)
+        np.testing.assert_allclose(mean_logits.numpy(), 0.75 * wide[:, chosen] + 0.25 * narrow, rtol=1e-10)
+        np.testing.assert_array_equal(ensemble.teacher_logits(images(6).double())[0].numpy(), wide[:, chosen])
+        assert ensemble.num_classes == ensemble.pretrained_cfg['num_classes'] == 3
+
+    def test_pixels_and_size_are_those_of_the_teacher_and_copies_answer_alike(self):
+        teacher = timm.create_model('test_vit', num_classes=10, img_size=32, dynamic_img_size=False)
+        teacher.pretrained_cfg.update(mean=HALF, std=HALF, tag='')
+        whole = EnsembleTeacher([tiny(1), teacher]).teacher_logits(images())[1]
+        ensemble = create_ensemble([tiny(1, num_classes=2), teacher], classes={'test_vit': [7, 3]})
+        assert ensemble.img_sizes == (None, (32, 32))
+        torch.testing.assert_close(ensemble.teacher_logits(images())[1], whole[:, [7, 3]])
+        assert torch.equal(copy.deepcopy(ensemble)(images()), ensemble(images()))
+        assert not any(p.requires_grad for p in ensemble.train().parameters())
+        assert not any(module.training for module in ensemble.modules())
+
+    def test_files_folders_and_ensembles_serve_a_subset(self, tmp_path):
+        a, b = tiny(0, 'test_resnet'), tiny(1)
+        torch.save(a.state_dict(), tmp_path / 'a.pth')
+        folder, checkpoint = save_folder(tmp_path / 'b', b), f'test_resnet={tmp_path / "a.pth"}'
+        inner = write_ensemble(tmp_path / 'e', model_args={'teachers': [folder, checkpoint]}, pretrained_cfg={})
+        expected = create_ensemble([folder, checkpoint]).teacher_logits(images())[:, :, [9, 1]]
+        for teachers in ([folder, checkpoint], [inner]):
+            ensemble = create_ensemble(teachers, num_classes=2, classes={name: [9, 1] for name in teachers})
+            torch.testing.assert_close(ensemble.teacher_logits(images()), expected)
+        config = {'teachers': ['local-dir:../b'], 'classes': {'local-dir:../b': [9, 1]}}
+        outer = write_ensemble(tmp_path / 'o', model_args=config, pretrained_cfg={})
+        torch.testing.assert_close(create_ensemble([outer], num_classes=2).teacher_logits(images()), expected[:1])
+
+    def test_the_same_model_is_refused_with_other_classes_too(self):
+        same = copy.deepcopy(a := tiny(0))
+        same.pretrained_cfg = {**a.pretrained_cfg, 'architecture': 'b', 'tag': ''}
+        with pytest.raises(UserError, match='have the same weights'):
+            create_ensemble([a, same], classes={'b': list(range(9, -1, -1))})
+
+    @pytest.mark.parametrize(
+        ('name', 'classes', 'message'),
+        [
+            ('other', [0, 1], 'Classes are given for other, which is no teacher'),
+            ('Scripted', [0, 1, 2], 'must have one class for each of the 2, got 3'),
+            ('Scripted', [0, 8], 'Teacher Scripted: .* from 0 to 7, got 8'),
+            ('Scripted', [0, -1], 'from 0 to 7, got -1'),
+            ('Scripted', [4, 4], 'must differ, got 4 more than once'),
+            ('Scripted', [0, 0.5], 'must be whole numbers'),
+        ],
+    )
+    def test_impossible_classes(self, name, classes, message):
+        with pytest.raises(UserError, match=message):
+            create_ensemble([Scripted(np.zeros((1, 8)))], num_classes=2, classes={name: classes})
+
+
+CODE = """
+import timm, torch
+from torch import nn
+
+class Grey(nn.Module):
+    num_classes, in_chans = 4, 1
+    pretrained_cfg = {'mean': (0.5,), 'std': (0.25,), 'input_size': (1, 8, 8)}
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(1, 4)
+
+    def forward(self, x):
+        return self.linear(x.mean((2, 3)))
+
+def grey():
+    torch.manual_seed(0)
+    return Grey()
+
+def without_count():
+    return nn.Flatten()
+
+def no_module():
+    return 3
+
+def fails():
+    raise RuntimeError('no weights\\nhere')
+
+def no_tensor():
+    model = nn.Module()
+    model.num_classes, model.forward = 4, lambda x: {'logits': x}
+    return model
+"""
+
+
+class TestPython:
+    @pytest.fixture
+    def module(self, tmp_path, monkeypatch):
+        """The name of a module in the working directory, which an installed program does not have on its path."""
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, 'path', [path for path in sys.path if path])
+        (tmp_path / 'my').mkdir()
+        (tmp_path / 'my/teachers.py').write_text(CODE)
+        yield 'my.teachers'
+        for name in ('my', 'my.teachers'):
+            sys.modules.pop(name, None)
+
+    def test_a_function_of_the_working_directory_makes_a_teacher(self, module):
+        ensemble = create_ensemble(parse_teachers([f'python:{module}:grey']), num_classes=4, in_chans=1)
+        assert ensemble.names == ('python:my.teachers:grey',)
+        assert ensemble.pretrained_cfg['input_size'] == (1, 8, 8)
+        ensemble.pretrained_cfg.update(mean=(0.0,), std=(1.0,))
+        x = images(2, chans=1, size=8)
+        linear: Any = ensemble.teachers[0].get_submodule('linear')
+        expected = F.linear((x.mean((2, 3)) - 0.5) / 0.25, linear.weight, linear.bias)
+        torch.testing.assert_close(ensemble.teacher_logits(x)[0], expected, rtol=1e-4, atol=1e-5)
+        classes = {f'python:{module}:grey': [2, 0]}
+        assert create_ensemble([f'python:{module}:grey'], num_classes=2, classes=classes).num_classes == 2
+
+    @pytest.mark.parametrize(
+        ('function', 'message'),
+        [
+            ('without_count', 'has no num_classes'),
+            ('no_module', 'must return an nn.Module, got int'),
+            ('fails', 'RuntimeError: no weights here'),
+            ('absent', "cannot be made: AttributeError: .*'absent'"),
+            ('', 'must be python:package.module:function'),
+        ],
+    )
+    def test_functions_that_make_none(self, module, function, message):
+        with pytest.raises(UserError, match=message):
+            create_ensemble([f'python:{module}:{function}'])
+
+    def test_a_module_that_is_not_there(self):
+        with pytest.raises(UserError, match=r'python:not\.there:f cannot be made: ModuleNotFoundError'):
+            create_ensemble(['python:not.there:f'])
+
+    def test_an_answer_that_is_no_tensor(self, module):
+        with pytest.raises(UserError, match=r'must answer with logits .*, got dict'):
+            create_ensemble([f'python:{module}:no_tensor'])(images())
+
+    def test_commas_do_not_split_it(self):
+        assert parse_teachers(['python:a:b,c', 'd,e']) == ['python:a:b,c', 'd', 'e']
+
+    def test_a_config_file_cannot_run_code(self, module, tmp_path):
+        (tmp_path / 'my/trap.py').write_text('raise SystemExit("the code of a config.json was run")')
+        folder = write_ensemble(tmp_path / 'e', model_args={'teachers': ['python:my.trap:f']}, pretrained_cfg={})
+        for make in (lambda: create_ensemble([folder]), lambda: timm.create_model(folder, pretrained=True)):
+            with pytest.raises(UserError, match=r'python:my\.trap:f is refused in a config\.json'):
+                make()
+        (tmp_path / 'e/config.json').write_text(
+            json.dumps({'architecture': 'mealv2_ensemble', 'teachers': 'python:my.trap:f'})
+        )
+        with pytest.raises(UserError):
+            create_ensemble([folder])
 
 
 def write_ensemble(folder: Path, **config) -> str:

@@ -4,18 +4,22 @@ A teacher is an `nn.Module`, or a text that names one:
 
 - `resnet152s.gluon_in1k`: a timm model, with the pretrained weights of its tag;
 - `hf-hub:USER/REPO`, `local-dir:FOLDER`: an exported model, built as its `config.json` says (`model_args` included);
-- `resnet18=path/to/checkpoint.pth.tar`: weights of one's own in a timm architecture.
+- `resnet18=path/to/checkpoint.pth.tar`: weights of one's own in a timm architecture;
+- `python:package.module:function`: what the function returns, called without arguments.
 
 timm groups models by the name of the module that registers them, hence the prefix of this file's name.
 """
 
 import argparse
 import difflib
+import importlib
 import logging
 import math
+import operator
 import os
+import sys
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Self
@@ -48,14 +52,59 @@ from timm_mealv2.errors import UserError
 from timm_mealv2.losses import at_least_float32
 from timm_mealv2.normalisation import channel_stats, renormalise
 
-__all__ = ['EnsembleTeacher', 'create_ensemble', 'create_from_checkpoint', 'parse_teachers']
+__all__ = ['ClassSubset', 'EnsembleTeacher', 'create_ensemble', 'create_from_checkpoint', 'parse_teachers']
 
 _logger = logging.getLogger(__name__)
 
 _SOURCES = ('hf-hub:', 'hf_hub:', 'local-dir:')
+_PYTHON = 'python:'
 Size = int | tuple[int, int] | None
 
 _DATA_CONFIG = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
+
+
+class ClassSubset(nn.Module):
+    """A model's answers for some of its classes: the softmax of these logits is its probability, renormalised.
+
+    Attributes:
+        model: The model.
+        num_classes: Number of the classes taken.
+        pretrained_cfg: The model's.
+
+    Args:
+        model: A model [B, chans, H, W] -> logits [B, C], with an attribute `num_classes`.
+        classes: The model's class of each new one, from 0 to C - 1.
+
+    Raises:
+        UserError: If there is no class, one is there twice, or one is none of the model's.
+    """
+
+    def __init__(self, model: nn.Module, classes: Sequence[int]) -> None:
+        super().__init__()
+        self._name = _default_name(model)
+        self._width = _num_classes(model, self._name)
+        try:
+            indices = [operator.index(index) for index in classes]
+        except TypeError as error:
+            raise UserError(f'Classes of a teacher must be whole numbers, got {classes!r}.') from error
+        if not indices:
+            raise UserError('Classes of a teacher must be at least one, got none.')
+        for index in indices:
+            if not 0 <= index < self._width:
+                raise UserError(f'Classes of a teacher must be from 0 to {self._width - 1}, got {index}.')
+        if len(set(indices)) < len(indices):
+            twice = next(index for index in indices if indices.count(index) > 1)
+            raise UserError(f'Classes of a teacher must differ, got {twice} more than once.')
+        self.model = model
+        self.num_classes = len(indices)
+        self.pretrained_cfg = _cfg_of(model)
+        self.register_buffer('indices', torch.tensor(indices), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits of the classes taken, [B, num_classes]."""
+        logits: Tensor = self.model(x)
+        _check_logits(logits, self._name, (len(x), self._width))
+        return logits.index_select(1, self.get_buffer('indices'))
 
 
 class EnsembleTeacher(nn.Module):
@@ -190,11 +239,7 @@ class EnsembleTeacher(nn.Module):
             torch.autocast(x.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None),
         ):
             logits = self.teachers[index](x)
-        if logits.shape != (len(x), self.num_classes):
-            raise UserError(
-                f'Teacher {self.names[index]} must answer with logits [{len(x)}, {self.num_classes}], '
-                f'got a tensor of shape {list(logits.shape)}: its num_classes has to be the width of its logits.'
-            )
+        _check_logits(logits, self.names[index], (len(x), self.num_classes))
         return at_least_float32(logits)
 
     def _input_for(self, index: int, x: Tensor) -> Tensor:
@@ -227,7 +272,7 @@ class EnsembleTeacher(nn.Module):
                 )
 
     def _first_cfg(self) -> dict[str, Any]:
-        first = unwrap_model(self.teachers[0])
+        first = _source(self.teachers[0])
         cfg = filter_pretrained_cfg({**PretrainedCfg().to_dict(), **_cfg_of(first)}, remove_source=True)
         height, width = self.img_sizes[0] or get_model_input_config(first)['input_size'][-2:]
         cfg.update(
@@ -246,12 +291,12 @@ class EnsembleTeacher(nn.Module):
 def parse_teachers(texts: Sequence[str]) -> list[str]:
     """Split texts like `A,B` at the commas into teachers.
 
-    What starts with `hf-hub:` or `local-dir:` and what holds a `=` (`NAME=PATH`) is one teacher, whatever commas its
-    path has.
+    What starts with `hf-hub:`, `local-dir:` or `python:` and what holds a `=` (`NAME=PATH`) is one teacher, whatever
+    commas its path has.
     """
     teachers = []
     for text in texts:
-        whole = text.startswith(_SOURCES) or '=' in text
+        whole = text.startswith((*_SOURCES, _PYTHON)) or '=' in text
         teachers += [text] if whole else [part.strip() for part in text.split(',') if part.strip()]
     return teachers
 
@@ -263,6 +308,7 @@ def create_ensemble(
     in_chans: int | None = None,
     weights: Sequence[float] | None = None,
     img_sizes: Sequence[int] | None = None,
+    classes: Mapping[str, Sequence[int]] | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     pretrained: bool = True,
@@ -270,7 +316,8 @@ def create_ensemble(
 ) -> EnsembleTeacher:
     """Make an ensemble from modules and from texts that name teachers (see the head of this file).
 
-    No teacher's head is ever replaced: one whose class count is not `num_classes` is refused.
+    No teacher's head is ever replaced: one whose class count is not `num_classes` is refused, unless `classes` says
+    which of its classes to take.
 
     Args:
         teachers: Modules, used as they are, and texts.
@@ -279,6 +326,8 @@ def create_ensemble(
         weights: One per teacher; equal if None.
         img_sizes: The image size that the teachers are to see, one for all or one per teacher. Named models of
             fixed size are built for it.
+        classes: Teacher, as its text or name has it -> its class of each class of the ensemble; its probabilities are
+            renormalised over these.
         dtype: Dtype of the teachers' autocast; None for none.
         device: Where the teachers are put.
         pretrained: False gives named models random weights and `num_classes` classes, for tests; checkpoints
@@ -293,16 +342,24 @@ def create_ensemble(
         sizes *= len(teachers)
     if len(sizes) != len(teachers):
         raise UserError(f'img_sizes must be one for all or one per teacher ({len(teachers)}), got {len(sizes)}.')
+    names = [_default_name(teacher) if isinstance(teacher, nn.Module) else teacher for teacher in teachers]
+    classes = classes or {}
+    for name in classes:
+        if name not in names:
+            raise UserError(f'Classes are given for {name}, which is no teacher: name one of {", ".join(names)}.')
     modules = []
-    for teacher, size in zip(teachers, sizes, strict=True):
+    for teacher, name, size in zip(teachers, names, sizes, strict=True):
+        count = None if name in classes else num_classes
         if isinstance(teacher, nn.Module):
-            modules.append(teacher)
+            module = teacher
+        elif teacher.startswith(_PYTHON):
+            module = _create_by_function(teacher)
         elif _is_checkpoint(teacher):
             arch, path = teacher.split('=', 1)
-            modules.append(create_from_checkpoint(arch, path, num_classes=num_classes))
+            module = create_from_checkpoint(arch, path, num_classes=count)
         else:
-            modules.append(_create_named(teacher, num_classes, in_chans, size, pretrained, cache_dir))
-    names = [_default_name(teacher) if isinstance(teacher, nn.Module) else teacher for teacher in teachers]
+            module = _create_named(teacher, count, in_chans, size, pretrained, cache_dir)
+        modules.append(_subset(module, name, classes[name], num_classes) if name in classes else module)
     for module, name in zip(modules, names, strict=True):
         _check_count(name, 'classes', _num_classes(module, name), num_classes)
         _check_count(name, 'input channels', _in_chans(module), in_chans)
@@ -406,6 +463,38 @@ def _create_named(
     return model
 
 
+def _create_by_function(spec: str) -> nn.Module:
+    """What the function of a `python:package.module:function` returns."""
+    module_name, _, function = spec.removeprefix(_PYTHON).partition(':')
+    if not function.isidentifier() or not all(part.isidentifier() for part in module_name.split('.')):
+        raise UserError(f'{spec} must be python:package.module:function.')
+    if os.getcwd() not in sys.path:  # an installed program has its own folder there, `python -m` the working directory
+        sys.path.insert(0, os.getcwd())
+    try:
+        model = getattr(importlib.import_module(module_name), function)()
+    except UserError:
+        raise
+    except Exception as error:  # the user's code, which may raise anything
+        raise UserError(f'{spec} cannot be made: {type(error).__name__}: {_brief(error)}') from error
+    if not isinstance(model, nn.Module):
+        raise UserError(f'{spec} must return an nn.Module, got {type(model).__name__}.')
+    return model
+
+
+def _subset(teacher: nn.Module, name: str, classes: Sequence[int], num_classes: int | None) -> nn.Module:
+    """The teacher, or each member of an ensemble, with these of its classes alone."""
+    if num_classes is not None and len(classes) != num_classes:
+        raise UserError(f'Teacher {name} must have one class for each of the {num_classes}, got {len(classes)}.')
+    inner = unwrap_model(teacher)
+    try:
+        if not isinstance(inner, EnsembleTeacher):
+            return ClassSubset(teacher, classes)
+        members = [ClassSubset(member, classes) for member in inner.teachers]
+    except UserError as error:
+        raise UserError(f'Teacher {name}: {error}') from error
+    return EnsembleTeacher(members, inner.weights, names=inner.names, img_sizes=inner.img_sizes)
+
+
 def _known(name: str) -> str:
     """Return timm's present name for a model name, deprecated or not."""
     name = get_deprecated_models().get(name) or name
@@ -415,7 +504,7 @@ def _known(name: str) -> str:
         )
         raise UserError(
             f'{name!r} is no timm model (nearest: {", ".join(close) or "none"}); '
-            'a teacher is NAME.TAG, NAME=PATH, hf-hub:USER/REPO or local-dir:FOLDER.'
+            'a teacher is NAME.TAG, NAME=PATH, hf-hub:USER/REPO, local-dir:FOLDER or python:MODULE:FUNCTION.'
         )
     tags = get_arch_pretrained_cfgs(name)
     if name not in tags and name != get_arch_name(name):
@@ -430,7 +519,7 @@ def _tags_with_weights(name: str) -> str:
 
 
 def _is_checkpoint(text: str) -> bool:
-    return '=' in text and not text.startswith(_SOURCES)
+    return '=' in text and not text.startswith((*_SOURCES, _PYTHON))
 
 
 def _check_count(name: str, what: str, received: int, expected: int | None) -> None:
@@ -533,14 +622,29 @@ def _normalised(weights: Sequence[float] | None, count: int) -> list[float]:
     return [weight / total for weight in weights]
 
 
+def _source(teacher: nn.Module) -> nn.Module:
+    """The model itself, which knows its pixels and weights, whatever is around it."""
+    model: nn.Module = unwrap_model(teacher)
+    return _source(model.model) if isinstance(model, ClassSubset) else model
+
+
+def _check_logits(logits: Any, name: str, shape: tuple[int, int]) -> None:
+    if not isinstance(logits, Tensor) or logits.shape != shape:
+        got = f'a tensor of shape {list(logits.shape)}' if isinstance(logits, Tensor) else type(logits).__name__
+        raise UserError(
+            f'Teacher {name} must answer with logits {list(shape)}, got {got}: '
+            'its num_classes has to be the width of its logits.'
+        )
+
+
 def _default_name(teacher: nn.Module) -> str:
     cfg = _cfg_of(teacher)
-    name = cfg.get('architecture') or type(unwrap_model(teacher)).__name__
+    name = cfg.get('architecture') or type(_source(teacher)).__name__
     return f'{name}.{cfg["tag"]}' if cfg.get('tag') else name
 
 
 def _cfg_of(teacher: nn.Module) -> dict[str, Any]:
-    return getattr(unwrap_model(teacher), 'pretrained_cfg', None) or {}
+    return getattr(_source(teacher), 'pretrained_cfg', None) or {}
 
 
 def _num_classes(teacher: nn.Module, name: str) -> int:
@@ -551,13 +655,13 @@ def _num_classes(teacher: nn.Module, name: str) -> int:
 
 
 def _in_chans(teacher: nn.Module) -> int:
-    in_chans: int = get_model_input_config(unwrap_model(teacher))['input_size'][0]
+    in_chans: int = get_model_input_config(_source(teacher))['input_size'][0]
     return in_chans
 
 
 def _input_size(teacher: nn.Module, name: str, asked: Size) -> tuple[int, int] | None:
     """The one size (H, W) that the teacher is to see; None if it takes any and none is asked for."""
-    model = unwrap_model(teacher)
+    model = _source(teacher)
     config = get_model_input_config(model)
     patch_embed: Any = getattr(model, 'patch_embed', None)
     fixed: tuple[int, int] | None = None
@@ -580,7 +684,7 @@ def _to_channels_last(teacher: nn.Module) -> bool:
 
 
 def _same_weights(a: nn.Module, b: nn.Module) -> bool:
-    a_state, b_state = unwrap_model(a).state_dict(), unwrap_model(b).state_dict()
+    a_state, b_state = _source(a).state_dict(), _source(b).state_dict()
     return (
         bool(a_state)
         and a_state.keys() == b_state.keys()
@@ -643,6 +747,12 @@ def _create(
 
     if name != 'mealv2_ensemble' or pretrained_cfg:
         given = given or resolve_pretrained_cfg(name, pretrained_cfg).to_dict()
+    if given.get('source') in ('local-dir', 'hf-hub'):
+        for teacher in teachers:
+            if isinstance(teacher, str) and teacher.startswith(_PYTHON):
+                raise UserError(f'{teacher} is refused in a config.json: code is run only where you name it yourself.')
+    if kwargs.get('classes'):
+        kwargs['classes'] = {_under(folder, teacher): indices for teacher, indices in kwargs['classes'].items()}
     ensemble = create_ensemble([_under(folder, teacher) for teacher in teachers], pretrained=pretrained, **kwargs)
     ensemble.pretrained_cfg.update(filter_pretrained_cfg({**given, **overlay}, remove_source=True))
     ensemble.pretrained_cfg.update(architecture=name, num_classes=ensemble.num_classes)

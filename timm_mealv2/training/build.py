@@ -4,8 +4,9 @@ import argparse
 import functools
 import importlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -177,9 +178,26 @@ def build_teachers(args: argparse.Namespace, in_chans: int, device: torch.device
         in_chans=in_chans,
         weights=args.teacher_weights,
         img_sizes=args.teacher_img_size,
+        classes=_read_classes(args.teacher_classes or ()),
         dtype=_FLOAT_TYPES[args.teacher_dtype] if args.teacher_dtype else None,
         device=device,
     )
+
+
+def _read_classes(texts: Sequence[str]) -> dict[str, list[int]]:
+    """Read the files of --teacher-classes: one class index a line, but for blank lines and `#` comments."""
+    classes: dict[str, list[int]] = {}
+    for text in texts:
+        name, _, path = text.rpartition('=')
+        try:
+            lines = [line.partition('#')[0].strip() for line in Path(path).read_text(encoding='utf-8').splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f'--teacher-classes {text}: cannot read {path}: {error}') from error
+        for number, line in enumerate(lines, 1):
+            if line and not line.isdecimal():
+                raise UserError(f'--teacher-classes {text}: line {number} must be one class index, got {line!r}.')
+        classes[name] = [int(line) for line in lines if line]
+    return classes
 
 
 def build_task(

@@ -87,7 +87,7 @@ _RANGES: dict[str, tuple[float, float]] = {
 
 _OF_MEALV2 = (
     *('teacher_weights', 'teacher_dtype', 'teacher_img_size', 'discriminator_weight', 'discriminator_mode'),
-    *('discriminator_lr_scale', 'hard_label_weight'),
+    *('discriminator_lr_scale', 'hard_label_weight', 'teacher_classes'),
 )
 
 
@@ -299,6 +299,12 @@ def _check_mealv2(args: argparse.Namespace) -> None:
             _refuse('teacher_weights', args.teacher_weights, 'must not all be 0')
     if args.teacher_img_size is not None and len(args.teacher_img_size) not in (1, count):
         _refuse('teacher_img_size', args.teacher_img_size, f'must be one value, or {count}, one per teacher')
+    named = [text.rpartition('=')[0] for text in args.teacher_classes or ()]
+    for text, name in zip(args.teacher_classes or (), named, strict=True):
+        if name not in args.teachers:
+            _refuse('teacher_classes', text, f'must be TEACHER=FILE, the teacher one of {", ".join(args.teachers)}')
+        if named.count(name) > 1:
+            _refuse('teacher_classes', text, 'the classes of this teacher are given twice')
     if args.unlabeled and args.hard_label_weight:
         _refuse('hard_label_weight', args.hard_label_weight, 'cannot go with --unlabeled')
     if not args.hard_label_weight:

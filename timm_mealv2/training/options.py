@@ -51,7 +51,14 @@ _OURS: list[_Option] = [
         nargs='+',
         default=None,
         metavar='TEACHER',
-        help='timm names with their tags, hf-hub:USER/REPO, local-dir:FOLDER or ARCHITECTURE=CHECKPOINT',
+        help='timm names with their tags, hf-hub:USER/REPO, local-dir:FOLDER, ARCHITECTURE=CHECKPOINT or '
+        'python:MODULE:FUNCTION',
+    ),
+    _text(
+        '--teacher-classes',
+        nargs='+',
+        metavar='TEACHER=FILE',
+        help="the student's classes among a teacher's: in line k its index of class k (split at the last '=')",
     ),
     _float('--teacher-weights', nargs='+', metavar='WEIGHT', help='one per teacher; equal if not given'),
     _text(
