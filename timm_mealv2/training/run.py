@@ -92,7 +92,10 @@ class _Validation:
     by_agreement: bool
 
     def metric(self, eval_metric: str) -> str:
-        return 'agreement' if self.by_agreement and eval_metric in ('top1', 'top5') else eval_metric
+        """The metric to rank checkpoints by where `eval_metric` is asked for."""
+        if not self.by_agreement:
+            return eval_metric
+        return 'kl' if eval_metric == 'loss' else 'agreement'
 
 
 class _Run:
