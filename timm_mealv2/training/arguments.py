@@ -13,7 +13,7 @@ from timm.utils import ParseKwargs
 
 from timm_mealv2.errors import UserError
 from timm_mealv2.mealv2_teachers import parse_teachers
-from timm_mealv2.training.checks import check_args
+from timm_mealv2.training.checks import check_args, mixes
 from timm_mealv2.training.options import build_parser
 
 __all__ = ['args_text', 'build_parser', 'list_recipes', 'paper_differences', 'parse_args']
@@ -91,7 +91,6 @@ _Dumper.add_representer(tuple, lambda dumper, value: dumper.represent_list(list(
 def paper_differences(args: argparse.Namespace) -> list[str]:
     """Say where settings differ from the published training (facts of the paper's section 4 and the authors' code)."""
     size = args.total_batch_size or args.batch_size * getattr(args, 'world_size', 1) * args.grad_accum_steps
-    mixing = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax
     checks = (
         ('optimizer', args.opt, 'momentum', 'SGD without Nesterov: momentum'),
         ('momentum', args.momentum, 0.9, '0.9'),
@@ -105,7 +104,7 @@ def paper_differences(args: argparse.Namespace) -> list[str]:
         ('colour jitter', args.color_jitter, 0, '0'),
         ('auto augment', args.aa, None, 'none'),
         ('random erasing', args.reprob, 0, '0'),
-        ('mixing', bool(mixing), False, 'none, CutMix in one variant'),
+        ('mixing', mixes(args), False, 'none, CutMix in one variant'),
         ('interpolation of the crops', args.train_interpolation, 'bilinear', 'bilinear'),
         ('weight of the labels', args.hard_label_weight, 0, '0'),
         ('weight of the discriminator', args.discriminator_weight, 1, '1'),

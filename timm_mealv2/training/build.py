@@ -33,6 +33,7 @@ from torch.utils.data import Dataset, IterableDataset
 from timm_mealv2.errors import UserError
 from timm_mealv2.mealv2_teachers import EnsembleTeacher, create_ensemble
 from timm_mealv2.task import MealV2Task, scale_discriminator_lr
+from timm_mealv2.training.checks import mixes
 from timm_mealv2.training.data import (
     StreamLoader,
     TrainLoader,
@@ -243,7 +244,7 @@ def build_task(
 
 def _mixing(args: argparse.Namespace) -> dict[str, Any] | None:
     """Arguments of timm's Mixup, None when nothing is mixed."""
-    if not (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax):
+    if not mixes(args):
         return None
     return {
         'mixup_alpha': args.mixup,
@@ -285,36 +286,36 @@ def build_optimizer(args: argparse.Namespace, task: TrainingTask) -> torch.optim
     return optimizer
 
 
-def build_datasets(args: argparse.Namespace) -> tuple[Dataset, Dataset | None]:
+def open_split(args: argparse.Namespace, split: str, channels: int, **kwargs: Any) -> Dataset:
+    """Open a split of the run's data set, for images of `channels` channels."""
+    return open_dataset(
+        args.dataset,
+        args.data_dir or args.data,
+        split,
+        class_map=args.class_map,
+        download=args.dataset_download,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        input_img_mode=args.input_img_mode or ('L' if channels == 1 else 'RGB'),
+        input_key=args.input_key,
+        target_key=args.target_key,
+        trust_remote_code=args.dataset_trust_remote_code,
+        **kwargs,
+    )
+
+
+def build_datasets(args: argparse.Namespace, channels: int) -> tuple[Dataset, Dataset | None]:
     """Open the training and the validation split.
 
     Returns:
         Both, the second None where the run is without labels and there is no such split.
     """
     root = args.data_dir or args.data
-    mode = args.input_img_mode or ('L' if args.in_chans == 1 or (args.input_size or [3])[0] == 1 else 'RGB')
-    common = {
-        'class_map': args.class_map,
-        'download': args.dataset_download,
-        'batch_size': args.batch_size,
-        'seed': args.seed,
-        'input_img_mode': mode,
-        'input_key': args.input_key,
-        'target_key': args.target_key,
-        'trust_remote_code': args.dataset_trust_remote_code,
-    }
-    train = open_dataset(
-        args.dataset,
-        root,
-        args.train_split,
-        is_training=True,
-        num_samples=args.train_num_samples,
-        repeats=args.epoch_repeats,
-        **common,
-    )
+    streaming = {'is_training': True, 'num_samples': args.train_num_samples, 'repeats': args.epoch_repeats}
+    train = open_split(args, args.train_split, channels, **streaming)
     validation: Dataset | None = None
     try:
-        validation = open_dataset(args.dataset, root, args.val_split, num_samples=args.val_num_samples, **common)
+        validation = open_split(args, args.val_split, channels, num_samples=args.val_num_samples)
     except UserError:
         if not args.unlabeled:
             raise
@@ -326,7 +327,7 @@ def build_datasets(args: argparse.Namespace) -> tuple[Dataset, Dataset | None]:
             if not args.unlabeled:
                 raise UserError(f'no split {args.val_split!r} in {root}: name its folder or .tar with --val-split.')
             validation = None
-        elif folder in other.parents if other is not None else False:
+        elif other is not None and folder in other.parents:
             raise UserError(f'no split {args.train_split!r} in {root}: name its folder or .tar with --train-split.')
     if not args.unlabeled and not args.class_map:
         check_classes(train, validation, args.num_classes)

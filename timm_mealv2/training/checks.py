@@ -96,6 +96,11 @@ def option(name: str) -> str:
     return '--local_rank' if name == 'local_rank' else f'--{name.replace("_", "-")}'
 
 
+def mixes(args: argparse.Namespace) -> bool:
+    """Whether images are mixed, by Mixup or CutMix."""
+    return bool(args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax)
+
+
 def check_args(args: argparse.Namespace) -> None:
     """Check every setting by itself, then those that have to go together.
 
@@ -230,8 +235,7 @@ def _check_losses(args: argparse.Namespace) -> None:
         _refuse('split_bn', True, 'needs --aug-splits 2 or more, or --resplit with it')
     if args.split_bn and args.sync_bn:
         _refuse('split_bn', True, 'cannot go with --sync-bn')
-    mixing = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax
-    if args.aug_splits and mixing:
+    if args.aug_splits and mixes(args):
         _refuse('aug_splits', args.aug_splits, 'cannot go with --mixup or --cutmix')
     if args.aug_splits and args.no_aug:
         _refuse('no_aug', True, 'cannot go with --aug-splits')

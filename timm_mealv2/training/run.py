@@ -41,9 +41,10 @@ from timm_mealv2.training.build import (
     build_task,
     build_teachers,
     build_train_loader,
+    open_split,
 )
 from timm_mealv2.training.checkpoint import Progress, RunSaver, find_newest, position, read_checkpoint
-from timm_mealv2.training.data import StreamLoader, TrainLoader, class_names, open_dataset
+from timm_mealv2.training.data import StreamLoader, TrainLoader, class_names
 from timm_mealv2.training.loop import (
     EpochEvents,
     Meters,
@@ -109,7 +110,7 @@ class _Run:
         resume = self._choose_checkpoint()
 
         self.student, self.data_config = build_student(args, device)
-        train, validation = build_datasets(args)
+        train, validation = build_datasets(args, self.data_config['input_size'][0])
         self.class_names = class_names(train)
         self.teachers = build_teachers(args, self.data_config['input_size'][0], device)
         self.task = build_task(args, self.student, self.teachers, device)
@@ -213,15 +214,7 @@ class _Run:
         by_agreement = args.unlabeled and (validation is None or len(class_names(validation) or ()) != args.num_classes)
         if validation is None:
             _logger.info('No validation split: evaluating by agreement with the teachers on the training images.')
-            root = args.data_dir or args.data
-            mode = 'L' if self.data_config['input_size'][0] == 1 else 'RGB'
-            validation = open_dataset(
-                args.dataset,
-                root,
-                args.train_split,
-                input_img_mode=args.input_img_mode or mode,
-                batch_size=args.batch_size,
-            )
+            validation = open_split(args, args.train_split, self.data_config['input_size'][0])
         if by_agreement:
             validation.target_transform = _unknown  # type: ignore[attr-defined]
         return _Validation(build(dataset=validation), by_agreement)
