@@ -30,21 +30,14 @@ from timm.utils import NativeScaler, init_distributed_device, is_distributed_env
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 
+from timm_mealv2.datasets import check_classes, dataset_root, open_dataset
 from timm_mealv2.errors import UserError
 from timm_mealv2.mealv2_teachers import EnsembleTeacher, create_ensemble
+from timm_mealv2.randomness import Stream, counted_seed, seed_all
 from timm_mealv2.task import MealV2Task, scale_discriminator_lr
 from timm_mealv2.training.checks import mixes
-from timm_mealv2.training.data import (
-    StreamLoader,
-    TrainLoader,
-    check_classes,
-    dataset_root,
-    eval_loader,
-    image_sizes,
-    open_dataset,
-)
+from timm_mealv2.training.data import StreamLoader, TrainLoader, eval_loader, image_sizes
 from timm_mealv2.training.loop import Stepper, updates_per_epoch
-from timm_mealv2.training.randomness import Stream, counted_seed, seed_all
 
 _logger = logging.getLogger(__name__)
 

@@ -8,7 +8,6 @@ seeded from them there. So neither the number of workers nor the point at which 
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +15,6 @@ from timm.data import (
     AugMixDataset,
     FastCollateMixup,
     Mixup,
-    create_dataset,
     create_loader,
     create_transform,
 )
@@ -34,69 +32,11 @@ from torch.utils.data import (
     default_collate,
 )
 
-from timm_mealv2.errors import UserError
-from timm_mealv2.training.randomness import Stream, counted_seed, preserved_generators, seed_all, seed_cpu, seeded
+from timm_mealv2.randomness import Stream, counted_seed, preserved_generators, seed_all, seed_cpu, seeded
 
 _logger = logging.getLogger(__name__)
 
 Batch = tuple[Tensor, Tensor]
-
-
-def open_dataset(name: str, root: str | None, split: str, **kwargs: Any) -> Dataset:
-    """Open a data set with timm's `create_dataset`.
-
-    Raises:
-        UserError: If there is nothing at `root`, no image in it, or the data set's library is missing.
-    """
-    # timm's readers name a path that is not there with a bare assertion.
-    local = '/' not in name or name.lower().startswith(('torch/image_folder', 'torch/folder'))
-    if local and not (root and Path(root).exists()):
-        raise UserError(f'no data set at {root!r}: give a folder or a .tar file with --data-dir.')
-    try:
-        dataset = create_dataset(name, root=root, split=split, **kwargs)
-    except (AssertionError, ImportError, OSError, RuntimeError, ValueError) as error:
-        raise UserError(f'cannot open split {split!r} of {name or root!r}: {error}') from error
-    if hasattr(dataset, '__len__') and not len(dataset) and not isinstance(dataset, IterableDataset):
-        raise UserError(f'split {split!r} of {name or root!r} holds no images.')
-    return dataset
-
-
-def dataset_root(dataset: Dataset) -> Path | None:
-    """Folder or tar file that a data set of images reads, None for other kinds."""
-    root = getattr(getattr(dataset, 'reader', None), 'root', None)
-    return Path(root) if root else None
-
-
-def class_names(dataset: Dataset) -> list[str] | None:
-    """Names of the classes in the order of their indices, None where the data set does not tell."""
-    reader = getattr(dataset, 'reader', dataset)
-    mapping = getattr(reader, 'class_to_idx', None) or getattr(reader, 'class_name_to_idx', None)  # of tars
-    if not mapping or len(set(mapping.values())) != len(mapping):
-        return None
-    return [str(name) for name in sorted(mapping, key=mapping.__getitem__)]
-
-
-def check_classes(train: Dataset, validation: Dataset | None, num_classes: int) -> None:
-    """Compare the classes of the splits with each other and with the width of the model's output.
-
-    Raises:
-        UserError: If they differ: the labels would be other classes than the model's outputs.
-    """
-    names = class_names(train)
-    if names is None:
-        return
-    if len(names) != num_classes:
-        raise UserError(
-            f'the training split has {len(names)} classes, the model {num_classes}: set --num-classes {len(names)}, '
-            'or name the classes with --class-map.'
-        )
-    others = class_names(validation) if validation is not None else None
-    if others is not None and others != names:
-        differing = sorted(set(names) ^ set(others)) or [a for a, b in zip(names, others, strict=True) if a != b]
-        raise UserError(
-            f'the classes of the training and validation splits differ ({", ".join(differing[:5])}): the same class '
-            'would have two indices; use the same folders in both, or --class-map.'
-        )
 
 
 class _Key(NamedTuple):

@@ -17,9 +17,9 @@ from timm.utils import AverageMeter, NativeScaler, dispatch_clip_grad
 from torch import Tensor
 from tqdm import tqdm
 
+from timm_mealv2.randomness import Stream, counted_seed, seed_all
 from timm_mealv2.training.checkpoint import Progress
 from timm_mealv2.training.data import StreamLoader, TrainLoader
-from timm_mealv2.training.randomness import Stream, counted_seed, seed_all
 
 _logger = logging.getLogger(__name__)
 

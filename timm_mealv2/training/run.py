@@ -25,6 +25,7 @@ from torch.utils.data import Dataset
 from torchvision.utils import save_image
 
 from timm_mealv2.cli import run_cli
+from timm_mealv2.datasets import class_names
 from timm_mealv2.errors import UserError
 from timm_mealv2.evaluation import evaluate
 from timm_mealv2.files import replacing
@@ -44,7 +45,7 @@ from timm_mealv2.training.build import (
     open_split,
 )
 from timm_mealv2.training.checkpoint import Progress, RunSaver, find_newest, position, read_checkpoint
-from timm_mealv2.training.data import StreamLoader, TrainLoader, class_names
+from timm_mealv2.training.data import StreamLoader, TrainLoader
 from timm_mealv2.training.loop import (
     EpochEvents,
     Meters,

@@ -1,0 +1,118 @@
+"""Data sets of images, as timm opens them: what they are called, which classes they have, and one image of one."""
+
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from timm.data import ImageDataset, create_dataset
+from torch.utils.data import Dataset, IterableDataset
+
+from timm_mealv2.errors import UserError
+
+
+def open_dataset(name: str, root: str | None, split: str, **kwargs: Any) -> Dataset:
+    """Open a data set with timm's `create_dataset`.
+
+    Raises:
+        UserError: If there is nothing at `root`, no image in it, or the data set's library is missing.
+    """
+    # timm's readers name a path that is not there with a bare assertion.
+    local = '/' not in name or name.lower().startswith(('torch/image_folder', 'torch/folder'))
+    if local and not (root and Path(root).exists()):
+        raise UserError(f'no data set at {root!r}: give a folder or a .tar file with --data-dir.')
+    try:
+        dataset = create_dataset(name, root=root, split=split, **kwargs)
+    except (AssertionError, ImportError, OSError, RuntimeError, ValueError) as error:
+        raise UserError(f'cannot open split {split!r} of {name or root!r}: {error}') from error
+    if hasattr(dataset, '__len__') and not len(dataset) and not isinstance(dataset, IterableDataset):
+        raise UserError(f'split {split!r} of {name or root!r} holds no images.')
+    return dataset
+
+
+def dataset_root(dataset: Dataset) -> Path | None:
+    """Folder or tar file that a data set of images reads, None for other kinds."""
+    root = getattr(getattr(dataset, 'reader', None), 'root', None)
+    return Path(root) if root else None
+
+
+def class_names(dataset: Dataset) -> list[str] | None:
+    """Names of the classes in the order of their indices, None where the data set does not tell."""
+    reader = getattr(dataset, 'reader', dataset)
+    mapping = getattr(reader, 'class_to_idx', None) or getattr(reader, 'class_name_to_idx', None)  # of tars
+    if not mapping or len(set(mapping.values())) != len(mapping):
+        return None
+    return [str(name) for name in sorted(mapping, key=mapping.__getitem__)]
+
+
+def check_classes(train: Dataset, validation: Dataset | None, num_classes: int) -> None:
+    """Compare the classes of the splits with each other and with the width of the model's output.
+
+    Raises:
+        UserError: If they differ: the labels would be other classes than the model's outputs.
+    """
+    names = class_names(train)
+    if names is None:
+        return
+    if len(names) != num_classes:
+        raise UserError(
+            f'the training split has {len(names)} classes, the model {num_classes}: set --num-classes {len(names)}, '
+            'or name the classes with --class-map.'
+        )
+    others = class_names(validation) if validation is not None else None
+    if others is not None and others != names:
+        differing = sorted(set(names) ^ set(others)) or [a for a, b in zip(names, others, strict=True) if a != b]
+        raise UserError(
+            f'the classes of the training and validation splits differ ({", ".join(differing[:5])}): the same class '
+            'would have two indices; use the same folders in both, or --class-map.'
+        )
+
+
+class UnreadableImage(Exception):
+    """An image that cannot be decoded: the message names it and says why."""
+
+
+def image_names(dataset: Dataset) -> list[str]:
+    """Names of the images in the order of their indices: file names relative to the split, `#index` without files."""
+    if isinstance(dataset, ImageDataset):
+        try:
+            names = [str(name) for name in dataset.filenames()]
+        except (AssertionError, KeyError, TypeError, ValueError):  # a reader that does not know
+            names = []
+        if names and len(set(names)) == len(names):
+            return names
+    return [f'#{index}' for index in range(len(dataset))]  # type: ignore[arg-type]
+
+
+def read_image(dataset: Dataset, index: int) -> tuple[Image.Image, int]:
+    """Return an image of a data set, fully decoded in the data set's mode and without its transform, and its label.
+
+    timm's own access would give the next image in place of one that cannot be read.
+
+    Args:
+        dataset: timm's `ImageDataset`, or one whose items are (image, label) with its transform unset.
+        index: Number of the image.
+
+    Returns:
+        The image and its label, -1 if unknown.
+
+    Raises:
+        UnreadableImage: If the image is missing, cut off or no image.
+    """
+    try:
+        if isinstance(dataset, ImageDataset):
+            file, target = dataset.reader[index][:2]
+            image = Image.open(file).convert(dataset.input_img_mode or 'RGB')
+            if target is not None and dataset.target_transform is not None:
+                target = dataset.target_transform(target)
+        else:
+            image, target = dataset[index]
+    except Exception as error:  # Pillow's decoders raise many kinds
+        raise UnreadableImage(f'{_name(dataset, index)}: {" ".join(str(error).split())}') from error
+    return image, -1 if target is None else int(target)
+
+
+def _name(dataset: Dataset, index: int) -> str:
+    try:
+        return str(dataset.filename(index, absolute=True))  # type: ignore[attr-defined]
+    except Exception:  # of a reader without names
+        return f'#{index}'
