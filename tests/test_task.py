@@ -180,6 +180,29 @@ def test_stored_labels_of_all_classes_give_the_live_similarity(mode: str) -> Non
     torch.testing.assert_close(b['discriminator_loss'], expected.detach(), rtol=1e-5, atol=1e-6)
 
 
+def test_what_stored_labels_leave_over_is_treated_as_asked() -> None:
+    x = images()
+    target = stored_labels(make_task(), x, 3, labels())
+    losses = {}
+    for rest in ('uniform', 'renormalise', 'drop'):
+        result = make_task(cnn().eval(), None, discriminator_weight=0, label_rest=rest)(x, target)
+        p = target[:, 4:].double()
+        p = p / p.sum(dim=1, keepdim=True) if rest == 'renormalise' else p
+        log_q = result['output'].detach().double().log_softmax(dim=1)
+        losses[rest] = -(p * log_q.gather(1, target[:, 1:4].long())).sum(dim=1).mean().item()
+        if rest != 'uniform':
+            assert result['similarity_loss'].item() == pytest.approx(losses[rest], rel=1e-5)
+        else:
+            assert result['similarity_loss'].item() > losses[rest]
+    for wrong in (
+        {'label_rest': 'drop'},
+        {'label_rest': 'renormalise'},
+        {'label_rest': 'even', 'discriminator_weight': 0},
+    ):
+        with pytest.raises(UserError, match='label_rest'):
+            make_task(cnn(), None, **wrong)
+
+
 def test_stored_labels_work_without_discriminator_and_with_hard_labels_where_known() -> None:
     x = images()
     target = stored_labels(make_task(), x, 3, torch.tensor([1, -1, 2, -1]))

@@ -11,6 +11,9 @@ from torch.nn import functional as F
 SMALLEST_PROBABILITY = 2.0**-24
 """The smallest number above zero that float16 holds, and hence a record of the soft-label store."""
 
+LABEL_RESTS = ('uniform', 'renormalise', 'drop')
+"""What becomes of the probability that a stored label's K classes leave over; see `sparse_similarity_loss`."""
+
 _cross_entropy = SoftTargetCrossEntropy()
 
 
@@ -36,51 +39,66 @@ def similarity_loss(logits: Tensor, target_log_probs: Tensor) -> tuple[Tensor, T
     return _cross_entropy(at_least_float32(logits), p), torch.special.entr(p).sum(dim=1).mean()
 
 
-def sparse_similarity_loss(logits: Tensor, indices: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
+def sparse_similarity_loss(
+    logits: Tensor, indices: Tensor, probabilities: Tensor, rest: str = 'uniform'
+) -> tuple[Tensor, Tensor]:
     """`similarity_loss` for a target of which K probabilities per row are stored, without its dense form.
 
-    What the K leave over, r = max(0, 1 - sum_k p_k), is spread evenly over the other C - K classes (the marginal
-    smoothing of FKD, arXiv 2112.01528):
-    -sum_k p_k log q_k - r / (C - K) * (sum_c log q_c - sum_k log q_k). At K = C nothing is spread.
+    What the K leave over, r = max(0, 1 - sum_k p_k), is with `rest`
+    - 'uniform': spread evenly over the other C - K classes (the marginal smoothing of FKD, arXiv 2112.01528):
+      -sum_k p_k log q_k - r / (C - K) * (sum_c log q_c - sum_k log q_k); at K = C nothing is spread;
+    - 'renormalise': shared out to the K in proportion, -sum_k p_k / sum_j p_j log q_k;
+    - 'drop': left out, -sum_k p_k log q_k; such a target does not sum to 1.
 
     Args:
         logits: Student logits [B, C]; receive the gradient.
-        indices: Class indices [B, K], int64, distinct within a row.
+        indices: Class indices [B, K], int64. Where one comes twice in a row (a mixed label), its probabilities add up
+            and K counts it once.
         probabilities: Their probabilities [B, K]; receive no gradient.
+        rest: One of `LABEL_RESTS`.
 
     Returns:
         The loss and the mean entropy of that very target in nats: two scalars, at least float32.
     """
     log_q = F.log_softmax(at_least_float32(logits), dim=1)
-    p, rest, others = _split_target(probabilities.to(log_q.dtype), logits.shape[1])
-    log_q_k = log_q.gather(1, indices)
-    of_stored = (p * log_q_k).sum(dim=1)
-    of_others = rest * (log_q.sum(dim=1) - log_q_k.sum(dim=1))
-    entropy = torch.special.entr(p).sum(dim=1) + others * torch.special.entr(rest)
-    return -(of_stored + of_others).mean(), entropy.mean()
+    p = probabilities.detach().to(log_q.dtype)
+    if rest == 'renormalise':
+        p = p / p.sum(dim=1, keepdim=True)
+    classes, order = indices.sort(dim=1)
+    p = p.gather(1, order)
+    again = F.pad(classes[:, 1:] == classes[:, :-1], (1, 0))  # a class that the column before has, too
+    log_q_k = log_q.gather(1, classes)
+    loss = -(p * log_q_k).sum(dim=1)
+    p_of_class = torch.zeros_like(p).scatter_add(1, (~again).cumsum(dim=1) - 1, p)
+    entropy = torch.special.entr(p_of_class).sum(dim=1)
+    if rest == 'uniform':
+        others = logits.shape[1] - (~again).sum(dim=1)
+        share = _share(p, others)
+        loss = loss - share * (log_q.sum(dim=1) - log_q_k.masked_fill(again, 0).sum(dim=1))
+        entropy = entropy + others * torch.special.entr(share)
+    return loss.mean(), entropy.mean()
 
 
 def dense_log_target(indices: Tensor, probabilities: Tensor, num_classes: int) -> Tensor:
-    """Log of the dense target [B, C] that `sparse_similarity_loss` describes, as rows for the discriminator.
+    """Log of the dense target [B, C] that `sparse_similarity_loss` describes ('uniform'), as discriminator rows.
 
     Probabilities are floored at `SMALLEST_PROBABILITY`, so that the rows are finite. At least float32.
 
     Args:
-        indices: Class indices [B, K], int64, distinct within a row.
+        indices: Class indices [B, K], int64.
         probabilities: Their probabilities [B, K].
         num_classes: C.
     """
-    p, rest, _ = _split_target(probabilities, num_classes)
-    dense = rest[:, None].expand(-1, num_classes).scatter(1, indices, p)
+    p = at_least_float32(probabilities.detach())
+    stored = torch.zeros(len(p), num_classes, dtype=torch.bool, device=p.device).scatter(1, indices, True)
+    share = _share(p, num_classes - stored.sum(dim=1))
+    dense = share[:, None].masked_fill(stored, 0).scatter_add(1, indices, p)
     return dense.clamp(min=SMALLEST_PROBABILITY).log()
 
 
-def _split_target(probabilities: Tensor, num_classes: int) -> tuple[Tensor, Tensor, int]:
-    """Stored probabilities [B, K], the probability [B] of every other class, and the number of other classes."""
-    p = at_least_float32(probabilities.detach())
-    others = num_classes - p.shape[1]
-    rest = (1 - p.sum(dim=1)).clamp(min=0) / max(others, 1)
-    return p, rest, others
+def _share(p: Tensor, others: Tensor) -> Tensor:
+    """Probability [B] of each of the `others` [B] classes that share what the stored p [B, K] leave over."""
+    return (1 - p.sum(dim=1)).clamp(min=0) / others.clamp(min=1)
 
 
 class DiscriminatorLoss(nn.Module):

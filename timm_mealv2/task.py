@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from timm_mealv2.discriminator import Discriminator, GradientReversal
 from timm_mealv2.errors import UserError
 from timm_mealv2.losses import (
+    LABEL_RESTS,
     DiscriminatorLoss,
     at_least_float32,
     dense_log_target,
@@ -103,8 +104,9 @@ class MealV2Task(TrainingTask):
       the student harder to tell apart, and no final ReLU.
 
     With `teacher_model=None` the teachers' answers come with the target: float32 [B, 1 + 2K], a row being the hard
-    label (-1 where unknown), K class indices, K probabilities. What these leave of 1 is spread evenly over the other
-    classes, and the discriminator's rows are log-probabilities on both sides, as logits are not stored.
+    label (-1 where unknown), K class indices, K probabilities; the label of a mixed image has those of both images, 2K
+    instead of K, with the probabilities weighted by area. What these leave of 1 is spread evenly over the other classes
+    (see `label_rest`), and the discriminator's rows are log-probabilities on both sides, as logits are not stored.
 
     `timm.optim.create_optimizer_v2(task.get_trainable_module(), ...)`, called before `compile` and
     `prepare_distributed`, makes the parameter groups: no weight decay for the discriminator, which layer decay counts
@@ -123,10 +125,13 @@ class MealV2Task(TrainingTask):
         device: Device of discriminator and teachers; the student's if None.
         dtype: Dtype of the discriminator, the student's if None; at least float32.
         verbose: Log what is set up.
+        label_rest: What becomes of the probability beyond the stored labels' K classes: 'uniform', 'renormalise' or
+            'drop', see `timm_mealv2.losses.sparse_similarity_loss`. A discriminator goes with 'uniform' alone: its
+            rows are whole distributions.
 
     Raises:
-        UserError: If class counts of student and teachers differ or are unknown, a weight is negative, or the mode is
-            unknown.
+        UserError: If class counts of student and teachers differ or are unknown, a weight is negative, a mode is
+            unknown, or a discriminator is to see labels without their rest.
     """
 
     def __init__(
@@ -140,6 +145,7 @@ class MealV2Task(TrainingTask):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
         verbose: bool = True,
+        label_rest: str = 'uniform',
     ) -> None:
         parameter = next(student_model.parameters())
         super().__init__(device=device or parameter.device, dtype=dtype or parameter.dtype, verbose=verbose)
@@ -148,10 +154,18 @@ class MealV2Task(TrainingTask):
         for name, weight in (('discriminator_weight', discriminator_weight), ('hard_label_weight', hard_label_weight)):
             if not weight >= 0:
                 raise UserError(f'{name} must be 0 or more, got {weight}; discriminator_mode sets the direction.')
+        if label_rest not in LABEL_RESTS:
+            raise UserError(f'label_rest must be one of {LABEL_RESTS}, got {label_rest!r}.')
+        if label_rest != 'uniform' and discriminator_weight:
+            raise UserError(
+                f'label_rest {label_rest!r} leaves the discriminator no whole distribution: set discriminator_weight '
+                "to 0, or label_rest to 'uniform'."
+            )
         if criterion is not None and not hard_label_weight:
             _logger.warning('criterion is ignored: hard_label_weight is 0.')
         self.discriminator_weight = discriminator_weight
         self.hard_label_weight = hard_label_weight
+        self.label_rest = label_rest
         self.criterion = resolve_classification_loss(criterion, self.device)
 
         student = unwrap_model(student_model)
@@ -194,7 +208,7 @@ class MealV2Task(TrainingTask):
         else:
             target, soft_target, teacher_rows, teacher_top1 = self._read_labels(target)
             output, discriminator_loss, accuracy = self.trainable_module(input, teacher_rows)
-            similarity, entropy = sparse_similarity_loss(output, *soft_target)
+            similarity, entropy = sparse_similarity_loss(output, *soft_target, rest=self.label_rest)
 
         result = {'loss': similarity, 'output': output}
         result['similarity_loss'] = similarity.detach()
@@ -314,7 +328,10 @@ class MealV2Task(TrainingTask):
     def _read_labels(self, target: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor | None, Tensor]:
         """Of stored labels: hard labels [B], (indices, probabilities) [B, K], and rows and top-1 as above."""
         k = (target.shape[-1] - 1) // 2
-        if target.ndim != 2 or target.shape[1] != 1 + 2 * k or not 1 <= k <= self.num_classes:
+        of_one = (
+            k // 2 if k > self.num_classes and k % 2 == 0 else k
+        )  # the label of a mixed image has two images' classes
+        if target.ndim != 2 or target.shape[1] != 1 + 2 * k or not 1 <= of_one <= self.num_classes:
             raise UserError(
                 f'teacher_model=None expects stored labels [B, 1 + 2K] with 1 <= K <= {self.num_classes}, got a target '
                 f'of shape {list(target.shape)}: pass teachers, or a data set of stored labels.'
