@@ -22,10 +22,10 @@ SOURCES = sorted((ROOT / 'timm_mealv2').rglob('*.py'))
 # From the ground up. A room imports from its own layer and those below; no two rooms import each other.
 LAYERS = (
     {'version', 'errors', 'files', 'randomness'},
-    {'cli', 'normalisation', 'losses', 'discriminator', 'datasets'},
+    {'cli', 'normalisation', 'losses', 'discriminator', 'datasets', 'export_folder'},
     {'mealv2_students', 'mealv2_teachers'},
     {'task', 'soft_labels'},
-    {'evaluation', 'report', 'hub'},
+    {'evaluation', 'report', 'hub', 'hub_client', 'hub_export', 'model_card', 'demo'},
     {'training'},
 )
 
@@ -163,7 +163,7 @@ def wheel(tmp_path_factory):
 def test_wheel_holds_the_package_and_nothing_else(wheel):
     info = f'timm_mealv2-{timm_mealv2.__version__}.dist-info'
     names = set(wheel.namelist())
-    files = {'timm_mealv2/py.typed', *(str(path.relative_to(ROOT)) for path in SOURCES)}
+    files = {'timm_mealv2/py.typed', 'timm_mealv2/model_card.md', *(str(path.relative_to(ROOT)) for path in SOURCES)}
     files |= {str(path.relative_to(ROOT)) for path in (ROOT / 'timm_mealv2' / 'recipes').glob('*.yaml')}
     assert {name for name in names if not name.startswith(f'{info}/')} == files
     metadata = wheel.read(f'{info}/METADATA').decode()

@@ -1,5 +1,6 @@
 """Data sets of images, as timm opens them: what they are called, which classes they have, and one image of one."""
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,8 @@ def read_image(dataset: Dataset, index: int) -> tuple[Image.Image, int]:
     try:
         if isinstance(dataset, ImageDataset):
             file, target = dataset.reader[index][:2]
-            image = Image.open(file).convert(dataset.input_img_mode or 'RGB')
+            with closing(file):
+                image = Image.open(file).convert(dataset.input_img_mode or 'RGB')
             if target is not None and dataset.target_transform is not None:
                 target = dataset.target_transform(target)
         else:
@@ -109,6 +111,17 @@ def read_image(dataset: Dataset, index: int) -> tuple[Image.Image, int]:
     except Exception as error:  # Pillow's decoders raise many kinds
         raise UnreadableImage(f'{_name(dataset, index)}: {" ".join(str(error).split())}') from error
     return image, -1 if target is None else int(target)
+
+
+def image_size(dataset: Dataset, index: int) -> tuple[int, int] | None:
+    """Width and height of an image by the head of its file; None where there is no file, or none that can be read."""
+    if not isinstance(dataset, ImageDataset):
+        return None
+    try:
+        with closing(dataset.reader[index][0]) as file:
+            return Image.open(file).size
+    except Exception:  # of Pillow's decoders, many kinds; decoding will tell
+        return None
 
 
 def _name(dataset: Dataset, index: int) -> str:

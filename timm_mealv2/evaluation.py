@@ -23,7 +23,7 @@ from timm_mealv2.cli import OneLineParser, run_cli
 from timm_mealv2.errors import UserError
 from timm_mealv2.files import replacing
 from timm_mealv2.losses import at_least_float32
-from timm_mealv2.mealv2_teachers import EnsembleTeacher, create_ensemble, parse_teachers
+from timm_mealv2.mealv2_teachers import EnsembleTeacher, create_ensemble, parse_teachers, read_classes
 from timm_mealv2.normalisation import channel_stats, renormalise
 
 CALIBRATION_BINS = 15
@@ -216,10 +216,17 @@ def build_parser() -> argparse.ArgumentParser:
         prog='mealv2-eval', description='Accuracy of timm models, and their agreement with teachers.'
     )
     add = parser.add_argument
-    name_help = 'timm name with tag, hf-hub:USER/REPO, local-dir:FOLDER, or name=checkpoint'
-    add('models', nargs='+', metavar='MODEL', help=name_help)
+    names = 'hf-hub:USER/REPO, local-dir:FOLDER, ARCHITECTURE=CHECKPOINT or python:MODULE:FUNCTION'
+    add('models', nargs='+', metavar='MODEL', help=f'timm name with its tag, {names}')
     add('--teachers', nargs='+', metavar='MODEL', help='report agreement and KL with the ensemble of these')
     add('--teacher-weights', type=float, nargs='+', metavar='W', help='one per teacher')
+    add(
+        '--teacher-classes',
+        nargs='+',
+        default=(),
+        metavar='TEACHER=FILE',
+        help="the models' classes among a teacher's: in line k its index of class k (split at the last '=')",
+    )
 
     group = parser.add_argument_group('data')
     add = group.add_argument
@@ -262,7 +269,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     models = {name: create_ensemble([name], img_sizes=sizes, dtype=dtype, device=device) for name in args.models}
     if args.teachers:
         models[ENSEMBLE] = create_ensemble(
-            parse_teachers(args.teachers), weights=args.teacher_weights, dtype=dtype, device=device
+            parse_teachers(args.teachers),
+            weights=args.teacher_weights,
+            classes=read_classes(args.teacher_classes),
+            dtype=dtype,
+            device=device,
         )
 
     configs = {name: _data_config(model, args) for name, model in models.items()}
@@ -289,8 +300,9 @@ def cli() -> None:
 
 def _checked_device(args: argparse.Namespace) -> torch.device:
     """Refuse options that do not go together; return the device."""
-    if args.teacher_weights and not args.teachers:
-        raise UserError('--teacher-weights needs --teachers: name them.')
+    for name in ('teacher_weights', 'teacher_classes'):
+        if getattr(args, name) and not args.teachers:
+            raise UserError(f'--{name.replace("_", "-")} needs --teachers: name them.')
     if args.unlabeled and not args.teachers and args.real_labels is None:
         raise UserError('--unlabeled leaves nothing to report without --teachers or --real-labels: give one.')
     if args.data_dir is None and '/' not in args.dataset:

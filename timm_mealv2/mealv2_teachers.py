@@ -52,7 +52,14 @@ from timm_mealv2.errors import UserError
 from timm_mealv2.losses import at_least_float32
 from timm_mealv2.normalisation import channel_stats, renormalise
 
-__all__ = ['ClassSubset', 'EnsembleTeacher', 'create_ensemble', 'create_from_checkpoint', 'parse_teachers']
+__all__ = [
+    'ClassSubset',
+    'EnsembleTeacher',
+    'create_ensemble',
+    'create_from_checkpoint',
+    'parse_teachers',
+    'read_classes',
+]
 
 _logger = logging.getLogger(__name__)
 
@@ -301,6 +308,32 @@ def parse_teachers(texts: Sequence[str]) -> list[str]:
     return teachers
 
 
+def read_classes(texts: Sequence[str]) -> dict[str, list[int]]:
+    """Read the files of texts `TEACHER=FILE`, split at the last `=`, as `create_ensemble` takes `classes`.
+
+    A file has one class index a line, but for blank lines and `#` comments.
+
+    Raises:
+        UserError: If a text is none of this kind, a teacher is there twice, or a file cannot be read or holds
+            anything else.
+    """
+    classes: dict[str, list[int]] = {}
+    for text in texts:
+        name, _, path = text.rpartition('=')
+        if not name or name in classes:
+            fault = 'the classes of this teacher are given twice' if name else 'must be TEACHER=FILE'
+            raise UserError(f'--teacher-classes {text}: {fault}.')
+        try:
+            lines = [line.partition('#')[0].strip() for line in Path(path).read_text(encoding='utf-8').splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f'--teacher-classes {text}: cannot read {path}: {error}') from error
+        for number, line in enumerate(lines, 1):
+            if line and not line.isdecimal():
+                raise UserError(f'--teacher-classes {text}: line {number} must be one class index, got {line!r}.')
+        classes[name] = [int(line) for line in lines if line]
+    return classes
+
+
 def create_ensemble(
     teachers: Sequence[str | nn.Module],
     *,
@@ -440,7 +473,7 @@ def _create_named(
         else:
             if pretrained:
                 if not any(cfg.get(source) for source in ('url', 'file', 'hf_hub_id', 'state_dict')):
-                    raise UserError(f'{spec} has no pretrained weights{_tags_with_weights(name)}, or give {name}=PATH.')
+                    raise UserError(f'{spec} has no pretrained weights: {_tags_with_weights(name)}give {name}=PATH.')
                 if kwargs.get('num_classes', cfg['num_classes']) != cfg['num_classes']:  # timm would make a new head
                     raise UserError(
                         f"{spec} contradicts itself: its config's model_args say {kwargs['num_classes']} classes, "
@@ -515,7 +548,7 @@ def _known(name: str) -> str:
 
 def _tags_with_weights(name: str) -> str:
     names = [tagged for tagged, cfg in get_arch_pretrained_cfgs(name).items() if cfg.has_weights]
-    return f': name one that has ({", ".join(names)})' if names else ''
+    return f'name one that has ({", ".join(names)}), or ' if names else ''
 
 
 def _is_checkpoint(text: str) -> bool:

@@ -4,9 +4,9 @@ import argparse
 import functools
 import importlib
 import logging
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -32,12 +32,15 @@ from torch.utils.data import Dataset, IterableDataset
 
 from timm_mealv2.datasets import check_classes, dataset_root, open_dataset
 from timm_mealv2.errors import UserError
-from timm_mealv2.mealv2_teachers import EnsembleTeacher, create_ensemble
+from timm_mealv2.mealv2_teachers import EnsembleTeacher, create_ensemble, read_classes
 from timm_mealv2.randomness import Stream, counted_seed, seed_all
+from timm_mealv2.soft_labels.dataset import SoftLabelDataset
+from timm_mealv2.soft_labels.store import SoftLabelStore
 from timm_mealv2.task import MealV2Task, scale_discriminator_lr
-from timm_mealv2.training.checks import mixes
+from timm_mealv2.training.checks import mixes, option
 from timm_mealv2.training.data import StreamLoader, TrainLoader, eval_loader, image_sizes
 from timm_mealv2.training.loop import Stepper, updates_per_epoch
+from timm_mealv2.training.reading import BadImages
 
 _logger = logging.getLogger(__name__)
 
@@ -70,9 +73,9 @@ def build_device(args: argparse.Namespace) -> torch.device:
         args.batch_size = args.total_batch_size // (args.world_size * args.grad_accum_steps)
     types = {'--amp-dtype': args.amp_dtype if args.amp else None, '--model-dtype': args.model_dtype}
     types['--teacher-dtype'] = args.teacher_dtype
-    for option, name in types.items():
+    for flag, name in types.items():
         if name == 'bfloat16' and device.type == 'cpu' and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            _logger.warning(f'{option} bfloat16: this CPU emulates it, about 30 times slower than float32.')
+            _logger.warning(f'{flag} bfloat16: this CPU emulates it, about 30 times slower than float32.')
     return device
 
 
@@ -163,8 +166,8 @@ def _resolve_pixels(args: argparse.Namespace, model: Any, in_chans: int) -> dict
 
 
 def build_teachers(args: argparse.Namespace, in_chans: int, device: torch.device) -> EnsembleTeacher | None:
-    """Create the ensemble of --teachers, None without or for timm's own distillation tasks."""
-    if not args.teachers or args.kd_distill_type != 'mealv2':
+    """Create the ensemble of --teachers; None without, with stored labels and for timm's own distillation tasks."""
+    if not args.teachers or args.kd_distill_type != 'mealv2' or args.soft_labels:
         return None
     return create_ensemble(
         args.teachers,
@@ -172,35 +175,19 @@ def build_teachers(args: argparse.Namespace, in_chans: int, device: torch.device
         in_chans=in_chans,
         weights=args.teacher_weights,
         img_sizes=args.teacher_img_size,
-        classes=_read_classes(args.teacher_classes or ()),
+        classes=read_classes(args.teacher_classes or ()),
         dtype=_FLOAT_TYPES[args.teacher_dtype] if args.teacher_dtype else None,
         device=device,
     )
 
 
-def _read_classes(texts: Sequence[str]) -> dict[str, list[int]]:
-    """Read the files of --teacher-classes: one class index a line, but for blank lines and `#` comments."""
-    classes: dict[str, list[int]] = {}
-    for text in texts:
-        name, _, path = text.rpartition('=')
-        try:
-            lines = [line.partition('#')[0].strip() for line in Path(path).read_text(encoding='utf-8').splitlines()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f'--teacher-classes {text}: cannot read {path}: {error}') from error
-        for number, line in enumerate(lines, 1):
-            if line and not line.isdecimal():
-                raise UserError(f'--teacher-classes {text}: line {number} must be one class index, got {line!r}.')
-        classes[name] = [int(line) for line in lines if line]
-    return classes
-
-
 def build_task(
     args: argparse.Namespace, student: nn.Module, teachers: EnsembleTeacher | None, device: torch.device
 ) -> TrainingTask:
-    """Create what computes the loss: ours with teachers, timm's classification without, timm's own tasks by name."""
+    """Create what computes the loss: ours with teachers or stored labels, timm's classification or its others."""
     dtype = _FLOAT_TYPES[args.model_dtype or 'float32']
     common: dict[str, Any] = {'device': device, 'dtype': dtype, 'verbose': args.rank == 0}
-    if teachers is not None:
+    if teachers is not None or args.soft_labels:
         return MealV2Task(
             student,
             teachers,
@@ -208,6 +195,7 @@ def build_task(
             discriminator_mode=args.discriminator_mode,
             hard_label_weight=args.hard_label_weight,
             criterion=_build_criterion(args) if args.hard_label_weight else None,
+            label_rest=args.label_rest,
             **common,
         )
     common['criterion'] = _build_criterion(args)
@@ -327,10 +315,58 @@ def build_datasets(args: argparse.Namespace, channels: int) -> tuple[Dataset, Da
     return train, validation
 
 
+def build_soft_labels(args: argparse.Namespace, dataset: Dataset, data_config: dict[str, Any]) -> SoftLabelDataset:
+    """Open the store of --soft-labels and put the training images together with its labels.
+
+    Crop geometry that was not given becomes that of the store.
+    """
+    store = SoftLabelStore(args.soft_labels)
+    meta = store.meta
+    if isinstance(dataset, IterableDataset):
+        raise UserError('--soft-labels needs a data set with random access: a streaming one is none.')
+    names = [teacher['name'] for teacher in meta.teachers]
+    if args.teachers and sorted(args.teachers) != sorted(names):
+        raise UserError(
+            f'--soft-labels {args.soft_labels}: recorded with the teachers {" + ".join(names)}, not '
+            f'{" + ".join(args.teachers)}.'
+        )
+    mode = args.input_img_mode or ('L' if data_config['input_size'][0] == 1 else 'RGB')
+    crops: dict[str, tuple[Any, Any]] = {
+        'classes': (meta.num_classes, args.num_classes),
+        'image size (height, width)': (tuple(meta.image_size), tuple(data_config['input_size'][1:])),
+        'image mode': (meta.img_mode, mode),
+    }
+    for name, stored in (
+        ('scale', list(meta.scale)),
+        ('ratio', list(meta.ratio)),
+        ('hflip', meta.hflip),
+        ('train_interpolation', meta.interpolation),
+    ):
+        if name in args.explicit:
+            crops[option(name)] = (stored, getattr(args, name))
+        setattr(args, name, stored)
+    for what, (stored, asked) in crops.items():
+        if stored != asked:
+            raise UserError(
+                f'--soft-labels {args.soft_labels}: {what} was {stored} when it was recorded and is {asked} here.'
+            )
+    if args.crops_per_decode > meta.crops:
+        raise UserError(f'--crops-per-decode {args.crops_per_decode}: the store has {meta.crops} crops of each image.')
+    rounds = math.ceil(args.epochs / args.crops_per_decode) * args.crops_per_decode / meta.crops
+    if rounds > 1:
+        _logger.warning(
+            f'{args.epochs} epochs take more crops than the {meta.crops} that are stored of each image: they come '
+            f'again in the same order, each up to {math.ceil(rounds)} times.'
+        )
+    return SoftLabelDataset(dataset, store, unlabeled=args.unlabeled, allow_decoder_change=args.allow_decoder_change)
+
+
 def build_train_loader(
-    args: argparse.Namespace, dataset: Dataset, data_config: dict[str, Any], device: torch.device
+    args: argparse.Namespace, dataset: Dataset, data_config: dict[str, Any], device: torch.device, bad: BadImages
 ) -> TrainLoader | StreamLoader:
-    """Create the training loader."""
+    """Create the training loader, over the stored crops with --soft-labels."""
+    if args.soft_labels:
+        dataset = build_soft_labels(args, dataset, data_config)
     interpolation = args.train_interpolation
     if args.no_aug or not interpolation:
         interpolation = data_config['interpolation']
@@ -396,9 +432,15 @@ def build_train_loader(
         transform=transform,
         mixup=_mixing(args),
         mixup_off_epoch=args.mixup_off_epoch,
+        crops_per_decode=args.crops_per_decode,
         repeats=args.aug_repeats,
         splits=args.aug_splits,
         sizes=sizes,
+        # MEAL V2 looks at labels only where it is told to; an unknown one (-1) does not disturb it, unless it is mixed.
+        labels=range(
+            -1 if args.kd_distill_type == 'mealv2' and args.teachers and not mixes(args) else 0, args.num_classes
+        ),
+        bad=bad,
         world_size=args.world_size,
         workers=args.workers,
         pin_memory=args.pin_mem,
@@ -413,7 +455,7 @@ def _fast_mixup(args: argparse.Namespace) -> Callable | None:
 
 
 def build_eval_loader(
-    args: argparse.Namespace, dataset: Dataset, data_config: dict[str, Any], device: torch.device
+    args: argparse.Namespace, dataset: Dataset, data_config: dict[str, Any], device: torch.device, bad: BadImages
 ) -> Any:
     """Create the evaluation loader of `dataset`."""
     return eval_loader(
@@ -421,6 +463,7 @@ def build_eval_loader(
         data_config,
         batch_size=args.validation_batch_size or args.batch_size,
         device=device,
+        bad=bad,
         num_workers=args.workers,
         distributed=args.distributed,
         pin_memory=args.pin_mem,

@@ -49,7 +49,7 @@ _RANGES: dict[str, tuple[float, float]] = {
             *('batch_size', 'validation_batch_size', 'grad_accum_steps', 'lr_base_size', 'lr_cycle_limit', 'epochs'),
             *('log_interval', 'val_interval', 'checkpoint_hist', 'train_img_sizes', 'train_batch_sizes'),
             *('train_batches_per_epoch', 'kd_student_feature_dim', 'kd_teacher_feature_dim', 'teacher_img_size'),
-            *('total_batch_size', 'recount'),
+            *('total_batch_size', 'recount', 'crops_per_decode', 'max_nonfinite'),
         ),
         _AT_LEAST_1,
     ),
@@ -61,7 +61,7 @@ _RANGES: dict[str, tuple[float, float]] = {
             *('mixup', 'cutmix', 'mixup_off_epoch', 'recovery_interval', 'workers', 'tta', 'local_rank'),
             *('train_size_probs', 'train_size_schedule_spread', 'teacher_weights', 'discriminator_weight'),
             *('discriminator_lr_scale', 'hard_label_weight', 'distill_loss_weight', 'task_loss_weight'),
-            *('head_init_scale', 'lr_cycle_decay'),
+            *('head_init_scale', 'lr_cycle_decay', 'max_bad_images'),
         ),
         _AT_LEAST_0,
     ),
@@ -89,6 +89,9 @@ _OF_MEALV2 = (
     *('teacher_weights', 'teacher_dtype', 'teacher_img_size', 'discriminator_weight', 'discriminator_mode'),
     *('discriminator_lr_scale', 'hard_label_weight', 'teacher_classes'),
 )
+
+
+_OF_STORED_LABELS = ('crops_per_decode', 'label_rest', 'allow_decoder_change')
 
 
 def option(name: str) -> str:
@@ -247,8 +250,13 @@ def _check_losses(args: argparse.Namespace) -> None:
 
 def _check_distillation(args: argparse.Namespace) -> None:
     kind = args.kd_distill_type
-    mealv2 = bool(args.teachers) and kind == 'mealv2'
+    mealv2 = bool(args.teachers or args.soft_labels) and kind == 'mealv2'
+    for name in _OF_STORED_LABELS:
+        if name in args.explicit and not args.soft_labels:
+            _refuse(name, getattr(args, name), 'needs --soft-labels')
     if not mealv2:
+        if args.soft_labels:
+            _refuse('soft_labels', args.soft_labels, f'cannot go with --kd-distill-type {kind}')
         why = 'needs --teachers' if not args.teachers else f'cannot go with --kd-distill-type {kind}'
         for name in _OF_MEALV2:
             if name in args.explicit:
@@ -258,6 +266,8 @@ def _check_distillation(args: argparse.Namespace) -> None:
     if 'kd_distill_type' in args.explicit and kind != 'mealv2' and not args.teachers:
         _refuse('kd_distill_type', kind, 'needs --kd-model-name or --teachers')
     if mealv2:
+        if args.soft_labels:
+            _check_stored_labels(args)
         _check_mealv2(args)
     elif args.teachers:
         if len(args.teachers) > 1:
@@ -315,3 +325,28 @@ def _check_mealv2(args: argparse.Namespace) -> None:
         for name in ('bce_loss', 'smoothing'):
             if name in args.explicit and getattr(args, name):
                 _logger.warning(f'{option(name)} does nothing: --hard-label-weight is 0, the labels are not looked at.')
+
+
+def _check_stored_labels(args: argparse.Namespace) -> None:
+    """Refuse what would make the stored crops others, and set what goes without saying."""
+    label = 'the stored label belongs to the very pixels that were recorded'
+    for name in ('aa', 'color_jitter', 'grayscale_prob', 'gaussian_blur_prob', 'reprob', 'vflip', 'no_aug'):
+        if name in args.explicit and getattr(args, name):
+            _refuse(name, getattr(args, name), f'refused with --soft-labels, {label}; leave it out')
+    args.color_jitter = 0.0
+    if args.train_crop_mode not in (None, 'rrc'):
+        _refuse('train_crop_mode', args.train_crop_mode, f'refused with --soft-labels, {label}; leave it out')
+    for name in ('aug_repeats', 'train_img_sizes'):
+        if getattr(args, name):
+            _refuse(name, getattr(args, name), 'refused with --soft-labels, which says what an epoch shows and how big')
+    for name in ('teacher_weights', 'teacher_dtype', 'teacher_img_size', 'teacher_classes'):
+        if getattr(args, name) is not None:
+            _refuse(name, getattr(args, name), 'the answers are stored; it is an option of mealv2-softlabels record')
+    if args.no_prefetcher:
+        _refuse('no_prefetcher', True, 'refused with --soft-labels, whose crops are normalised on the device')
+    if 'discriminator_weight' not in args.explicit:
+        args.discriminator_weight = 0.0
+    elif args.discriminator_weight and args.label_rest != 'uniform':
+        _refuse('label_rest', args.label_rest, 'leaves the discriminator no whole distribution; give one of the two')
+    if args.hard_label_weight and mixes(args):
+        _refuse('hard_label_weight', args.hard_label_weight, 'cannot go with mixed images of --soft-labels')

@@ -3,14 +3,16 @@
 What a sample looks like is a function of (seed, epoch, data set index), and what a batch is mixed with of (seed, epoch,
 batch): the sampler hands these counters to the worker processes together with the indices, and the generators are
 seeded from them there. So neither the number of workers nor the point at which a run was continued changes a pixel.
+
+An image that cannot be read is left out of its batch and named; which ones are is a function of the data alone.
 """
 
-import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from timm.data import (
     AugMixDataset,
     FastCollateMixup,
@@ -32,11 +34,21 @@ from torch.utils.data import (
     default_collate,
 )
 
+from timm_mealv2.datasets import UnreadableImage
+from timm_mealv2.errors import UserError
 from timm_mealv2.randomness import Stream, counted_seed, preserved_generators, seed_all, seed_cpu, seeded
-
-_logger = logging.getLogger(__name__)
-
-Batch = tuple[Tensor, Tensor]
+from timm_mealv2.soft_labels.dataset import CropSampler, MixCrops, SoftLabelDataset, collate_crops
+from timm_mealv2.training.reading import (
+    BadImages,
+    Batch,
+    Collate,
+    Fetched,
+    Images,
+    ReadableDataset,
+    ReportingLoader,
+    ignore_signals,
+    keep_signals_from_workers,
+)
 
 
 class _Key(NamedTuple):
@@ -54,7 +66,7 @@ class _CountedBatches(Sampler[list[_Key]]):
     def __init__(
         self,
         batches: BatchSampler | ScheduledBatchSampler,
-        indices: DistributedSampler[int] | RepeatAugSampler,
+        indices: DistributedSampler[int] | RepeatAugSampler | CropSampler,
         repeats: bool,
     ) -> None:
         self.batches = batches
@@ -87,57 +99,89 @@ class _WholeBatches(BatchSampler):
     Batch normalisation cannot train on one sample: it has no variance. Another sample is left out in the next epoch.
     """
 
-    def __init__(self, sampler: Sampler[int], batch_size: int) -> None:
+    def __init__(self, sampler: Sampler, batch_size: int) -> None:
         lone = len(sampler) > batch_size > 1 and len(sampler) % batch_size == 1  # type: ignore[arg-type]
         super().__init__(sampler, batch_size, drop_last=lone)
 
 
 class _CountedDataset(Dataset):
-    """Fetches whole batches of samples, each with the generators seeded from its key."""
+    """Fetches whole batches of samples, each with the generators seeded from its key.
 
-    def __init__(self, dataset: Dataset, seed: int, rank: int, unlabeled: bool) -> None:
+    An image that cannot be read is left out. A batch of which less than two images are left is filled up to two with
+    the next ones of the data set: every process has something to train on, and batch normalisation a variance.
+    """
+
+    def __init__(self, dataset: Dataset, seed: int, rank: int, unlabeled: bool, limit: int) -> None:
         self.dataset = dataset
         self.seed = seed
         self.rank = rank
         self.unlabeled = unlabeled
+        self.limit = limit
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
 
-    def __getitems__(self, keys: list[_Key]) -> tuple[list[tuple[Any, Any]], _Key]:
-        with preserved_generators():
-            return [self._sample(key) for key in keys], keys[0]
+    def __getitems__(self, keys: list[_Key]) -> Fetched | UserError:
+        fetched = Fetched([], {}, keys[0])
+        try:
+            with preserved_generators():
+                for key in keys:
+                    self._add(key, fetched)
+                for key in self._substitutes(keys):
+                    # Too many to go on: a folder that is gone would be searched to its end.
+                    if len(fetched.samples) >= min(2, len(keys)) or len(fetched.unreadable) > self.limit:
+                        break
+                    self._add(key, fetched)
+        except UserError as error:  # torch would add the worker's traceback to its text
+            return error
+        return fetched
 
-    def _sample(self, key: _Key) -> tuple[Any, Any]:
-        index = key.index[0] if isinstance(key.index, tuple) else key.index
+    def _substitutes(self, keys: list[_Key]) -> Iterator[_Key]:
+        asked = {_index(key) for key in keys}
+        for step in range(1, len(self)):
+            index = (_index(keys[-1]) + step) % len(self)
+            if index not in asked:
+                last = keys[-1].index
+                yield keys[-1]._replace(index=(index, *last[1:]) if isinstance(last, tuple) else index)
+
+    def _add(self, key: _Key, fetched: Fetched) -> None:
+        index = _index(key)
         # The process makes only the repeats of an image differ: otherwise a sample is the same wherever it is made.
         counters = (self.seed, key.epoch, index, *(() if key.turn is None else (key.turn, self.rank)))
         seed_cpu(counted_seed(Stream.AUGMENTATION, *counters))
-        image, target = self.dataset[key.index]
-        return image, 0 if self.unlabeled else target
+        try:
+            image, target = self.dataset[key.index]
+        except UnreadableImage as error:
+            fetched.unreadable[index] = str(error)
+        else:
+            fetched.samples.append((image, 0 if self.unlabeled else target))
 
 
-class _CountedCollate:
+def _index(key: _Key) -> int:
+    return key.index[0] if isinstance(key.index, tuple) else key.index
+
+
+class _CountedCollate(Collate):
     """Collates a batch, mixed with numbers that depend on (seed, epoch, batch, rank)."""
 
     def __init__(self, collate: Callable, seed: int, rank: int, mixup_off_epoch: int, unlabeled: bool) -> None:
-        self.collate = collate
+        super().__init__(collate)
         self.seed = seed
         self.rank = rank
         self.mixup_off_epoch = mixup_off_epoch
         self.unlabeled = unlabeled
 
-    def __call__(self, fetched: tuple[list[tuple[Any, Any]], _Key]) -> Batch:
-        samples, key = fetched
+    def collate_fetched(self, fetched: Fetched) -> Batch:
+        key = fetched.key
         if isinstance(self.collate, FastCollateMixup):
             self.collate.mixup_enabled = not 0 < self.mixup_off_epoch <= key.epoch
         with seeded(counted_seed(Stream.MIXUP, self.seed, key.epoch, key.batch, self.rank)):
-            images, target = self._collate(samples)
+            images, target = self._mix(fetched.samples)
         if self.unlabeled:
             target = torch.full((len(images),), -1)
         return images, target
 
-    def _collate(self, samples: list[tuple[Any, Any]]) -> Batch:
+    def _mix(self, samples: list[tuple[Any, Any]]) -> Batch:
         if not isinstance(self.collate, FastCollateMixup) or len(samples) % 2 == 0:
             return self.collate(samples)
         # timm mixes pairs: the odd one of a last batch is paired, and thus mixed, with itself.
@@ -171,16 +215,20 @@ class TrainLoader:
     """Training batches on the device, from any batch of any epoch; the last batch of an epoch is kept.
 
     Args:
-        dataset: A data set with random access, without a transform.
+        dataset: A data set with random access, without a transform; or one of stored labels, whose crops are given as
+            they were recorded (`transform` then says how they are normalised, and no more).
         input_size: (channels, height, width) of an image.
         batch_size: Images a batch and process.
         transform: Arguments of timm's `create_transform` for training, `interpolation`, `mean` and `std` among them.
         mixup: Arguments of timm's `Mixup`; None does not mix.
         mixup_off_epoch: First epoch without mixing, 0 for never.
+        crops_per_decode: With stored labels, crops of an image each time it is decoded.
         repeats: Repeated augmentation: how often an image comes in turn, 0 for not.
         splits: Augmentation splits (AugMix), 0 for none.
         sizes: Arguments of timm's `ScheduledBatchSampler` and 'input_sizes', for batches of changing image size.
         unlabeled: Discard the targets; they come as -1.
+        labels: The possible targets; None takes all.
+        bad: Told of the images that cannot be read.
         seed: The run's seed.
         rank: Number of this process.
         world_size: Number of processes.
@@ -200,10 +248,13 @@ class TrainLoader:
         transform: dict[str, Any],
         mixup: dict[str, Any] | None = None,
         mixup_off_epoch: int = 0,
+        crops_per_decode: int = 1,
         repeats: float = 0,
         splits: int = 0,
         sizes: dict[str, Any] | None = None,
         unlabeled: bool = False,
+        labels: range | None = None,
+        bad: BadImages | None = None,
         seed: int = 42,
         rank: int = 0,
         world_size: int = 1,
@@ -217,17 +268,25 @@ class TrainLoader:
         self.seed, self.rank, self.device, self.dtype = seed, rank, device, dtype
         self.mixup_off_epoch = mixup_off_epoch
         self.unlabeled = unlabeled
+        bad = bad or BadImages()
         transform = dict(transform, is_training=True, use_prefetcher=prefetch, separate=splits > 0)
+        stored = dataset if isinstance(dataset, SoftLabelDataset) else None
+        unlabeled = unlabeled and stored is None  # stored labels stay, without hard ones
+        if stored is None:
+            dataset = Images(dataset, None if unlabeled else labels)
         if splits:
             dataset = AugMixDataset(dataset, num_splits=splits)
         if sizes:
             choices = [create_transform(size, **transform) for size in sizes['input_sizes']]
             dataset = ScheduledTransformDataset(dataset, choices)
-        else:
+        elif stored is None:
             dataset.transform = create_transform(input_size, **transform)  # type: ignore[attr-defined]
 
-        indices: DistributedSampler[int] | RepeatAugSampler
-        if repeats:
+        indices: DistributedSampler[int] | RepeatAugSampler | CropSampler
+        if stored is not None:
+            options = {'per_decode': crops_per_decode, 'seed': seed, 'rank': rank, 'world_size': world_size}
+            indices = CropSampler(stored.images, stored.store.meta.crops, **options)
+        elif repeats:
             indices = RepeatAugSampler(dataset, num_replicas=world_size, rank=rank, num_repeats=repeats)
         else:
             indices = DistributedSampler(dataset, num_replicas=world_size, rank=rank, seed=seed)
@@ -240,21 +299,23 @@ class TrainLoader:
             batches = _WholeBatches(indices, batch_size)
         self.batch_sampler = _CountedBatches(batches, indices, repeats=bool(repeats))
 
-        collate: Callable = fast_collate if prefetch else default_collate
+        collate: Callable = collate_crops if stored is not None else fast_collate if prefetch else default_collate
         self.mixup: Mixup | None = None
         if mixup and prefetch:
-            collate = FastCollateMixup(**mixup)
+            collate = FastCollateMixup(**mixup) if stored is None else MixCrops(mixup)
         elif mixup:
             self.mixup = Mixup(**mixup)
-        self.loader: DataLoader | PrefetchLoader = DataLoader(
-            _CountedDataset(dataset, seed, rank, unlabeled),
+        loader = DataLoader(
+            _CountedDataset(dataset, seed, rank, unlabeled, bad.limit),
             batch_sampler=self.batch_sampler,
             collate_fn=_CountedCollate(collate, seed, rank, mixup_off_epoch, unlabeled),  # type: ignore[arg-type]
             num_workers=workers,
             pin_memory=pin_memory,
             persistent_workers=workers > 0,
+            worker_init_fn=ignore_signals,
             generator=torch.Generator(),  # the workers' own seed, which nothing uses, comes out of no shared generator
         )
+        self.loader: ReportingLoader | PrefetchLoader = ReportingLoader(loader, bad, 'train')
         self.erasing: _CountedErasing | None = None
         if prefetch:
             self.loader = PrefetchLoader(
@@ -334,6 +395,7 @@ class StreamLoader:
         self.seed, self.rank, self.device, self.unlabeled = seed, rank, device, unlabeled
         self.dataset = dataset
         self.loader = create_loader(dataset, is_training=True, device=device, persistent_workers=False, **loader)
+        keep_signals_from_workers(self.loader)
 
     def __len__(self) -> int:
         """Batches an epoch on every process, by the data set's own count."""
@@ -358,20 +420,61 @@ class StreamLoader:
 
 
 def eval_loader(
-    dataset: Dataset, data_config: dict[str, Any], *, batch_size: int, device: torch.device, **kwargs: Any
-) -> PrefetchLoader | DataLoader:
-    """Return timm's evaluation loader: images as `data_config` says, in the data set's order.
+    dataset: Dataset,
+    data_config: dict[str, Any],
+    *,
+    batch_size: int,
+    device: torch.device,
+    bad: BadImages | None = None,
+    distributed: bool = False,
+    **kwargs: Any,
+) -> Iterable[Batch]:
+    """Return an evaluation loader: images as `data_config` says, in the data set's order.
+
+    What cannot be read is left out, and each image comes on one process alone: the processes may have different
+    numbers of batches.
 
     Args:
         dataset: The validation split.
         data_config: As timm's `resolve_data_config` gives it.
         batch_size: Images a batch and process.
         device: Where batches go.
-        **kwargs: Further arguments of timm's `create_loader`.
+        bad: Told of the images that cannot be read.
+        distributed: Share the images among the processes of the default group.
+        **kwargs: Further arguments of timm's `create_loader`: 'num_workers', 'pin_memory', 'use_prefetcher' and
+            'img_dtype'.
     """
     names = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
     config = {name: data_config[name] for name in names}
-    return create_loader(dataset, batch_size=batch_size, is_training=False, device=device, **config, **kwargs)
+    if isinstance(dataset, IterableDataset):
+        kwargs |= {'batch_size': batch_size, 'device': device, 'distributed': distributed}
+        loader = create_loader(dataset, is_training=False, **config, **kwargs)
+        keep_signals_from_workers(loader)
+        return loader
+    prefetch = kwargs.pop('use_prefetcher', True)
+    dtype = kwargs.pop('img_dtype', torch.float32)
+    images = Images(dataset)
+    images.transform = create_transform(**config, is_training=False, use_prefetcher=prefetch)
+    rank, processes = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
+    loader = DataLoader(
+        ReadableDataset(images),
+        batch_size=batch_size,
+        sampler=range(rank, len(images), processes),
+        collate_fn=Collate(fast_collate if prefetch else default_collate),  # type: ignore[arg-type]
+        worker_init_fn=ignore_signals,
+        **kwargs,
+    )
+    reporting = ReportingLoader(loader, bad or BadImages(), 'validation', skip_empty=True)
+    if not prefetch:
+        return reporting
+    return PrefetchLoader(
+        reporting,
+        mean=config['mean'],
+        std=config['std'],
+        channels=config['input_size'][0],
+        device=device,
+        img_dtype=dtype,
+    )
 
 
 def image_sizes(sizes: Sequence[int], channels: int) -> list[tuple[int, int, int]]:

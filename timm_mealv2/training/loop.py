@@ -144,7 +144,7 @@ class EpochEvents:
         log: Whether this process writes the log.
         distributed: Whether means are taken over several processes.
         recovery_interval: Updates from one recovery checkpoint to the next, 0 for none.
-        save_recovery: Writes one, given the position and the meters.
+        save_recovery: Writes one, given the position and the meters; called on every process.
         save_images: Saves a batch of images, given its number and the images; called at each line of the log.
         synchronize: Wait for the device after each step.
     """

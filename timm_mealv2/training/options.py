@@ -6,6 +6,7 @@ from typing import Any
 from timm.utils import ParseKwargs
 
 from timm_mealv2.cli import OneLineParser
+from timm_mealv2.losses import LABEL_RESTS
 
 _Option = tuple[tuple[str, ...], dict[str, Any]]
 
@@ -76,13 +77,26 @@ _OURS: list[_Option] = [
     ),
     _float('--discriminator-lr-scale', default=1.0, help="the discriminator's learning rate over the student's"),
     _float('--hard-label-weight', default=0.0, help='weight of the loss on the labels; 0 does not look at them'),
+    _text(
+        '--soft-labels', metavar='DIR', help='train on the answers that mealv2-softlabels recorded, without teachers'
+    ),
     _flag('--unlabeled', help='discard the labels: any folder of images will do'),
+    _int('--crops-per-decode', default=1, metavar='R', help='soft labels: crops of an image each time it is decoded'),
+    _text(
+        '--label-rest',
+        default='uniform',
+        choices=LABEL_RESTS,
+        help='soft labels: what becomes of the probability that the stored classes leave over',
+    ),
+    _flag('--allow-decoder-change', help='soft labels: accept an image decoder that gives other pixels'),
     _int('--total-batch-size', help='images an update over all processes, in place of --batch-size'),
     _text('--recipe', metavar='NAME', help='settings of a published training as defaults'),
     _flag('--list-recipes', help='print the recipes and stop'),
     _text('-c', '--config', metavar='FILE', help='YAML file of settings as defaults, such as the args.yaml of a run'),
     _flag('--dry-run', help='print the settings, time a few steps, write nothing'),
     _flag('--no-preflight', help='do not evaluate teachers and student before the first step'),
+    _int('--max-bad-images', default=100, help='images that cannot be read and are left out before the run stops'),
+    _int('--max-nonfinite', default=10, help='updates in a row that are skipped as they are not finite, likewise'),
     _flag('--log-tensorboard', help='log to TensorBoard, in the run folder'),
 ]
 

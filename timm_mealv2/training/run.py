@@ -44,7 +44,18 @@ from timm_mealv2.training.build import (
     build_train_loader,
     open_split,
 )
-from timm_mealv2.training.checkpoint import Progress, RunSaver, find_newest, position, read_checkpoint
+from timm_mealv2.training.checkpoint import (
+    Progress,
+    RunSaver,
+    find_newest,
+    load_buffers,
+    load_scheduler_state,
+    own_state,
+    position,
+    process_states,
+    read_checkpoint,
+    scheduler_state,
+)
 from timm_mealv2.training.data import StreamLoader, TrainLoader
 from timm_mealv2.training.loop import (
     EpochEvents,
@@ -53,6 +64,7 @@ from timm_mealv2.training.loop import (
     train_one_epoch,
     updates_per_epoch,
 )
+from timm_mealv2.training.reading import BadImages
 
 _logger = logging.getLogger(__name__)
 
@@ -110,15 +122,16 @@ class _Run:
         self.folder = self._choose_folder()
         resume = self._choose_checkpoint()
 
+        self.bad = BadImages(args.max_bad_images)
         self.student, self.data_config = build_student(args, device)
         train, validation = build_datasets(args, self.data_config['input_size'][0])
         self.class_names = class_names(train)
         self.teachers = build_teachers(args, self.data_config['input_size'][0], device)
         self.task = build_task(args, self.student, self.teachers, device)
         self.optimizer = build_optimizer(args, self.task)
-        self.loader: TrainLoader | StreamLoader = build_train_loader(args, train, self.data_config, device)
+        self.loader: TrainLoader | StreamLoader = build_train_loader(args, train, self.data_config, device, self.bad)
         self.validation = self._build_validation(validation)
-        self.eval_metric = self.validation.metric(args.eval_metric)
+        self.eval_metric = self.validation.metric(args.eval_metric) if self.validation is not None else ''
         self.decreasing = self.eval_metric in ('loss', 'kl')
         if args.model_ema:
             ema_device = torch.device('cpu') if args.model_ema_force_cpu else None
@@ -127,18 +140,21 @@ class _Run:
         self.scheduler: Scheduler | None
         self.scheduler, self.epochs = build_scheduler(args, self.optimizer, self.loader, self.decreasing)
         self.meters = Meters()
+        self.buffers: list[dict[str, Tensor]] = []
+        self.resumed = resume
         self.start = self._resume(resume) if resume else Progress()
-        if args.start_epoch is not None:
+        # A run that continues itself is past its start.
+        if args.start_epoch is not None and not (resume and args.resume in ('', 'auto')):
             updates = args.start_epoch * updates_per_epoch(self.loader, args.grad_accum_steps)
             self.start = Progress(args.start_epoch, update=updates)
             self._step_schedule(args.start_epoch, updates)
-        self.fresh = resume is None
 
         if args.torchcompile is not None:
             self.task.compile(backend=args.torchcompile or 'inductor', mode=args.torchcompile_mode)
         if args.distributed:
             ids = [device] if device.type == 'cuda' else None
             self.task.prepare_distributed(device_ids=ids, broadcast_buffers=not args.no_ddp_bb)
+            load_buffers(self.task, self.buffers)
 
     # Before the first step
 
@@ -153,23 +169,24 @@ class _Run:
     def _choose_checkpoint(self) -> Path | None:
         """The checkpoint to continue from, the same on every process."""
         args = self.args
-        auto = args.resume == 'auto'
-        if args.experiment and not args.resume and int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0:
+        given = Path(args.resume) if args.resume not in ('', 'auto') else None
+        restarted = bool(args.experiment) and int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0
+        if restarted:
             _logger.info('The process group was restarted: continuing from its newest checkpoint.')
-            auto = True
-        if not auto:
-            if not args.resume and not args.dry_run and next(self.folder.glob('*.pth.tar'), None):
+        if not restarted and args.resume != 'auto':
+            own = given is not None and given.absolute().parent == self.folder.absolute()
+            if not own and not args.dry_run and next(self.folder.glob('*.pth.tar'), None):
                 raise UserError(
                     f'{self.folder} already holds a run: continue it with --resume auto, or choose another '
                     '--experiment.'
                 )
-            return Path(args.resume) if args.resume else None
+            return given
         chosen: list[Any] = [find_newest(self.folder) if self.primary else None]
         if args.distributed:
             dist.broadcast_object_list(chosen)
-        if chosen[0] is None:
+        if chosen[0] is None and given is None:
             _logger.info(f'No checkpoint in {self.folder}: starting fresh.')
-        return chosen[0]
+        return chosen[0] or given
 
     def _resume(self, path: Path) -> Progress:
         """Load a checkpoint into task, optimizer, scaler, schedule and meters."""
@@ -193,10 +210,12 @@ class _Run:
         if start.batch and not (self.loader.resumable and checkpoint.get('batches') == len(self.loader)):
             _logger.info('The epoch cannot be entered where it was left (streaming, or batches of another size).')
             start = Progress(start.epoch, update=start.epoch * updates)
-        elif 'meters' in checkpoint:
-            self.meters.load_state_dict(checkpoint['meters'], self.device)
+        else:
+            own = own_state(checkpoint, args.rank, args.world_size)
+            self.meters.load_state_dict(own.get('meters', {}), self.device)
+            self.buffers = own.get('buffers', [])
         if self.scheduler is not None and 'scheduler' in checkpoint and not args.no_resume_opt:
-            self.scheduler.load_state_dict(checkpoint['scheduler'])
+            load_scheduler_state(self.scheduler, checkpoint['scheduler'])
         elif 'progress' not in checkpoint or args.no_resume_opt:
             self._step_schedule(start.epoch, start.update)
         _logger.info(f'Continuing from {path}: epoch {start.epoch}, batch {start.batch}, update {start.update}.')
@@ -209,10 +228,13 @@ class _Run:
             else:
                 self.scheduler.step(epoch)
 
-    def _build_validation(self, validation: Dataset | None) -> _Validation:
+    def _build_validation(self, validation: Dataset | None) -> _Validation | None:
         args = self.args
-        build = partial(build_eval_loader, args, data_config=self.data_config, device=self.device)
+        build = partial(build_eval_loader, args, data_config=self.data_config, device=self.device, bad=self.bad)
         by_agreement = args.unlabeled and (validation is None or len(class_names(validation) or ()) != args.num_classes)
+        if by_agreement and self.teachers is None:
+            _logger.info('No validation split with labels, and no live teachers to agree with: there is no evaluation.')
+            return None
         if validation is None:
             _logger.info('No validation split: evaluating by agreement with the teachers on the training images.')
             validation = open_split(args, args.train_split, self.data_config['input_size'][0])
@@ -229,7 +251,7 @@ class _Run:
         if args.dry_run:
             self._dry_run()
             return
-        if self.fresh and not args.no_preflight and self.teachers is not None:
+        if self.resumed is None and not args.no_preflight and self.teachers is not None:
             self._preflight(self.teachers)
         saver = self._open_folder() if self.primary else None
         trackers = _Trackers(args, self.folder) if self.primary else None
@@ -238,7 +260,7 @@ class _Run:
             log=self.primary,
             distributed=args.distributed,
             recovery_interval=args.recovery_interval,
-            save_recovery=partial(self._save_recovery, saver) if saver else None,
+            save_recovery=partial(self._save_recovery, saver),
             save_images=self._save_images if args.save_images and self.primary else None,
             synchronize=args.synchronize_step,
         )
@@ -262,9 +284,9 @@ class _Run:
             metric = evaluated[self.eval_metric] if evaluated else None
             if self.scheduler is not None:
                 self.scheduler.step(epoch + 1, metric)
+            self._keep(saver, position)
             if saver is not None and trackers is not None:
                 self._finish_epoch(epoch, trained, evaluated, rate, trackers)
-                self._keep(saver, position)
                 saver.save_checkpoint(epoch, metric)
                 saver.remove_recovery()
         if saver is not None and trackers is not None:
@@ -333,9 +355,8 @@ class _Run:
             decreasing=self.decreasing,
             max_history=args.checkpoint_hist,
         )
-        newest = find_newest(self.folder) if not self.fresh else None
-        if newest is not None:
-            saver.load_state_dict_from_checkpoint(str(newest))
+        if self.resumed is not None and self.resumed.absolute().parent == self.folder.absolute():
+            saver.restore(self.resumed)
         return saver
 
     def _dry_run(self) -> None:
@@ -370,6 +391,7 @@ class _Run:
         return self.task.get_eval_model(ema=ema)
 
     def _evaluate(self, models: dict[str, nn.Module], reference: str | None = None) -> dict[str, dict[str, float]]:
+        assert self.validation is not None, 'there is nothing to judge by'
         return evaluate(
             models,
             self.validation.loader,
@@ -382,8 +404,10 @@ class _Run:
             progress=self.primary,
         )
 
-    def _validate(self) -> dict[str, float]:
-        """Metrics of the student, of its average (EMA) where that is evaluated."""
+    def _validate(self) -> dict[str, float] | None:
+        """Metrics of the student, of its average (EMA) where that is evaluated; None with nothing to judge by."""
+        if self.validation is None:
+            return None
         models = {'student': self._eval_student()}
         if self.task.has_ema() and not self.args.model_ema_force_cpu:
             models['student (EMA)'] = self._eval_student(ema=True)
@@ -413,21 +437,20 @@ class _Run:
         trackers: '_Trackers',
     ) -> None:
         # An epoch without evaluation leaves its columns empty.
-        columns = ('agreement', 'kl') if self.validation.by_agreement else ('loss', 'top1', 'top5')
+        columns = ('agreement', 'kl') if self.validation and self.validation.by_agreement else ('loss', 'top1', 'top5')
         append_summary(self.folder / SUMMARY, epoch, trained, evaluated or dict.fromkeys(columns, ''), rate)
         trackers.log(epoch, trained, evaluated or {}, rate)
 
-    def _keep(self, saver: RunSaver, position: Progress, meters: Meters | None = None) -> None:
-        plateau = self.scheduler if self.args.sched == 'plateau' else None
-        saver.keep(
-            position,
-            meters=meters.state_dict() if meters else None,
-            scheduler=plateau.state_dict() if plateau is not None else None,
-        )
+    def _keep(self, saver: RunSaver | None, position: Progress, meters: Meters | None = None) -> None:
+        """Gather what the next checkpoint holds of this process and the others: they all call it."""
+        processes = process_states(self.task, meters.state_dict() if meters else None, self.args.distributed)
+        if saver is not None:
+            saver.keep(position, processes, scheduler_state(self.scheduler))
 
-    def _save_recovery(self, saver: RunSaver, position: Progress, meters: Meters) -> None:
+    def _save_recovery(self, saver: RunSaver | None, position: Progress, meters: Meters) -> None:
         self._keep(saver, position, meters)
-        saver.save_recovery(position.epoch, position.batch)
+        if saver is not None:
+            saver.save_recovery(position.epoch, position.batch)
 
     def _save_images(self, batch: int, images: Tensor) -> None:
         save_image(images, self.folder / f'train-batch-{batch}.jpg', padding=0, normalize=True)
