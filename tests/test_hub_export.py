@@ -2,19 +2,27 @@
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
-from timm.data import resolve_model_data_config
+from hub_server import WRITE_TOKEN, HubServer
+from huggingface_hub import ModelCard
+from PIL import Image
+from timm.data import create_transform, resolve_model_data_config
+from timm.models import save_for_hf
 from timm.utils import ModelEmaV3
 
 from timm_mealv2 import hub
+from timm_mealv2.demo import Classifier, build_app
 from timm_mealv2.errors import UserError
+from timm_mealv2.mealv2_teachers import create_ensemble
 
 GREY = {
     'input_size': (1, 48, 40),
@@ -75,7 +83,7 @@ print(json.dumps([resolve_model_data_config(model), cfg['label_names'], cfg['num
     assert torch.equal(torch.load(tmp_path / 'outputs.pt', weights_only=True), model(images))
     assert {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()} == GREY
     assert (label_names, num_classes, architecture) == (['bag', 'coat', 'shirt'], 3, 'resnet10t')
-    assert {path.name for path in folder.iterdir()} == {'model.safetensors', 'config.json'}
+    assert {path.name for path in folder.iterdir()} == {'model.safetensors', 'config.json', 'README.md'}
     assert len({path.stat().st_mode for path in folder.iterdir()}) == 1  # who may read one may read the other
     assert [path.name for path in folder.parent.iterdir()] == ['out']
 
@@ -109,7 +117,9 @@ def test_a_model_of_fixed_size_keeps_the_size_it_was_trained_with(tmp_path: Path
     assert torch.equal(loaded(images), model(images))
 
 
-def test_the_average_is_exported_where_there_is_one_unless_the_weights_are_asked_for(tmp_path: Path) -> None:
+def test_the_average_is_exported_where_there_is_one_unless_the_weights_are_asked_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     model = randomised(timm.create_model('test_resnet', num_classes=2))
     average = ModelEmaV3(model).module
     with torch.no_grad():
@@ -117,7 +127,10 @@ def test_the_average_is_exported_where_there_is_one_unless_the_weights_are_asked
     entries = {'state_dict_ema': {f'module.{key}': value for key, value in average.state_dict().items()}}
     path = save(tmp_path / 'last.pth.tar', 'test_resnet', model, {'num_classes': 2}, **entries)
     hub.main(['export', str(path), '--out', str(tmp_path / 'ema')])
+    assert 'exported the moving average' in caplog.text
+    caplog.clear()
     hub.main(['export', str(path), '--out', str(tmp_path / 'raw'), '--no-ema'])
+    assert 'exported the weights, not their moving average' in caplog.text
     biases = [timm.create_model(f'local-dir:{tmp_path / name}', pretrained=True).fc.bias for name in ('ema', 'raw')]
     assert torch.equal(biases[0], average.fc.bias)
     assert torch.equal(biases[1], model.fc.bias)
@@ -149,6 +162,10 @@ def test_an_earlier_export_is_replaced_and_nothing_else_is(grey: tuple[torch.nn.
     with pytest.raises(UserError, match='no earlier export'):
         hub.export_model(checkpoint, precious)
     assert [path.name for path in precious.iterdir()] == ['thesis.txt']
+    (out / 'notes.txt').write_text('mine')
+    with pytest.raises(UserError, match=r'notes\.txt would be lost'):
+        hub.export_model(checkpoint, out)
+    assert (out / 'notes.txt').read_text() == 'mine'
 
 
 def test_a_checkpoint_that_does_not_fit_leaves_the_earlier_export_alone(
@@ -178,6 +195,182 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_earlier_export_alone(
     assert not [path for path in tmp_path.iterdir() if path.name.startswith('.out')]
 
 
-def test_importing_the_package_does_not_import_the_export() -> None:
-    code = "import sys, timm_mealv2; assert 'timm_mealv2.hub' not in sys.modules"
+def test_the_classes_of_imagenet_are_described(tmp_path: Path) -> None:
+    model = randomised(timm.create_model('test_resnet', num_classes=3))
+    names = ['n01440764', 'n02012849', 'n03126707']
+    path = save(tmp_path / 'last.pth.tar', 'test_resnet', model, {'num_classes': 3}, class_names=names)
+    config = json.loads((hub.export_model(path, tmp_path / 'out') / 'config.json').read_text())
+    assert config['label_names'] == names
+    assert config['label_descriptions']['n01440764'] == 'tench, Tinca tinca'
+    assert Classifier(tmp_path / 'out').names == ['tench, Tinca tinca', 'crane (n02012849)', 'crane (n03126707)']
+
+
+# The demo
+
+
+@pytest.fixture
+def demo(grey: tuple[torch.nn.Module, Path], tmp_path: Path) -> tuple[torch.nn.Module, Path]:
+    """The small ResNet and its export with the demo and two examples."""
+    model, checkpoint = grey
+    images = []
+    for seed in range(2):
+        pixels = np.random.default_rng(seed).integers(0, 256, (50, 60, 3), dtype=np.uint8)
+        images.append(str(tmp_path / f'my holiday {seed}.PNG'))
+        Image.fromarray(pixels).save(images[-1])
+    command = ['export', str(checkpoint), '--out', str(tmp_path / 'out'), '--demo', '--examples', *images]
+    hub.main(command)
+    return model, tmp_path / 'out'
+
+
+def test_the_demo_answers_as_the_model_does_with_plain_timm(demo: tuple[torch.nn.Module, Path]) -> None:
+    model, folder = demo
+    code = """
+import json, pathlib, runpy, sys
+from PIL import Image
+app = runpy.run_path('app.py', run_name='app')
+classify = app['Classifier'](pathlib.Path.cwd())
+assert not {'timm_mealv2', 'gradio'} & set(sys.modules)
+print(json.dumps([classify(Image.open('examples/01.png')), classify(None)]))
+"""
+    result = subprocess.run([sys.executable, '-c', code], check=True, capture_output=True, text=True, cwd=folder)
+    answer, nothing = json.loads(result.stdout)
+    transform = create_transform(**GREY, is_training=False)
+    with Image.open(folder / 'examples/01.png') as image, torch.inference_mode():
+        probabilities = model(transform(image.convert('L')).unsqueeze(0)).softmax(1)[0]
+    assert answer == pytest.approx(dict(zip(['bag', 'coat', 'shirt'], probabilities.tolist(), strict=True)))
+    assert nothing == {}
+
+
+def test_the_demo_is_a_space_and_the_card_shows_its_examples(demo: tuple[torch.nn.Module, Path]) -> None:
+    _, folder = demo
+    card = ModelCard.load(folder / 'README.md')
+    header = card.data.to_dict()
+    assert (header['sdk'], header['app_file'], header['title']) == ('gradio', 'app.py', 'out')
+    assert {line.split('>')[0] for line in (folder / 'requirements.txt').read_text().split()} == {'gradio', 'timm'}
+    (best, probability), *_ = sorted(Classifier(folder)(Image.open(folder / 'examples/02.png')).items(), key=by_value)
+    assert f'| ![examples/02.png](examples/02.png) | `{best}` {100 * probability:.1f} %' in card.text
+
+
+def by_value(item: tuple[str, float]) -> float:
+    return -item[1]
+
+
+def test_the_page_is_built_where_gradio_is_there(demo: tuple[torch.nn.Module, Path]) -> None:
+    pytest.importorskip('gradio')
+    page = build_app(demo[1])
+    assert page.title == 'out'
+    assert page.fn(Image.new('RGB', (40, 40))).keys() == {'bag', 'coat', 'shirt'}
+
+
+def test_an_example_that_is_no_image_leaves_no_folder(grey: tuple[torch.nn.Module, Path], tmp_path: Path) -> None:
+    (tmp_path / 'text.png').write_text('text')
+    for path in (tmp_path / 'text.png', tmp_path / 'absent.png'):
+        with pytest.raises(UserError, match=f'{path.name} is no readable image'):
+            hub.export_model(grey[1], tmp_path / 'out', examples=[path])
+    assert not (tmp_path / 'out').exists()
+
+
+# Ensembles
+
+
+@pytest.fixture(scope='module')
+def teachers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A folder, and in it two teachers as texts with paths from there."""
+    folder = tmp_path_factory.mktemp('teachers')
+    first, second = (randomised(timm.create_model(name, num_classes=4)) for name in ('test_resnet', 'test_vit'))
+    second.pretrained_cfg.update(mean=(0.1, 0.2, 0.3), std=(0.4, 0.4, 0.4))
+    save_for_hf(second, folder / 'second', safe_serialization=True)
+    torch.save(first.state_dict(), folder / 'first.pth')
+    return folder, ['test_resnet=first.pth', 'local-dir:second']
+
+
+def test_an_ensembles_folder_names_its_teachers_and_loads_from_everywhere(
+    teachers: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(teachers[0])
+    command = ['export-ensemble', '--teachers', *teachers[1], '--teacher-weights', '3', '1', '--num-classes', '4']
+    hub.main([*command, '--out', str(tmp_path / 'ensemble'), '--repo-id', 'me/ensemble'])
+    images = torch.randn(2, 3, 160, 160)
+    expected = create_ensemble(teachers[1], weights=[3, 1])(images)
+    monkeypatch.chdir(tmp_path)
+    assert {path.name for path in (tmp_path / 'ensemble').iterdir()} == {'config.json', 'README.md'}
+    config = json.loads((tmp_path / 'ensemble/config.json').read_text())
+    assert (config['architecture'], config['num_classes']) == ('mealv2_ensemble', 4)
+    loaded = timm.create_model('local-dir:ensemble', pretrained=True)
+    assert torch.equal(loaded(images), expected)
+    assert torch.equal(create_ensemble(['local-dir:ensemble'], num_classes=4)(images), expected)
+    card = ModelCard.load(tmp_path / 'ensemble/README.md')
+    assert '| `test_resnet=first.pth` | 0.75 | not known |' in card.text
+    assert 'import timm_mealv2' in card.text
+    assert 'model-index' not in card.data.to_dict()
+
+    hub.export_ensemble([f'test_resnet={teachers[0] / "first.pth"}'], 'ensemble')  # an earlier one is replaced
+    assert len(timm.create_model('local-dir:ensemble', pretrained=True).teachers) == 1
+    with pytest.raises(UserError, match='on this machine alone'):
+        hub.push_model('ensemble', 'me/ensemble')
+
+
+def test_teachers_that_are_none_leave_no_folder(
+    teachers: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(teachers[0])
+    for arguments, message in (
+        ({'teachers': teachers[1], 'num_classes': 5}, 'but 5 are asked for'),
+        ({'teachers': teachers[1], 'weights': [1]}, 'one per teacher'),
+        ({'teachers': ['local-dir:third']}, 'third cannot be loaded'),
+        ({'teachers': ['python:os:getcwd']}, 'code is run only where you name it yourself'),
+    ):
+        with pytest.raises(UserError, match=message):
+            hub.export_ensemble(out=tmp_path / 'out', **arguments)
+    assert not (tmp_path / 'out').exists()
+
+
+# To the Hub and back
+
+
+def test_what_is_no_export_is_not_pushed(grey: tuple[torch.nn.Module, Path], tmp_path: Path) -> None:
+    for source in (tmp_path, tmp_path / 'absent'):
+        with pytest.raises(UserError, match='neither a checkpoint nor an exported folder'):
+            hub.push_model(source, 'me/x')
+
+
+def test_a_checkpoint_is_pushed_with_its_card_and_pulled_again(
+    grey: tuple[torch.nn.Module, Path], tmp_path: Path
+) -> None:
+    _, checkpoint = grey
+    code = """
+import sys
+from timm_mealv2.hub import main
+checkpoint, out = sys.argv[1:]
+main(['push', checkpoint, 'me/shirts', '--message', 'first'])
+main(['pull', 'me/shirts', '--out', out])
+main(['push', out, 'me/shirts'])
+"""
+    with HubServer() as server:
+        environment = {
+            **os.environ,
+            'HF_HUB_OFFLINE': '0',
+            'HF_ENDPOINT': server.url,
+            'HF_TOKEN': WRITE_TOKEN,
+            'HF_HUB_DISABLE_XET': '1',
+        }
+        command = [sys.executable, '-c', code, str(checkpoint), str(tmp_path / 'pulled')]
+        result = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+        titles = [commit.title for commit in server.repos['model', 'me/shirts'].log()]
+    assert titles.count('first') == 1
+    assert titles[0] == 'first'  # what is the same makes no second commit
+    assert WRITE_TOKEN not in result.stdout + result.stderr
+    hub.export_model(checkpoint, tmp_path / 'out', card=hub.CardOptions(repo_id='me/shirts'))
+    assert {path.name: path.read_bytes() for path in (tmp_path / 'pulled').iterdir()} == {
+        path.name: path.read_bytes() for path in (tmp_path / 'out').iterdir()
+    }
+
+
+def test_importing_the_package_does_not_import_the_export_nor_that_what_draws() -> None:
+    code = """
+import sys, timm_mealv2
+assert 'timm_mealv2.hub' not in sys.modules
+import timm_mealv2.hub
+assert not {'gradio', 'matplotlib', 'timm_mealv2.training', 'timm_mealv2.report'} & set(sys.modules)
+"""
     subprocess.run([sys.executable, '-c', code], check=True)

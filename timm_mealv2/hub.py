@@ -1,165 +1,197 @@
-"""Trained models as folders that plain timm loads: `timm.create_model('local-dir:FOLDER', pretrained=True)`."""
+"""Trained models to the Hugging Face Hub and back; the command line `mealv2-hub`.
+
+The folders that are pushed are those of `hub_export`.
+"""
 
 import argparse
+import logging
 import os
+import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import timm
-import torch
-from timm.data import resolve_input_data_config, resolve_model_data_config
-from timm.models import (
-    clean_state_dict,
-    parse_model_name,
-    resolve_model_input_args,
-    save_for_hf,
-    split_model_name_tag,
-)
-from timm.utils import load_checkpoint_metadata
-from torch import nn
-
 from timm_mealv2.cli import OneLineParser, run_cli
 from timm_mealv2.errors import UserError
-from timm_mealv2.mealv2_students import VANILLA_ARCHITECTURE
+from timm_mealv2.export_folder import ENSEMBLE, is_export, read_config
+from timm_mealv2.hub_client import pull_folder, push_folder
+from timm_mealv2.hub_export import (
+    NO_LICENSE,
+    PAPER_ACCURACY,
+    convert_released,
+    export_ensemble,
+    export_model,
+)
+from timm_mealv2.model_card import CardOptions
 
-WEIGHTS_FILE, CONFIG_FILE = 'model.safetensors', 'config.json'
+__all__ = ['CardOptions', 'convert_released', 'export_ensemble', 'export_model', 'main', 'push_model']
 
-# What an architecture's config says about the architecture; the rest of it is about weights that are not these.
-_ARCHITECTURE_KEYS = ('architecture', 'first_conv', 'classifier', 'fixed_input_size', 'min_input_size')
+_logger = logging.getLogger(__name__)
 
 
-def export_model(checkpoint: str | os.PathLike[str], out: str | os.PathLike[str], *, use_ema: bool = True) -> Path:
-    """Export the model of a training checkpoint as a folder that plain timm loads, without this package.
-
-    `model.safetensors` has the weights; `config.json` timm's own architecture (also for the `mealv2_*` students), its
-    arguments, the data configuration of the training and the class names. The folder is loaded back and compared
-    before it gets its name: the weights are equal to the bit, and so is the data configuration.
+def push_model(
+    source: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    message: str | None = None,
+    create_pr: bool = False,
+    has_permission: bool = False,
+) -> str:
+    """Push an exported folder, or the export of a training checkpoint, to the Hugging Face Hub in one commit.
 
     Args:
-        checkpoint: A `.pth.tar` of a run folder, or one of timm's train.py.
-        out: The folder to make. An earlier export there is replaced; an error leaves it as it was.
-        use_ema: Take the averaged weights where the checkpoint has them.
+        source: The folder or the checkpoint.
+        repo_id: USER/NAME; the repository is made if it is not there.
+        private: Make it private.
+        revision: Branch; the main one if None.
+        message: Message of the commit.
+        create_pr: Open a pull request with the commit.
+        has_permission: The owners of weights without a licence allowed it.
 
     Returns:
-        The folder.
+        URL of the commit or the pull request.
 
     Raises:
-        UserError: If the checkpoint cannot be read or does not tell its model, or `out` is something else.
+        UserError: If `source` is neither, its weights have no licence, others cannot reach its teachers, or the Hub
+            does not take it.
     """
-    saved = _read_checkpoint(Path(checkpoint))
-    model, data_config = _rebuild(saved, use_ema)
-    names = saved.get('class_names') or ()  # the folders' names, which tell no class where there are no labels
-    model_config = {'label_names': names} if len(names) == model.num_classes else {}
-    with _replacing_folder(Path(out)) as folder:
-        save_for_hf(model, folder, model_config=model_config, safe_serialization=True, data_config=data_config)
-        # safetensors makes its file readable by the owner alone, whatever the umask.
-        (folder / WEIGHTS_FILE).chmod((folder / CONFIG_FILE).stat().st_mode)
-        _check_equal(model, data_config, timm.create_model(f'local-dir:{folder}', pretrained=True))
-    return Path(out)
+    source = Path(source)
+    arguments: dict[str, Any] = {'private': private, 'revision': revision, 'message': message, 'create_pr': create_pr}
+    if source.is_file():
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = export_model(source, Path(temporary, 'export'), card=CardOptions(repo_id=repo_id))
+            return push_folder(folder, repo_id, source=source, **arguments)
+    if not is_export(source):
+        raise UserError(f'{source} is neither a checkpoint nor an exported folder: make one with `mealv2-hub export`.')
+    config = read_config(source)
+    if config.get('pretrained_cfg', {}).get('license') == NO_LICENSE and not has_permission:
+        raise UserError(
+            f'the weights in {source} are of others, who gave them no licence: get their permission, then push with '
+            '--i-have-permission.'
+        )
+    for teacher in config.get('model_args', {}).get('teachers', ()):
+        if '=' in teacher or teacher.startswith('local-dir:'):
+            raise UserError(
+                f'{teacher} is on this machine alone: push it, then export the ensemble with its hf-hub:USER/REPO.'
+            )
+    return push_folder(source, repo_id, **arguments)
 
 
-def _read_checkpoint(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(f'no checkpoint at {path}: expected a .pth.tar file of a run folder.')
-    try:
-        saved = load_checkpoint_metadata(os.fspath(path))
-    except Exception as error:  # torch raises half a dozen kinds for a torn or foreign file
-        raise UserError(f'{path} is no whole training checkpoint: {str(error).splitlines()[0]}') from error
-    if not isinstance(saved, dict) or 'state_dict' not in saved or 'args' not in saved:
-        raise UserError(f'{path} does not tell its model: expected a training checkpoint with state_dict and args.')
-    return saved
-
-
-def _rebuild(saved: Mapping[str, Any], use_ema: bool) -> tuple[nn.Module, dict[str, Any]]:
-    """The checkpoint's model, of timm's own architecture and without other weights' config, and its data config."""
-    args = saved['args']
-    options = dict(vars(args) if isinstance(args, argparse.Namespace) else args)
-    name = options['model']
-    if parse_model_name(name)[0] is None:
-        architecture = split_model_name_tag(name)[0]
-        name = VANILLA_ARCHITECTURE.get(architecture, architecture)
-    # A model of fixed size is built for the size it was trained with.
-    pixels = saved.get('data_config') or options
-    size = {key: pixels.get(key) for key in ('input_size', 'img_size', 'in_chans')}
-    arguments = {
-        'num_classes': options.get('num_classes'),
-        'global_pool': options.get('gp'),
-        'bn_eps': options.get('bn_eps'),
-        **(options.get('model_kwargs') or {}),
-    }
-    state = (saved.get('state_dict_ema') if use_ema else None) or saved['state_dict']
-    try:
-        model = timm.create_model(**resolve_model_input_args(name, size, **arguments))
-        model.load_state_dict(clean_state_dict(state))
-    except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f'the weights do not fit {name} with {arguments}: {error}') from error
-    data_config = saved.get('data_config') or resolve_input_data_config(model, args=options)
-    cfg = model.pretrained_cfg
-    model.pretrained_cfg = {**{key: cfg[key] for key in _ARCHITECTURE_KEYS if key in cfg}, **data_config}
-    return model, data_config
-
-
-def _check_equal(model: nn.Module, data_config: Mapping[str, Any], loaded: nn.Module) -> None:
-    weights, loaded_weights = model.state_dict(), loaded.state_dict()
-    if weights.keys() != loaded_weights.keys():
-        raise RuntimeError(f'the export has other weights: {sorted(weights.keys() ^ loaded_weights.keys())}')
-    if differing := [name for name, tensor in weights.items() if not torch.equal(tensor, loaded_weights[name])]:
-        raise RuntimeError(f'these weights differ after loading the export: {differing}')
-    expected, received = (_tuples(config) for config in (data_config, resolve_model_data_config(loaded)))
-    if expected != received:
-        raise RuntimeError(f'the data configuration was {expected} and is {received} after loading the export')
-
-
-def _tuples(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
-
-
-@contextmanager
-def _replacing_folder(path: Path) -> Iterator[Path]:
-    """Yield a new folder beside `path`; give it that name when the block ends without an error.
-
-    Raises:
-        UserError: If there is something at `path` that is no earlier export.
-    """
-    if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or _is_export(path))):
-        raise UserError(f'{path} is there and is no earlier export: name another folder, or remove it.')
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f'.{path.name}-', dir=path.parent) as temporary:
-        folder = Path(temporary, 'new')
-        folder.mkdir()
-        yield folder
-        if path.exists():  # a folder with files in it cannot be replaced in one step
-            path.rename(Path(temporary, 'former'))
-        folder.rename(path)
-
-
-def _is_export(folder: Path) -> bool:
-    return (folder / CONFIG_FILE).is_file() and (folder / WEIGHTS_FILE).is_file()
+# The command line
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return a fresh parser of the command line."""
     parser = OneLineParser(prog='mealv2-hub', description='Trained models as folders that plain timm loads.')
     commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
+
     export = commands.add_parser('export', help='make a folder from a training checkpoint')
     export.add_argument('checkpoint', help='last.pth.tar, model_best.pth.tar or another checkpoint of a run folder')
-    export.add_argument('--out', required=True, metavar='DIR', help='folder to make; an earlier export is replaced')
+    _add_folder_options(export)
     export.add_argument(
         '--no-ema',
         action='store_true',
         help='the weights themselves, not their average (--model-ema) where there is one',
     )
+    export.add_argument('--dataset-id', metavar='ID', help="the Hub's name of the data set, for the card")
+    export.add_argument('--examples', nargs='+', default=[], metavar='IMAGE', help='images for the card and the demo')
+    export.add_argument('--demo', action='store_true', help='add a Gradio app, which runs as a Space')
+
+    ensemble = commands.add_parser('export-ensemble', help='make a small folder that names the teachers of an ensemble')
+    ensemble.add_argument('--teachers', nargs='+', required=True, metavar='TEACHER', help='as mealv2-train takes them')
+    ensemble.add_argument('--teacher-weights', nargs='+', type=float, metavar='WEIGHT', help='one per teacher')
+    ensemble.add_argument('--teacher-img-size', nargs='+', type=int, metavar='PIXELS', help='for all or for each')
+    ensemble.add_argument('--num-classes', type=int, metavar='N', help='the class count that all must have')
+    _add_folder_options(ensemble)
+
+    convert = commands.add_parser('convert', help='make a folder from a file that the authors of MEAL V2 released')
+    convert.add_argument('file', help='the released file, as in MEALV2_ResNet50_224.pth')
+    convert.add_argument('--student', required=True, metavar='NAME.TAG', help=', '.join(PAPER_ACCURACY))
+    _add_folder_options(convert, has_license=False)
+
+    push = commands.add_parser('push', help='push a folder, or the export of a checkpoint, to the Hugging Face Hub')
+    push.add_argument('source', metavar='DIR|CHECKPOINT', help='exported folder or training checkpoint')
+    push.add_argument('repo', metavar='REPO', help='USER/NAME; made if it is not there')
+    push.add_argument('--private', action='store_true', help='make it private')
+    push.add_argument('--revision', help='branch; the main one if not given')
+    push.add_argument('--message', help='message of the commit')
+    push.add_argument('--create-pr', action='store_true', help='open a pull request')
+    push.add_argument(
+        '--i-have-permission',
+        action='store_true',
+        help='the owners of weights without a licence (those of `convert`) allowed it',
+    )
+
+    pull = commands.add_parser('pull', help='get a folder from the Hugging Face Hub, verified')
+    pull.add_argument('repo', metavar='REPO', help='USER/NAME')
+    pull.add_argument('--revision', help='branch, tag or commit; the main branch if not given')
+    pull.add_argument('--out', metavar='DIR', help='folder to make; NAME in the current one if not given')
     return parser
+
+
+def _add_folder_options(parser: argparse.ArgumentParser, has_license: bool = True) -> None:
+    parser.add_argument('--out', required=True, metavar='DIR', help='folder to make; an earlier export is replaced')
+    parser.add_argument('--repo-id', metavar='REPO', help='USER/NAME that it will have on the Hub, for the card')
+    parser.add_argument('--card', metavar='FILE', help='Jinja template of the card, in place of the own one')
+    if has_license:
+        parser.add_argument(
+            '--license', metavar='ID', help="its licence by the Hub's name, as in apache-2.0; left out if not given"
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line `argv`, that of the process if None."""
     args = build_parser().parse_args(argv)
-    folder = export_model(args.checkpoint, args.out, use_ema=not args.no_ema)
-    print(f"{folder}: load it with timm.create_model('local-dir:{folder}', pretrained=True)")
+    logging.basicConfig(format='%(message)s', stream=sys.stderr)
+    logging.getLogger('timm_mealv2').setLevel(logging.INFO)
+    if args.command == 'push':
+        url = push_model(
+            args.source,
+            args.repo,
+            private=args.private,
+            revision=args.revision,
+            message=args.message,
+            create_pr=args.create_pr,
+            has_permission=args.i_have_permission,
+        )
+        print(url)
+        return
+    if args.command == 'pull':
+        folder = pull_folder(args.repo, args.out, revision=args.revision)
+    else:
+        folder = _make_folder(args)
+    first = 'import timm_mealv2 and ' if read_config(folder).get('architecture') == ENSEMBLE else ''
+    print(f"{folder}: {first}load it with timm.create_model('local-dir:{folder}', pretrained=True)")
+
+
+def _make_folder(args: argparse.Namespace) -> Path:
+    card = CardOptions(
+        repo_id=args.repo_id,
+        license=getattr(args, 'license', None),
+        dataset_id=getattr(args, 'dataset_id', None),
+        template=args.card,
+    )
+    if args.command == 'export-ensemble':
+        return export_ensemble(
+            args.teachers,
+            args.out,
+            weights=args.teacher_weights,
+            num_classes=args.num_classes,
+            img_sizes=args.teacher_img_size,
+            card=card,
+        )
+    if args.command == 'convert':
+        folder = convert_released(args.file, args.student, args.out, card=card)
+        _logger.warning('The authors gave this file no licence: to push the folder needs their permission.')
+        return folder
+    if not card.license:
+        _logger.info('The card names no licence, and others may then not use the model: --license ID names one.')
+    return export_model(
+        args.checkpoint, args.out, use_ema=not args.no_ema, card=card, demo=args.demo, examples=args.examples
+    )
 
 
 def cli() -> None:

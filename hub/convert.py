@@ -1,0 +1,9 @@
+"""Make a folder from a file that the authors of MEAL V2 released; the same as `mealv2-hub convert`."""
+
+import sys
+
+from timm_mealv2.cli import run_cli
+from timm_mealv2.hub import main
+
+if __name__ == '__main__':
+    run_cli(main, ['convert', *sys.argv[1:]])

@@ -1,0 +1,9 @@
+"""Push an exported folder or a checkpoint to the Hugging Face Hub; the same as `mealv2-hub push`."""
+
+import sys
+
+from timm_mealv2.cli import run_cli
+from timm_mealv2.hub import main
+
+if __name__ == '__main__':
+    run_cli(main, ['push', *sys.argv[1:]])

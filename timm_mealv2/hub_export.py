@@ -1,0 +1,328 @@
+"""Trained models as folders that plain timm loads: `timm.create_model('local-dir:FOLDER', pretrained=True)`.
+
+Such a folder is made from a training checkpoint, from an ensemble's teachers or from a file that the authors released.
+"""
+
+import argparse
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from PIL import Image
+from timm.data import ImageNetInfo, resolve_input_data_config, resolve_model_data_config
+from timm.models import (
+    clean_state_dict,
+    get_pretrained_cfg,
+    parse_model_name,
+    resolve_model_input_args,
+    save_for_hf,
+    split_model_name_tag,
+)
+from timm.utils import load_checkpoint_metadata
+from torch import nn
+
+from timm_mealv2.demo import Classifier
+from timm_mealv2.errors import UserError
+from timm_mealv2.export_folder import (
+    APP_FILE,
+    CONFIG_FILE,
+    ENSEMBLE,
+    EXAMPLES_FOLDER,
+    REQUIREMENTS_FILE,
+    WEIGHTS_FILE,
+    read_config,
+    replacing_export,
+)
+from timm_mealv2.mealv2_students import VANILLA_ARCHITECTURE
+from timm_mealv2.mealv2_teachers import create_ensemble, parse_teachers
+from timm_mealv2.model_card import CardOptions, write_ensemble_card, write_released_card, write_trained_card
+
+_logger = logging.getLogger(__name__)
+
+# What an architecture's config says about the architecture; the rest of it is about weights that are not these.
+_ARCHITECTURE_KEYS = ('architecture', 'first_conv', 'classifier', 'fixed_input_size', 'min_input_size')
+
+NO_LICENSE = 'unknown'
+"""Licence in the config.json of weights that were given none; timm keeps it there when it loads and saves them."""
+
+PAPER_ACCURACY: dict[str, tuple[float, float]] = {
+    'mealv1_resnet50.in1k': (78.21, 94.01),
+    'mealv2_resnet50.in1k': (80.67, 95.09),
+    'mealv2_resnet50.in1k_380': (81.72, 95.81),
+    'mealv2_resnet50.cutmix_in1k': (80.98, 95.35),
+    'mealv2_mobilenetv3_small_075.in1k': (67.60, 87.23),
+    'mealv2_mobilenetv3_small_100.in1k': (69.65, 88.71),
+    'mealv2_mobilenetv3_large_100.in1k': (76.92, 93.32),
+    'mealv2_efficientnet_b0.in1k': (78.29, 93.95),
+}
+"""Top-1 and top-5 in percent that the authors state for each file that they released; not measured by us."""
+
+
+def export_model(
+    checkpoint: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    use_ema: bool = True,
+    card: CardOptions | None = None,
+    demo: bool = False,
+    examples: Sequence[str | os.PathLike[str]] = (),
+) -> Path:
+    """Export the model of a training checkpoint as a folder that plain timm loads, without this package.
+
+    `model.safetensors` has the weights; `config.json` timm's own architecture (also for the `mealv2_*` students), its
+    arguments, the data configuration of the training and the class names; `README.md` is the model card, with
+    `curves.png` where the run folder has a summary. The folder is loaded back and compared before it gets its name:
+    the weights are equal to the bit, and so is the data configuration.
+
+    Args:
+        checkpoint: A `.pth.tar` of a run folder, or one of timm's train.py.
+        out: The folder to make. An earlier export there is replaced; an error leaves it as it was.
+        use_ema: Take the averaged weights where the checkpoint has them.
+        card: What only the user can say about the model.
+        demo: Add a Gradio app, which runs as a Space.
+        examples: Images for the card and the app.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: If the checkpoint cannot be read or does not tell its model, or `out` is something else.
+    """
+    checkpoint, out = Path(checkpoint), Path(out)
+    saved = _read_checkpoint(checkpoint)
+    averaged = bool(use_ema and saved.get('state_dict_ema'))
+    model, data_config = _rebuild(saved, averaged)
+    names = saved.get('class_names') or ()  # the folders' names, which tell no class where there are no labels
+    model_config = _labels(names) if len(names) == model.num_classes else {}
+    with replacing_export(out) as folder:
+        _save(model, folder, model_config, data_config)
+        if demo:
+            _add_app(folder)
+        write_trained_card(
+            folder,
+            out.resolve().name,
+            read_config(folder),
+            saved,
+            checkpoint.resolve().parent,
+            averaged=averaged,
+            examples=_add_examples(folder, examples),
+            app=demo,
+            options=card or CardOptions(),
+        )
+    if averaged:
+        kind = 'the moving average of the weights (EMA)'
+    else:
+        kind = 'the weights, not their moving average' if saved.get('state_dict_ema') else 'the weights'
+    _logger.info(f'{checkpoint}: exported {kind}.')
+    return out
+
+
+def export_ensemble(
+    teachers: Sequence[str],
+    out: str | os.PathLike[str],
+    *,
+    weights: Sequence[float] | None = None,
+    num_classes: int | None = None,
+    img_sizes: Sequence[int] | None = None,
+    card: CardOptions | None = None,
+) -> Path:
+    """Make a small folder that names the teachers of an ensemble; loading it needs this package imported.
+
+    The teachers' weights stay where they are; paths are written whole. The folder is loaded back and compared before
+    it gets its name.
+
+    Args:
+        teachers: Texts that name teachers, but not by a Python function.
+        out: The folder to make. An earlier export there is replaced; an error leaves it as it was.
+        weights: One per teacher; equal if None.
+        num_classes: The class count that all must have; not checked if None.
+        img_sizes: The image size that the teachers are to see, one for all or one per teacher.
+        card: What only the user can say about the ensemble.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: If a teacher is unknown, cannot be loaded, or does not fit the others, or `out` is something else.
+    """
+    out = Path(out)
+    arguments: dict[str, Any] = {'teachers': [_absolute(teacher) for teacher in parse_teachers(teachers)]}
+    if functions := [teacher for teacher in arguments['teachers'] if teacher.startswith('python:')]:
+        raise UserError(f'{functions[0]} cannot be named by a folder: code is run only where you name it yourself.')
+    arguments |= {key: list(value) for key, value in (('weights', weights), ('img_sizes', img_sizes)) if value}
+    ensemble = create_ensemble(**arguments, num_classes=num_classes)
+    data_config = resolve_model_data_config(ensemble)
+    config = {
+        'architecture': ENSEMBLE,
+        'num_classes': ensemble.num_classes,
+        'model_args': arguments,
+        'pretrained_cfg': data_config,
+    }
+    with replacing_export(out) as folder:
+        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2))
+        _check_equal(ensemble, data_config, timm.create_model(f'local-dir:{folder}', pretrained=True))
+        write_ensemble_card(
+            folder, out.resolve().name, read_config(folder), ensemble.names, ensemble.weights, card or CardOptions()
+        )
+    return out
+
+
+def convert_released(
+    file: str | os.PathLike[str], student: str, out: str | os.PathLike[str], *, card: CardOptions | None = None
+) -> Path:
+    """Make an exported folder from a file of the authors' release page.
+
+    The authors gave their files no licence. config.json says so, and `push_model` then asks for their permission.
+
+    Args:
+        file: The released file; it must fit the student exactly.
+        student: The student's name with its tag, as in mealv2_resnet50.in1k.
+        out: The folder to make. An earlier export there is replaced; an error leaves it as it was.
+        card: What only the user can say about the model.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: If there is no such student, nothing was released for it, or the file is not there or does not fit.
+    """
+    file, out = Path(file), Path(out)
+    tagged = student if '.' in student else f'{student}.in1k'  # the default tag of every student
+    if tagged not in PAPER_ACCURACY:
+        raise UserError(f'no weights were released for {student}: name one of {", ".join(PAPER_ACCURACY)}.')
+    cfg = get_pretrained_cfg(tagged)
+    model = timm.create_model(tagged, pretrained=True, pretrained_cfg_overlay={'file': str(file)})
+    data_config = resolve_model_data_config(model)
+    about = {key: getattr(cfg, key) for key in ('origin_url', 'paper_name', 'paper_ids')}
+    vanilla = VANILLA_ARCHITECTURE[cfg.architecture]
+    _describe(model, data_config, architecture=vanilla, license=NO_LICENSE, **about)
+    with file.open('rb') as opened:
+        digest = hashlib.file_digest(opened, 'sha256').hexdigest()
+    claims = dict(zip(('top1', 'top5'), PAPER_ACCURACY[tagged], strict=True))
+    with replacing_export(out) as folder:
+        _save(model, folder, _labels(ImageNetInfo().label_names()), data_config)
+        config = read_config(folder)
+        write_released_card(folder, out.resolve().name, config, tagged, claims, digest, card or CardOptions())
+    return out
+
+
+# What a folder is made from
+
+
+def _read_checkpoint(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f'no checkpoint at {path}: expected a .pth.tar file of a run folder.')
+    try:
+        saved = load_checkpoint_metadata(os.fspath(path))
+    except Exception as error:  # torch raises half a dozen kinds for a torn or foreign file
+        raise UserError(f'{path} is no whole training checkpoint: {str(error).splitlines()[0]}') from error
+    if not isinstance(saved, dict) or 'state_dict' not in saved or 'args' not in saved:
+        raise UserError(f'{path} does not tell its model: expected a training checkpoint with state_dict and args.')
+    return saved
+
+
+def _rebuild(saved: Mapping[str, Any], averaged: bool) -> tuple[nn.Module, dict[str, Any]]:
+    """The checkpoint's model, of timm's own architecture and without other weights' config, and its data config."""
+    args = saved['args']
+    options = dict(vars(args) if isinstance(args, argparse.Namespace) else args)
+    name = options['model']
+    if parse_model_name(name)[0] is None:
+        architecture = split_model_name_tag(name)[0]
+        name = VANILLA_ARCHITECTURE.get(architecture, architecture)
+    # A model of fixed size is built for the size it was trained with.
+    pixels = saved.get('data_config') or options
+    size = {key: pixels.get(key) for key in ('input_size', 'img_size', 'in_chans')}
+    arguments = {
+        'num_classes': options.get('num_classes'),
+        'global_pool': options.get('gp'),
+        'bn_eps': options.get('bn_eps'),
+        **(options.get('model_kwargs') or {}),
+    }
+    state = saved['state_dict_ema' if averaged else 'state_dict']
+    try:
+        model = timm.create_model(**resolve_model_input_args(name, size, **arguments))
+        model.load_state_dict(clean_state_dict(state))
+    except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f'the weights do not fit {name} with {arguments}: {error}') from error
+    data_config = saved.get('data_config') or resolve_input_data_config(model, args=options)
+    _describe(model, data_config)
+    return model, data_config
+
+
+def _describe(model: Any, data_config: Mapping[str, Any], **about: Any) -> None:
+    """Give a model a pretrained config of its architecture and pixels, and of its weights only what `about` says."""
+    cfg = model.pretrained_cfg
+    architecture = {key: cfg[key] for key in _ARCHITECTURE_KEYS if key in cfg}
+    model.pretrained_cfg = {**architecture, **data_config, **about}
+
+
+def _labels(names: Sequence[str]) -> dict[str, Any]:
+    """Entries of config.json for class names; those of ImageNet-1k get timm's descriptions."""
+    imagenet = ImageNetInfo()
+    known = set(names) <= set(imagenet.label_names())
+    descriptions = {'label_descriptions': {n: imagenet.label_name_to_description(n) for n in names}} if known else {}
+    return {'label_names': list(names), **descriptions}
+
+
+def _absolute(teacher: str) -> str:
+    """A teacher whose path, if it has one, is whole: it is to be found from everywhere."""
+    head, separator, path = teacher.partition(':' if teacher.startswith('local-dir:') else '=')
+    return f'{head}{separator}{Path(path).resolve()}' if separator else teacher
+
+
+# What a folder holds
+
+
+def _save(model: nn.Module, folder: Path, model_config: dict[str, Any], data_config: Mapping[str, Any]) -> None:
+    """Write weights and config.json, and check that plain timm loads the same again."""
+    save_for_hf(model, folder, model_config=model_config, safe_serialization=True, data_config=data_config)
+    # safetensors makes its file readable by the owner alone, whatever the umask.
+    (folder / WEIGHTS_FILE).chmod((folder / CONFIG_FILE).stat().st_mode)
+    _check_equal(model, data_config, timm.create_model(f'local-dir:{folder}', pretrained=True))
+
+
+def _check_equal(model: nn.Module, data_config: Mapping[str, Any], loaded: nn.Module) -> None:
+    weights, loaded_weights = model.state_dict(), loaded.state_dict()
+    if weights.keys() != loaded_weights.keys():
+        raise RuntimeError(f'the export has other weights: {sorted(weights.keys() ^ loaded_weights.keys())}')
+    if differing := [name for name, tensor in weights.items() if not torch.equal(tensor, loaded_weights[name])]:
+        raise RuntimeError(f'these weights differ after loading the export: {differing}')
+    expected, received = (_tuples(config) for config in (data_config, resolve_model_data_config(loaded)))
+    if expected != received:
+        raise RuntimeError(f'the data configuration was {expected} and is {received} after loading the export')
+
+
+def _tuples(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
+
+
+def _add_app(folder: Path) -> None:
+    app = resources.files('timm_mealv2') / 'demo.py'
+    (folder / APP_FILE).write_bytes(app.read_bytes())
+    (folder / REQUIREMENTS_FILE).write_text(f'gradio\ntimm>={timm.__version__}\n')
+
+
+def _add_examples(folder: Path, images: Sequence[str | os.PathLike[str]]) -> dict[str, dict[str, float]]:
+    """Copy images into the folder; return what its model answers by their names there."""
+    answers: dict[str, dict[str, float]] = {}
+    if not images:
+        return answers
+    (folder / EXAMPLES_FOLDER).mkdir()
+    classify = Classifier(folder)
+    for number, path in enumerate(map(Path, images), 1):
+        name = f'{EXAMPLES_FOLDER}/{number:02}{path.suffix.lower()}'
+        try:
+            shutil.copyfile(path, folder / name)
+            with Image.open(path) as image:
+                answers[name] = classify(image)
+        except OSError as error:
+            raise UserError(f'{path} is no readable image: {error}') from error
+    return answers
