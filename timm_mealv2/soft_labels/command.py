@@ -83,6 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = add('estimate', _estimate, 'Measure some images; tell the bytes and hours that recording will take.')
     command.add_argument('--images', type=int, metavar='N', help='images to count with; those of the data set if unset')
+    command.add_argument('--seconds', type=float, default=20, help='how long to measure, after about as long a start')
     _add_recording(command)
 
     command = add('merge', _merge, 'Join stores of the same teachers and images, recorded with different seeds.')
@@ -200,6 +201,7 @@ def _estimate(args: argparse.Namespace) -> None:
         batch_size=args.batch_size,
         workers=args.workers,
         device=device,
+        seconds=args.seconds,
     )
     images = len(dataset) if args.images is None else args.images  # type: ignore[arg-type]
     size = record_dtype(teachers.num_classes, args.top_k).itemsize

@@ -132,6 +132,11 @@ class CropSource(IterableDataset):
         self.group = max(1, batch_size // recipe.crops)
         self.parts = _even_parts(range(recipe.crops), batch_size)
 
+    @property
+    def total(self) -> int:
+        """Number of crops."""
+        return sum(stop - start for _, start, stop in self.ranges) * self.recipe.crops
+
     def __iter__(self) -> Iterator[CropBatch]:
         worker = get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)

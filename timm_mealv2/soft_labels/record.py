@@ -84,7 +84,7 @@ def record(
         device: Where the teachers are.
         rank: Number of this process.
         world_size: Number of processes.
-        progress: Show a bar, or log lines where stderr is no terminal.
+        progress: Show a bar, or log lines where stderr is no terminal; of several processes, the first one's.
 
     Returns:
         What `meta.json` says.
@@ -128,7 +128,8 @@ def record(
         dist.barrier()  # all have seen the same shards before the first new one is written
     source = CropSource(dataset, recipe, [(n, *ranges[n]) for n in pending[rank::world_size]], batch_size)
     dtype = record_dtype(teachers.num_classes, top_k)
-    _record_shards(out, source, teachers, dtype, workers, torch.device(device), progress and rank == 0)
+    shown = _Progress(source.total, progress and rank == 0, f'process 1 of {world_size}' if world_size > 1 else '')
+    _record_shards(out, source, teachers, dtype, workers, torch.device(device), shown)
     if world_size > 1:
         dist.barrier()
     if rank == 0:
@@ -204,10 +205,12 @@ class _OpenShard:
 class _Progress:
     """A bar on a terminal, a line from time to time elsewhere."""
 
-    def __init__(self, total: int, shown: bool) -> None:
+    def __init__(self, total: int, shown: bool, label: str) -> None:
         self.total = total
         self.lines = shown and not sys.stderr.isatty()
-        self.bar = tqdm(total=total, unit=' crops', unit_scale=True, disable=not shown or self.lines, leave=False)
+        self.label = f'{label}: ' if label else ''
+        disable = not shown or self.lines
+        self.bar = tqdm(desc=label, total=total, unit=' crops', unit_scale=True, disable=disable, leave=False)
         self.done = 0
         self.start = self.last = time.perf_counter()
 
@@ -219,7 +222,7 @@ class _Progress:
             self.last = now
             rate = self.done / max(now - self.start, 1e-9)
             left = tqdm.format_interval((self.total - self.done) / rate)
-            _logger.info(f'{self.done:,} of {self.total:,} crops, {rate:,.1f} crops/s, {left} left')
+            _logger.info(f'{self.label}{self.done:,} of {self.total:,} crops, {rate:,.1f} crops/s, {left} left')
 
 
 def _record_shards(
@@ -229,7 +232,7 @@ def _record_shards(
     dtype: np.dtype,
     workers: int,
     device: torch.device,
-    progress: bool,
+    shown: _Progress,
 ) -> None:
     """Write the shards of `source`, each when its last batch has come."""
     crops = source.recipe.crops
@@ -237,7 +240,6 @@ def _record_shards(
     (top_k,) = dtype['classes'].shape
     if not images:
         return
-    shown = _Progress(sum(images.values()) * crops, progress)
     shards: dict[int, _OpenShard] = {}
     for batch in crop_loader(source, workers, device):
         for failure in batch.failures:

@@ -14,6 +14,7 @@ import bisect
 import hashlib
 import json
 import os
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -408,10 +409,11 @@ class _ShardFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._file = path.open('rb', buffering=0)
+        self._descriptor = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._descriptor)
 
     def read(self, start: int, size: int) -> bytes:
-        data = os.pread(self._file.fileno(), size, start)
+        data = os.pread(self._descriptor, size, start)
         if len(data) != size:
             raise UserError(f'{self._path} is cut off: copy the store again, or record it again.')
         return data
