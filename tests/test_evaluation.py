@@ -271,14 +271,19 @@ def save_folder(path, seed=0, in_chans=3, **cfg):
     return model.eval()
 
 
-def accuracy_by_hand(model, folder, mode='RGB', class_map=''):
+def outputs_by_hand(model, folder, mode='RGB'):
+    """Logits and labels of all images of a folder."""
     config = resolve_model_data_config(model)
-    data = create_dataset('', root=folder, class_map=class_map, input_img_mode=mode)
+    data = create_dataset('', root=folder, input_img_mode=mode)
     config['input_size'] = (1 if mode == 'L' else 3, *config['input_size'][1:])
     loader = create_loader(data, batch_size=5, num_workers=0, device=CPU, **config)
     with torch.no_grad():
-        right = [(model(x).argmax(1) == target) for x, target in loader]
-    return 100 * torch.cat(right).double().mean().item()
+        return tuple(torch.cat(parts) for parts in zip(*((model(x), target) for x, target in loader), strict=True))
+
+
+def accuracy_by_hand(model, folder, mode='RGB'):
+    output, target = outputs_by_hand(model, folder, mode)
+    return 100 * (output.argmax(1) == target).double().mean().item()
 
 
 def test_program_reports_models_of_every_kind_and_their_ensemble(tmp_path, image_folder, capsys):
@@ -324,6 +329,49 @@ def test_program_reports_models_of_every_kind_and_their_ensemble(tmp_path, image
     # The ensemble's own pixels are those of its first teacher, whose row has been evaluated in the same pass.
     assert result['ensemble']['data_config'] == result[names[0]]['data_config']
     assert table['ensemble']['KL'] == '-'
+
+
+def test_each_student_is_measured_at_its_own_size_in_one_call(tmp_path, capsys):
+    write_images(tmp_path / 'data', 1, seed=1)
+    expected, names = {}, []
+    for tagged in ('mealv2_mobilenetv3_small_075.in1k', 'mealv2_resnet50.in1k_380'):
+        torch.manual_seed(0)
+        model = timm.create_model(tagged, num_classes=3)
+        torch.save(model.state_dict(), tmp_path / f'{tagged}.pth')
+        names.append(f'{tagged}={tmp_path / tagged}.pth')
+        expected[names[-1]] = nn.functional.cross_entropy(*outputs_by_hand(model.eval(), tmp_path / 'data')).item()
+    run(capsys, *names, '--data-dir', tmp_path / 'data', '-j', 0, '--json', tmp_path / 'r.json')
+    result = json.loads((tmp_path / 'r.json').read_text())
+    assert {name: row['loss'] for name, row in result.items()} == pytest.approx(expected, rel=1e-5)
+    assert [row['data_config']['input_size'] for row in result.values()] == [[3, 224, 224], [3, 380, 380]]
+    for row in result.values():
+        assert row['data_config'] | {'interpolation': 'bilinear', 'crop_pct': 0.875} == row['data_config']
+
+
+def test_a_teacher_with_more_classes_serves_those_of_the_models(tmp_path, image_folder, capsys):
+    wide = save_model(tmp_path / 'wide.pth', num_classes=5)
+    chosen = [4, 0, 2]
+    narrow = timm.create_model('test_resnet', num_classes=3)
+    state = {key: value[chosen] if key.startswith('fc.') else value for key, value in wide.state_dict().items()}
+    narrow.load_state_dict(state)
+    torch.save(narrow.state_dict(), tmp_path / 'narrow.pth')
+    (tmp_path / 'classes.txt').write_text('# of the five\n4  # cold\n\n0\n2\n')
+    model, teacher = (f'test_resnet={tmp_path}/{name}.pth' for name in ('narrow', 'wide'))
+    args = [model, '--data-dir', image_folder, '-j', 0]
+    classes = ['--teacher-classes', f'{teacher}={tmp_path}/classes.txt']
+    table = run(capsys, *args, '--teachers', teacher, *classes)
+    assert (table[model]['agreement'], table[model]['KL']) == ('100.00', '0.0000')
+    assert table['ensemble']['top-1'] == table[model]['top-1']
+
+    assert '3 classes, ensemble 5' in refused(capsys, *args, '--teachers', teacher)
+    assert 'needs --teachers' in refused(capsys, *args, *classes)
+    assert 'is no teacher' in refused(capsys, *args, '--teachers', model, *classes)
+    assert 'given twice' in refused(capsys, *args, '--teachers', teacher, *classes, classes[1])
+    assert 'must be TEACHER=FILE' in refused(capsys, *args, '--teachers', teacher, '--teacher-classes', 'classes.txt')
+    (tmp_path / 'classes.txt').write_text('4\nfour\n')
+    assert "line 2 must be one class index, got 'four'" in refused(capsys, *args, '--teachers', teacher, *classes)
+    (tmp_path / 'classes.txt').unlink()
+    assert 'cannot read' in refused(capsys, *args, '--teachers', teacher, *classes)
 
 
 def test_a_model_agrees_with_the_ensemble_of_itself_whatever_its_normalisation(tmp_path, image_folder, capsys):
@@ -433,7 +481,10 @@ def test_mistakes_are_one_line(tmp_path, image_folder, capsys):
     assert 'needs --teachers' in refused(capsys, good, *data, '--teacher-weights', 1)
     assert 'without --teachers' in refused(capsys, good, *data, '--unlabeled')
     assert 'there is no folder' in refused(capsys, good, *data, '--json', tmp_path / 'none' / 'r.json')
+    assert 'is a folder' in refused(capsys, good, *data, '--json', tmp_path)
+    assert '--split test: there is no such folder' in refused(capsys, good, *data, '--split', 'test')
     assert '--batch-size must be' in refused(capsys, good, *data, '-b', 0)
+    assert '--workers must be 0 or more' in refused(capsys, good, *data, '-j', -1)
     assert '--device abc' in refused(capsys, good, *data, '--device', 'abc')
     assert 'not allowed with' in refused(capsys, good, *data, '--unlabeled', '--imagenet-v2')
 

@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from PIL import Image
 from torch import Tensor
 
 from timm_mealv2.errors import UserError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / 'examples' / 'imagenet_lite'))
 import convert
+import crops
 
 INNER = {3: ('_expand_conv', '_depthwise_conv', '_project_conv'), 2: ('_depthwise_conv', '_project_conv')}
 
@@ -88,6 +90,26 @@ def test_torn_and_missing_files_are_user_errors(tmp_path):
     with pytest.raises(UserError, match=re.escape(str(torn))):
         convert.convert(torn, 0, tmp_path / 'out')
     assert not (tmp_path / 'out').exists()
+
+
+def test_crops_are_pieces_of_the_photos_and_a_wrong_file_is_one_line(tmp_path):
+    photo = Image.linear_gradient('L').convert('RGB')  # brightness is the row, 0 to 255
+    photo.save(tmp_path / 'a.png')
+    crops.main([str(tmp_path / 'train'), str(tmp_path / 'a.png'), '--count', '5', '--pixels', '64'])
+    files = sorted((tmp_path / 'train' / 'photos').iterdir())
+    assert [file.name for file in files] == [f'a-{number:03}.jpg' for number in range(5)]
+    spans = []
+    for file in files:
+        with Image.open(file) as crop:
+            assert crop.size == (64, 64)
+            lowest, highest = crop.convert('L').getextrema()
+        spans.append(highest - lowest)
+    assert all(0.3 * 256 < span <= 256 for span in spans)
+    assert len(set(spans)) == 5
+    (tmp_path / 'b.png').write_text('no picture')
+    for name in ('b.png', 'absent.png'):
+        with pytest.raises(UserError, match=f'{name} cannot be read as a picture'):
+            crops.main([str(tmp_path / 'train'), str(tmp_path / name)])
 
 
 @pytest.mark.parametrize('variant', convert.VARIANTS)

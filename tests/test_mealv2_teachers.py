@@ -744,9 +744,10 @@ class TestRegistered:
             expected.pretrained_cfg.update(mean=HALF, std=HALF)
         torch.testing.assert_close(model(images()), expected(images()))
 
-    def test_a_folder_of_an_ensemble_can_be_a_teacher(self, tmp_path):
+    @pytest.mark.parametrize('rest', [{}, {'pretrained_cfg': {}}], ids=['flat', 'nested'])
+    def test_a_folder_of_an_ensemble_can_be_a_teacher(self, tmp_path, rest):
         specs = [save_folder(tmp_path / name, tiny(seed)) for seed, name in enumerate('abc')]
-        inner = write_ensemble(tmp_path / 'e', model_args={'teachers': specs[:2]}, pretrained_cfg={})
+        inner = write_ensemble(tmp_path / 'e', model_args={'teachers': specs[:2]}, **rest)
         assert create_ensemble([inner, specs[2]], num_classes=10).weights == (0.25, 0.25, 0.5)
 
     def test_timms_own_distillation_gets_the_mean_probability(self, tmp_path):

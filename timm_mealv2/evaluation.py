@@ -5,6 +5,7 @@
 
 import argparse
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from timm_mealv2.cli import OneLineParser, run_cli
+from timm_mealv2.datasets import dataset_root
 from timm_mealv2.errors import UserError
 from timm_mealv2.files import replacing
 from timm_mealv2.losses import at_least_float32
@@ -232,7 +234,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = group.add_argument
     add('--data-dir', metavar='PATH', help='image folder or tar')
     add('--dataset', default='', metavar='NAME', help="timm data set, such as 'hfds/NAME'; default: folder or tar")
-    add('--split', default='validation', help='default: validation')
+    add('--split', metavar='NAME', help='default: validation, or the whole folder where there is none')
     add = group.add_mutually_exclusive_group().add_argument
     add('--class-map', default='', metavar='FILE', help='class names in the order of the classes, one a line (.txt)')
     add('--imagenet-v2', action='store_true', help='the folder names 0..999 are the class indices')
@@ -244,7 +246,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group('running').add_argument
     add('-b', '--batch-size', type=int, default=128, metavar='N', help='default: 128')
-    add('-j', '--workers', type=int, default=4, metavar='N', help='default: 4')
+    workers = min(4, os.cpu_count() or 1)  # torch warns of more than there are cores
+    add('-j', '--workers', type=int, default=workers, metavar='N', help='default: 4, or the number of cores if less')
     add('--device', help='default: cuda where there is one, else cpu')
     add('--amp', action='store_true', help='mixed precision')
     add('--amp-dtype', choices=('float16', 'bfloat16'), default='float16', help='default: float16')
@@ -311,9 +314,11 @@ def _checked_device(args: argparse.Namespace) -> torch.device:
         raise UserError(f'--data-dir {args.data_dir} does not exist: expected an image folder or a tar.')
     if args.json is not None and not args.json.parent.is_dir():
         raise UserError(f'--json {args.json}: there is no folder {args.json.parent}; make it first.')
-    for name in ('batch_size', 'img_size'):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f'--{name.replace("_", "-")} must be 1 or more, got {getattr(args, name)}.')
+    if args.json is not None and args.json.is_dir():
+        raise UserError(f'--json {args.json} is a folder: name a file.')
+    for name, least in (('batch_size', 1), ('img_size', 1), ('workers', 0)):
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            raise UserError(f'--{name.replace("_", "-")} must be {least} or more, got {getattr(args, name)}.')
     try:
         device = torch.device(args.device or ('cuda' if torch.cuda.is_available() else 'cpu'))
         torch.zeros(1, device=device)
@@ -373,13 +378,15 @@ def _create_data(config: dict[str, Any], args: argparse.Namespace) -> ImageDatas
         data = create_dataset(
             args.dataset,
             root=args.data_dir,
-            split=args.split,
+            split=args.split or 'validation',
             class_map=class_map,
             batch_size=args.batch_size,
             input_img_mode='L' if config['input_size'][0] == 1 else 'RGB',
         )
     except Exception as error:  # names, folders and class maps are all the user's, whatever timm's readers raise
         raise UserError(f'the data cannot be read: {error or type(error).__name__}') from error
+    if args.split and args.data_dir is not None and dataset_root(data) == Path(args.data_dir):
+        raise UserError(f'--split {args.split}: there is no such folder in {args.data_dir}.')  # timm takes all of it
     if args.unlabeled:
         data.target_transform = _unknown
     return data

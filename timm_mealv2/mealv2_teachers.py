@@ -13,6 +13,7 @@ timm groups models by the name of the module that registers them, hence the pref
 import argparse
 import difflib
 import importlib
+import json
 import logging
 import math
 import operator
@@ -39,7 +40,9 @@ from timm.models import (
     is_model,
     is_model_in_modules,
     list_models,
+    load_model_config_from_hf,
     load_state_dict,
+    parse_model_name,
     register_model,
     resolve_model_input_args,
     resolve_pretrained_cfg,
@@ -421,6 +424,8 @@ def create_from_checkpoint(arch: str, path: str | Path, *, num_classes: int | No
     """
     label = f'{arch}={path}'
     arch = _known(arch)
+    if is_model_in_modules(arch, __name__.rpartition('.')[-1]):  # the file's arguments could name code as a teacher
+        raise UserError(f'{label}: an ensemble has no checkpoint of its own; give each of its teachers as NAME=PATH.')
     state, saved = _read_checkpoint(label, Path(path))
     args = _saved_args(saved, arch)
     data_config = {
@@ -466,11 +471,11 @@ def _create_named(
     """A timm model by name or source, with its own class count (`num_classes` where it has no weights)."""
     name = spec if spec.startswith(_SOURCES) else _known(spec)
     try:
-        kwargs = resolve_model_input_args(name, {'img_size': img_size}, cache_dir=cache_dir)
-        cfg = kwargs['pretrained_cfg']
-        if is_model_in_modules(kwargs['model_name'], __name__.rpartition('.')[-1]):
-            kwargs.update(num_classes=num_classes, in_chans=in_chans)
+        if _is_ensemble(name, cache_dir):  # timm would resolve no config.json without the key 'pretrained_cfg'
+            kwargs = {'model_name': name, 'num_classes': num_classes, 'in_chans': in_chans, 'cache_dir': cache_dir}
         else:
+            kwargs = resolve_model_input_args(name, {'img_size': img_size}, cache_dir=cache_dir)
+            cfg = kwargs['pretrained_cfg']
             if pretrained:
                 if not any(cfg.get(source) for source in ('url', 'file', 'hf_hub_id', 'state_dict')):
                     raise UserError(f'{spec} has no pretrained weights: {_tags_with_weights(name)}give {name}=PATH.')
@@ -494,6 +499,19 @@ def _create_named(
             f'{spec} cannot be loaded: {_brief(error)} (a download needs the network; a file of yours is NAME=PATH)'
         ) from error
     return model
+
+
+def _is_ensemble(name: str, cache_dir: str | Path | None) -> bool:
+    """Whether a timm name, a folder or a repository is one of the ensembles registered here."""
+    source, place = parse_model_name(name)
+    if source == 'local-dir':
+        config = Path(place, 'config.json')
+        arch = json.loads(config.read_text(encoding='utf-8'))['architecture'] if config.is_file() else ''
+    elif source == 'hf-hub':
+        arch = load_model_config_from_hf(place, cache_dir)[1]
+    else:
+        arch = get_arch_name(name)
+    return is_model_in_modules(arch, __name__.rpartition('.')[-1])
 
 
 def _create_by_function(spec: str) -> nn.Module:

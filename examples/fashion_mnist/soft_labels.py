@@ -24,7 +24,7 @@ from timm.data import create_dataset
 from timm_mealv2.cli import OneLineParser, run_cli
 from timm_mealv2.errors import UserError
 from timm_mealv2.files import replacing
-from timm_mealv2.soft_labels import command as soft_labels
+from timm_mealv2.soft_labels.command import main as soft_labels
 
 TOP_K = (3, 5, 10)
 
@@ -32,7 +32,7 @@ TOP_K = (3, 5, 10)
 def record(out: Path, top_k: int, crops: int) -> Path:
     """Record the answers of the quick start's teachers; a store that is there is kept."""
     store = out / f'store-{top_k}'
-    soft_labels.main(
+    soft_labels(
         ['record', '--teachers', *TEACHERS.values(), '--data-dir', str(DATA), '--train-split', 'train.tar']
         + ['--in-chans', '1', '--img-size', '32', '--scale', '0.6', '1.0', '--workers', '0']
         + ['--crops', str(crops), '--top-k', str(top_k), '--out', str(store)]

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import timm
 import torch
+from crops import open_photo
 from PIL import Image
 from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
 from torch import nn
 
 from timm_mealv2.cli import OneLineParser, run_cli
+from timm_mealv2.errors import UserError
 from timm_mealv2.mealv2_teachers import create_ensemble
 
 
@@ -33,8 +35,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('photos', type=Path, nargs='+', metavar='PHOTO')
     parser.add_argument('--folders', type=Path, default=Path('output/imagenet_lite'), metavar='DIR')
     args = parser.parse_args(argv)
-    import matplotlib
-
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise UserError('matplotlib is missing: pip install matplotlib.') from error
     matplotlib.use('Agg')
     from matplotlib import pyplot as plt
 
@@ -46,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for axis in axes.flat:
         axis.axis('off')
     for axis, photo in zip(axes.flat, args.photos, strict=False):
-        image = Image.open(photo).convert('RGB')
+        image = open_photo(photo)
         image.thumbnail((500, 500))
         lines = ['lite1 + lite2', *top3(ensemble, image), 'lite0', *top3(student, image)]
         print(f'{photo.stem}: ' + '; '.join(lines))
