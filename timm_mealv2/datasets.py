@@ -1,7 +1,9 @@
 """Data sets of images, as timm opens them: what they are called, which classes they have, and one image of one."""
 
 from contextlib import closing
+from copy import copy
 from pathlib import Path
+from tarfile import TarError
 from typing import Any
 
 from PIL import Image
@@ -23,7 +25,7 @@ def open_dataset(name: str, root: str | None, split: str, **kwargs: Any) -> Data
         raise UserError(f'no data set at {root!r}: give a folder or a .tar file with --data-dir.')
     try:
         dataset = create_dataset(name, root=root, split=split, **kwargs)
-    except (AssertionError, ImportError, OSError, RuntimeError, ValueError) as error:
+    except (AssertionError, ImportError, OSError, RuntimeError, TarError, ValueError) as error:
         raise UserError(f'cannot open split {split!r} of {name or root!r}: {error}') from error
     if hasattr(dataset, '__len__') and not len(dataset) and not isinstance(dataset, IterableDataset):
         raise UserError(f'split {split!r} of {name or root!r} holds no images.')
@@ -111,6 +113,18 @@ def read_image(dataset: Dataset, index: int) -> tuple[Image.Image, int]:
     except Exception as error:  # Pillow's decoders raise many kinds
         raise UnreadableImage(f'{_name(dataset, index)}: {" ".join(str(error).split())}') from error
     return image, -1 if target is None else int(target)
+
+
+def keeping_no_file_open(dataset: Dataset) -> Dataset:
+    """Return the same images for reading before worker processes start.
+
+    timm's reader of tars keeps its file open, and a process that is forked then shares the position in it.
+    """
+    if isinstance(dataset, ImageDataset) and hasattr(dataset.reader, 'cache_tarfiles'):
+        dataset = copy(dataset)
+        dataset.reader = reader = copy(dataset.reader)  # type: ignore[attr-defined]
+        reader.cache_tarfiles = False
+    return dataset
 
 
 def image_size(dataset: Dataset, index: int) -> tuple[int, int] | None:

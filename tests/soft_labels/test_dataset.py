@@ -1,6 +1,7 @@
 """Replaying a store: which crops an epoch takes, that they are the recorded ones, and what does not belong together."""
 
 import shutil
+import tarfile
 from collections import Counter
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import timm
 import torch
 from PIL import Image
 from timm.data import create_dataset
+from torch.utils.data import DataLoader
 
 from timm_mealv2 import EnsembleTeacher
 from timm_mealv2.datasets import UnreadableImage
@@ -172,6 +174,21 @@ def test_a_subset_is_accepted_and_looked_up_by_name(image_folder: Path, store: P
         expected = whole[number + 1, 1]
         assert np.array_equal(pixels, expected[0])
         assert np.array_equal(label, expected[1])
+
+
+def test_a_tar_of_the_same_names_gives_the_same_crops_to_several_workers(
+    image_folder: Path, store: Path, tmp_path: Path
+) -> None:
+    with tarfile.open(tmp_path / 'train.tar', 'w') as tar:
+        for path in sorted((image_folder / 'train').rglob('*.png')):
+            tar.add(path, path.relative_to(image_folder / 'train').as_posix())
+    whole = replayed(image_folder, store)
+    labels = SoftLabelDataset(create_dataset('', root=tmp_path, split='train.tar'), SoftLabelStore(store))
+    keys = [(image, crop) for image in range(21) for crop in range(4)]
+    loader = DataLoader(labels, sampler=keys, batch_size=None, num_workers=3, collate_fn=tuple)  # type: ignore[arg-type]
+    for key, (pixels, label) in zip(keys, loader, strict=True):
+        assert np.array_equal(pixels, whole[key][0])
+        assert np.array_equal(label, whole[key][1])
 
 
 def test_images_of_another_name_size_or_content_are_refused(image_folder: Path, store: Path, tmp_path: Path) -> None:

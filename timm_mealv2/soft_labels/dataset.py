@@ -15,7 +15,7 @@ from timm.data import FastCollateMixup
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from timm_mealv2.datasets import UnreadableImage, image_names, image_size, read_image
+from timm_mealv2.datasets import UnreadableImage, image_names, image_size, keeping_no_file_open, read_image
 from timm_mealv2.errors import UserError
 from timm_mealv2.randomness import Stream, counted_seed
 from timm_mealv2.soft_labels.store import SoftLabelStore, cut
@@ -60,11 +60,12 @@ class SoftLabelDataset(Dataset):
         self.images = np.flatnonzero(store.sizes[self._rows].all(axis=1))
         if not len(self.images):
             raise UserError('none of the images could be read when the store was recorded.')
+        images = keeping_no_file_open(dataset)
         for index in self.images[:: math.ceil(len(self.images) / _SIZES_CHECKED)]:
-            self._check_size(index, image_size(dataset, index))
+            self._check_size(index, image_size(images, index))
         if not allow_decoder_change:
             numbers = {name: index for index, name in enumerate(names)}
-            store.check_decoder(lambda name: read_image(dataset, numbers[name])[0].convert(store.meta.img_mode))
+            store.check_decoder(lambda name: read_image(images, numbers[name])[0].convert(store.meta.img_mode))
 
     def __len__(self) -> int:
         """Number of images, also those that are never trained on as they could not be read when recording."""

@@ -7,6 +7,7 @@ that was stopped and continued, write the same files.
 
 import logging
 import math
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -209,8 +210,17 @@ class _Progress:
         self.total = total
         self.lines = shown and not sys.stderr.isatty()
         self.label = f'{label}: ' if label else ''
-        disable = not shown or self.lines
-        self.bar = tqdm(desc=label, total=total, unit=' crops', unit_scale=True, disable=disable, leave=False)
+        columns, lines = shutil.get_terminal_size()  # of a terminal that does not tell, tqdm would show nothing
+        self.bar = tqdm(
+            desc=label,
+            total=total,
+            unit=' crops',
+            unit_scale=True,
+            disable=not shown or self.lines,
+            leave=False,
+            ncols=columns,
+            nrows=lines,
+        )
         self.done = 0
         self.start = self.last = time.perf_counter()
 
