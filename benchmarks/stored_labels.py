@@ -89,7 +89,7 @@ def make_teachers(names: Sequence[str], folder: Path) -> list[str]:
 def record_argv(args: argparse.Namespace, teachers: Sequence[str], crops: int, store: Path) -> list[str]:
     """The command line of a recording."""
     argv = ['record', '--teachers', *teachers, '--data-dir', str(args.out), '--img-size', str(args.img_size)]
-    argv += ['--crops', str(crops), '--top-k', '10', '-b', str(args.batch_size), '--out', str(store)]
+    argv += ['--crops', str(crops), '--top-k', str(args.top_k), '-b', str(args.batch_size), '--out', str(store)]
     return [*argv, '--workers', '0']
 
 
@@ -230,6 +230,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument('--crops-per-decode', type=int, default=4, metavar='R', help='throughput: of the second arm')
     parser.add_argument('--rounds', type=int, default=9, help='throughput: rounds that are measured')
     parser.add_argument('--crops', type=int, nargs='+', default=[4, 40, 400], help='memory, storage: crops of an image')
+    parser.add_argument('--top-k', type=int, default=10, metavar='K', help='classes to store of a crop')
     parser.add_argument('--json', type=Path, metavar='FILE', help='write configuration and results there as well')
     return parser
 

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import reprlib
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
@@ -43,10 +44,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         print(recipe_table())
         raise SystemExit(0)
     settings: dict[str, Any] = {}
+    origins: dict[str, str] = {}
     if given.get('recipe'):
         settings = _recipe(given['recipe'])
+        origins = dict.fromkeys(settings, f'the recipe {given["recipe"]}')
     if given.get('config'):
-        settings = _over(_read_settings(Path(given['config'])), settings)
+        read = _read_settings(Path(given['config']))
+        settings = _over(read, settings)
+        origins |= dict.fromkeys(read, given['config'])
     settings = {name: value for name, value in _over(given, settings).items() if name not in given}
     parser = build_parser()
     changed = {dest for dest, value in settings.items() if value != parser.get_default(dest)}
@@ -57,7 +62,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         raise UserError('--teachers and --kd-model-name mean the same: give one of them.')
     args.teachers = parse_teachers(args.teachers or ([args.kd_model_name] if args.kd_model_name else []))
     args.kd_model_name = None
-    check_args(args)
+    try:
+        check_args(args)
+    except UserError as error:
+        name = str(error).split(maxsplit=1)[0].strip('-:').replace('-', '_')
+        where = f' (set in {origins[name]})' if name in settings else ''
+        raise UserError(f'{error}{where}') from None
     return args
 
 
@@ -157,12 +167,23 @@ def _recipe(name: str) -> dict[str, Any]:
 
 def _load_yaml(path: Any, name: Any) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = yaml.load(path.read_text(), Loader=_Loader)
+    except (OSError, RecursionError, ValueError, yaml.YAMLError) as error:  # a date that is none is a ValueError
         raise UserError(f'cannot read {name}: {error}') from error
     if not isinstance(content, dict):
         raise UserError(f'{name} must map option names to values, got {type(content).__name__}.')
     return content
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads plain values only, and no key twice in a map."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key, _ in node.value:
+            if keys.count(key.value) > 1:
+                raise yaml.MarkedYAMLError(problem=f'{key.value!r} is there twice', problem_mark=key.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def _read_settings(path: Any, recipe: bool = False) -> dict[str, Any]:
@@ -187,19 +208,19 @@ def _entry(parser: argparse.ArgumentParser, action: argparse.Action, value: Any,
     """One value of a YAML file, of the type that the command line gives it."""
     if isinstance(action, argparse._StoreTrueAction):
         if not isinstance(value, bool):
-            raise UserError(f'{where} must be true or false, got {value!r}.')
+            raise UserError(f'{where} must be true or false, got {_shown(value)}.')
         return value
     if value is None and action.default is None:
         return None
     if isinstance(action, ParseKwargs):
         if not isinstance(value, Mapping):
-            raise UserError(f'{where} must map names to values, got {value!r}.')
+            raise UserError(f'{where} must map names to values, got {_shown(value)}.')
         return dict(value)
     many = action.nargs in ('+', '*') or isinstance(action.nargs, int)
     if many != isinstance(value, list):
-        raise UserError(f'{where} must be {"a list" if many else "one value"}, got {value!r}.')
+        raise UserError(f'{where} must be {"a list" if many else "one value"}, got {_shown(value)}.')
     if isinstance(action.nargs, int) and len(value) != action.nargs:
-        raise UserError(f'{where} must be {action.nargs} values, got {value!r}.')
+        raise UserError(f'{where} must be {action.nargs} values, got {_shown(value)}.')
     values = [_number_or_text(action, item, where) for item in (value if many else [value])]
     return values if many else values[0]
 
@@ -208,15 +229,23 @@ def _number_or_text(action: argparse.Action, value: Any, where: str) -> Any:
     wanted = action.type or str
     types = (int,) if wanted is int else (int, float) if wanted is float else (str,)
     fits = isinstance(value, types) and not isinstance(value, bool)
-    if wanted is float and isinstance(value, str):  # YAML 1.1 takes 1e-3 for text
+    if wanted is float and (fits or isinstance(value, str)):  # YAML 1.1 takes 1e-3 for text
         try:
             value, fits = float(value), True
-        except ValueError:
+        except (OverflowError, ValueError):
             fits = False
     if not fits or (action.choices and value not in action.choices):
         kind = 'a whole number' if wanted is int else 'a number' if wanted is float else 'text'
-        raise UserError(f'{where} must be {f"one of {action.choices}" if action.choices else kind}, got {value!r}.')
+        raise UserError(
+            f'{where} must be {f"one of {action.choices}" if action.choices else kind}, got {_shown(value)}.'
+        )
     return float(value) if wanted is float else value
+
+
+def _shown(value: Any) -> str:
+    shown = reprlib.Repr()
+    shown.maxlevel = 2  # aliases make a short file a long value
+    return shown.repr(value)
 
 
 def _given(argv: Sequence[str]) -> dict[str, Any]:

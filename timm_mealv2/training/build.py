@@ -53,12 +53,20 @@ def build_device(args: argparse.Namespace) -> torch.device:
     Sets `args.device`, `distributed`, `rank`, `local_rank`, `world_size`, and `batch_size` where a total was given.
     """
     for name in args.device_modules or ():
-        importlib.import_module(name)
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise UserError(f'--device-modules {name}: {error}') from error
     if 'device' not in args.explicit and not torch.cuda.is_available():
         args.device = 'cpu'
         _logger.info('No CUDA device: training on the CPU (--device chooses).')
     elif args.device.startswith('cuda') and not torch.cuda.is_available():
         raise UserError(f'--device {args.device}: this torch sees no CUDA device; use --device cpu.')
+    else:
+        try:
+            torch.empty(1, device=args.device)
+        except (AssertionError, NotImplementedError, RuntimeError) as error:
+            raise UserError(f'--device {args.device}: {error}') from error
     device = init_distributed_device(args)
     if not args.distributed and is_distributed_env():
         raise UserError('WORLD_SIZE is above 1 but no process group was made: start with torchrun.')
@@ -124,7 +132,8 @@ def build_student(args: argparse.Namespace, device: torch.device) -> tuple[nn.Mo
     except UserError:
         raise
     except (AssertionError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f'cannot create --model {args.model}: {error}') from error
+        pool = f' with --gp {args.gp}' if args.gp is not None else ''
+        raise UserError(f'cannot create --model {args.model}{pool}: {error}') from error
     if args.head_init_scale is not None:
         with torch.no_grad():
             model.get_classifier().weight.mul_(args.head_init_scale)
@@ -143,9 +152,27 @@ def build_student(args: argparse.Namespace, device: torch.device) -> tuple[nn.Mo
     model.to(device=device, dtype=_FLOAT_TYPES[args.model_dtype or 'float32'])
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
+    _try_forward(args, model, data_config['input_size'], device)
     if args.distributed and args.sync_bn:
         model = convert_sync_batchnorm(model)
     return model, data_config
+
+
+@torch.no_grad()
+def _try_forward(
+    args: argparse.Namespace, model: nn.Module, input_size: tuple[int, int, int], device: torch.device
+) -> None:
+    """Tell at once, not in the first step, that a model does not take images of a size."""
+    sizes = {'--img-size': [input_size[1:]], '--train-img-sizes': [(size, size) for size in args.train_img_sizes or ()]}
+    model.eval()
+    for name, size in [(name, size) for name, some in sizes.items() for size in some]:
+        images = torch.zeros(1, input_size[0], *size, device=device, dtype=_FLOAT_TYPES[args.model_dtype or 'float32'])
+        try:
+            model(images)
+        except (AssertionError, RuntimeError, ValueError) as error:
+            shown = ' x '.join(map(str, size))
+            raise UserError(f'{name}: {args.model} cannot take images of {shown}: {error}') from error
+    model.train()
 
 
 def _resolve_pixels(args: argparse.Namespace, model: Any, in_chans: int) -> dict[str, Any]:
@@ -292,6 +319,8 @@ def build_datasets(args: argparse.Namespace, channels: int) -> tuple[Dataset, Da
         Both, the second None where the run is without labels and there is no such split.
     """
     root = args.data_dir or args.data
+    if args.num_classes == 1 and not args.bce_loss:
+        raise UserError('one class alone leaves nothing to learn: give --num-classes 2 or more, and data to match.')
     streaming = {'is_training': True, 'num_samples': args.train_num_samples, 'repeats': args.epoch_repeats}
     train = open_split(args, args.train_split, channels, **streaming)
     validation: Dataset | None = None
@@ -422,6 +451,8 @@ def build_train_loader(
             'schedule_spread': args.train_size_schedule_spread,
             'schedule_random_mix': args.train_size_random_mix,
         }
+    # MEAL V2 does not look at labels, or not at unknown ones (-1); mixing does.
+    unknown = args.kd_distill_type == 'mealv2' and bool(args.teachers) and not mixes(args)
     if args.resplit:
         transform['re_num_splits'] = args.aug_splits or 2
     return TrainLoader(
@@ -436,10 +467,7 @@ def build_train_loader(
         repeats=args.aug_repeats,
         splits=args.aug_splits,
         sizes=sizes,
-        # MEAL V2 looks at labels only where it is told to; an unknown one (-1) does not disturb it, unless it is mixed.
-        labels=range(
-            -1 if args.kd_distill_type == 'mealv2' and args.teachers and not mixes(args) else 0, args.num_classes
-        ),
+        labels=range(-1 if unknown else 0, args.num_classes),
         bad=bad,
         world_size=args.world_size,
         workers=args.workers,

@@ -95,7 +95,7 @@ class RunSaver(CheckpointSaver):
                 later = _rank(read_checkpoint(other)) > here
             except UserError:  # torn: it will be replaced
                 continue
-            if later:
+            if later and _damage(other) is None:
                 os.replace(other, f'{other}.old')
                 _logger.info(f'{other} is of a later position than {path}: renamed to {other.name}.old.')
         history = checkpoint.get('saver', {})
@@ -200,11 +200,16 @@ def find_newest(folder: str | os.PathLike[str]) -> Path | None:
         except UserError as error:
             _logger.warning(f'Passed over: {error}')
     for *_, path in sorted(found, reverse=True):
-        with zipfile.ZipFile(path) as file:
-            if (torn := file.testzip()) is None:
-                return path
-        _logger.warning(f'Passed over: {os.fspath(path)!r} is damaged (checksum of {torn}).')
+        if (damage := _damage(path)) is None:
+            return path
+        _logger.warning(f'Passed over: {os.fspath(path)!r} is damaged (checksum of {damage}).')
     return None
+
+
+def _damage(path: Path) -> str | None:
+    """The part of a readable checkpoint whose checksum is wrong, None if there is none."""
+    with zipfile.ZipFile(path) as file:
+        return file.testzip()
 
 
 def process_states(task: TrainingTask, meters: dict[str, Any] | None, distributed: bool) -> list[dict[str, Any]]:

@@ -4,12 +4,14 @@ import argparse
 import difflib
 import logging
 import math
+import os
 from collections.abc import Callable
 from pathlib import PurePath
 from typing import Any
 
 import timm
 import torch
+from huggingface_hub.utils import validate_repo_id
 from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
 from timm.models import get_arch_pretrained_cfgs, split_model_name_tag
 from timm.optim import list_optimizers
@@ -145,8 +147,16 @@ def _check_names(args: argparse.Namespace) -> None:
         _refuse('model', args.model, f'timm has no such model, the nearest is {near[0]}')
     if ':' not in args.model and tag and args.model not in get_arch_pretrained_cfgs(architecture):
         _refuse('model', args.model, f'timm has no such tag, but {", ".join(get_arch_pretrained_cfgs(architecture))}')
+    if ':' in args.model and not args.model.startswith(('hf-hub:', 'local-dir:')):
+        _refuse('model', args.model, 'must be a name of timm, hf-hub:USER/REPO or local-dir:FOLDER')
+    for name in ('initial_checkpoint', 'pretrained_path'):
+        path = getattr(args, name)
+        if path and not os.path.isfile(path):
+            _refuse(name, path, 'there is no such file')
     try:
         torch.device(args.device)
+        if torch.device(args.device).type == 'meta':
+            _refuse('device', args.device, 'computes nothing; choose cpu or cuda')
     except RuntimeError:
         _refuse('device', args.device, 'must be a device of torch, such as cpu, cuda or cuda:1')
     if args.opt_betas is not None and len(args.opt_betas) not in (2, 3):
@@ -156,10 +166,25 @@ def _check_names(args: argparse.Namespace) -> None:
     experiment = PurePath(args.experiment)
     if args.experiment and (experiment.is_absolute() or '..' in experiment.parts or not experiment.parts):
         _refuse('experiment', args.experiment, 'must name a folder inside --output')
+    if any(len(os.fsencode(part)) > 255 or '\0' in part for part in experiment.parts):
+        _refuse('experiment', f'{args.experiment[:40]!r}...', 'cannot be the name of a folder')
     if args.resume == 'auto' and not args.experiment:
         raise UserError('--resume auto needs --experiment, the run folder to continue.')
     if args.aa is not None:
         _check_policy(args.aa)
+    if args.push_to_hub is not None:
+        _check_repository(args.push_to_hub)
+
+
+def _check_repository(name: str) -> None:
+    try:
+        validate_repo_id(name)
+    except ValueError:
+        pass
+    else:
+        if '/' in name:
+            return
+    _refuse('push_to_hub', name, "must be USER/NAME, of letters, digits, '-', '_' and '.'")
 
 
 def _check_policy(policy: str) -> None:
@@ -175,6 +200,9 @@ def _check_shapes(args: argparse.Namespace) -> None:
     channels = args.input_size[0] if args.input_size else args.in_chans
     if args.input_size and args.in_chans not in (None, channels):
         _refuse('in_chans', args.in_chans, f'--input-size says {channels} channels')
+    if channels not in (None, 1, 3) and not args.input_img_mode:
+        text = 'images have 3 channels, or 1; --input-img-mode RGBA or CMYK gives 4'
+        _refuse('input_size' if args.input_size else 'in_chans', args.input_size or channels, text)
     for name in ('mean', 'std'):
         value = getattr(args, name)
         if value is not None and len(value) not in (1, channels or 3):
@@ -199,12 +227,28 @@ def _check_refused(args: argparse.Namespace) -> None:
         _refuse('fuser', args.fuser, 'refused, only TorchScript has fusers; use --torchcompile')
     if args.tta > 1:
         _refuse('tta', args.tta, "refused, timm's loaders make no copies of an image that could be averaged")
-    if args.torchcompile_mode and args.torchcompile is None:
+    if args.torchcompile is not None:
+        _check_compiler(args)
+    elif args.torchcompile_mode:
         _refuse('torchcompile_mode', args.torchcompile_mode, 'needs --torchcompile')
     if args.amp and args.model_dtype in ('float16', 'bfloat16'):
         _refuse('amp', True, f'--model-dtype {args.model_dtype} leaves nothing to mix; give one of them')
     if args.model_dtype == 'float16':
         _logger.warning('--model-dtype float16: such weights lose small updates; --amp or bfloat16 trains better.')
+
+
+def _check_compiler(args: argparse.Namespace) -> None:
+    backend, mode = args.torchcompile or 'inductor', args.torchcompile_mode
+    backends = torch._dynamo.list_backends(None)
+    if backend not in backends and not args.device_modules:  # these may register one
+        _refuse('torchcompile', backend, f'must be one of {", ".join(backends)}')
+    if mode is None:
+        return
+    if backend != 'inductor':
+        _refuse('torchcompile_mode', mode, 'only the backend inductor has modes; leave it out')
+    modes = torch._inductor.list_mode_options()
+    if mode not in modes:
+        _refuse('torchcompile_mode', mode, f'must be one of {", ".join(modes)}')
 
 
 def _check_batches(args: argparse.Namespace) -> None:

@@ -294,7 +294,10 @@ class TrainLoader:
         if sizes:
             schedule = {key: value for key, value in sizes.items() if key != 'input_sizes'}
             # As timm does it: what is left over would be a small batch in the middle of the epoch.
-            batches = ScheduledBatchSampler(indices, seed=seed, drop_last=True, **schedule)
+            try:
+                batches = ScheduledBatchSampler(indices, seed=seed, drop_last=True, **schedule)
+            except ValueError as error:
+                raise UserError(f'--train-img-sizes: {error}') from error
         else:
             batches = _WholeBatches(indices, batch_size)
         self.batch_sampler = _CountedBatches(batches, indices, repeats=bool(repeats))

@@ -7,19 +7,25 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from timm.scheduler.scheduler import Scheduler
 from timm.task import TrainingTask
-from timm.utils import AverageMeter, NativeScaler, dispatch_clip_grad
-from torch import Tensor
+from timm.utils import AverageMeter, NativeScaler, dispatch_clip_grad, unwrap_model
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
+from timm_mealv2.mealv2_teachers import EnsembleTeacher
+from timm_mealv2.normalisation import channel_stats, renormalise
 from timm_mealv2.randomness import Stream, counted_seed, seed_all
 from timm_mealv2.training.checkpoint import Progress
 from timm_mealv2.training.data import StreamLoader, TrainLoader
+from timm_mealv2.training.watch import Watch
 
 _logger = logging.getLogger(__name__)
 
@@ -27,6 +33,10 @@ _logger = logging.getLogger(__name__)
 @dataclass
 class Stepper:
     """Forward, backward and update: what one step is made of, the same for every task.
+
+    An update whose loss or gradient is not finite is skipped on all processes: weights, optimizer, moving average and
+    the statistics of batch norm stay as they were. The device is asked once for that, between backward and update, as
+    torch's loss scaler does it. With the scaler only the loss counts: a gradient that overflows is the scaler's affair.
 
     Attributes:
         task: The task; its result's 'loss' is minimised.
@@ -40,6 +50,7 @@ class Stepper:
         channels_last: Memory format of the images.
         seed: The run's seed.
         rank: Number of this process.
+        agree: Told whether this process's update is finite; returns whether that of all processes is.
     """
 
     task: TrainingTask
@@ -53,14 +64,23 @@ class Stepper:
     channels_last: bool = False
     seed: int = 42
     rank: int = 0
+    agree: Callable[[bool], bool] = bool
 
-    def step(self, images: Tensor, target: Tensor, *, update: int, part: int, parts: int) -> dict[str, Tensor]:
+    def __post_init__(self) -> None:
+        self._finite = torch.tensor(True)
+        self._statistics = _Statistics(self.task.get_trainable_module())
+
+    def step(
+        self, images: Tensor, target: Tensor, *, update: int, part: int, parts: int
+    ) -> tuple[dict[str, Tensor], bool]:
         """Train on one batch, the `part`th of the `parts` that make up update number `update`.
 
         Returns:
-            The task's result.
+            The task's result, and whether the update was made (True before its last part).
         """
         last = part == parts - 1
+        if not part:
+            self._statistics.keep()
         # Dropout and stochastic depth are functions of where the run stands.
         seed_all(counted_seed(Stream.UPDATE, self.seed, self.rank, update, part))
         if self.channels_last:
@@ -71,20 +91,26 @@ class Stepper:
             loss = result['loss'] / parts
             if self.loss_weight is not None:
                 loss = loss * self.loss_weight(len(images))
-            self._backward(loss, last)
+            finite = loss.detach().isfinite()
+            self._finite = self._finite & finite if part else finite
+            done = self._backward(loss, last)
         if last:
             self.optimizer.zero_grad()
-            if self.task.has_ema():
+            if not done:
+                self._statistics.put_back()
+            elif self.task.has_ema():
                 # Rounding of a bfloat16 average is random too, and the same on every process.
                 ema = self.task.get_trainable_module(ema=True)
                 ema._sr_generator.manual_seed(counted_seed(Stream.EMA_ROUNDING, self.seed, update))
                 self.task.update_ema(step=update + 1)
-        return result
+        return result, done
 
-    def _backward(self, loss: Tensor, update: bool) -> None:
+    def _backward(self, loss: Tensor, update: bool) -> bool:
         create_graph = getattr(self.optimizer, 'is_second_order', False)
         parameters = self.task.get_clip_parameters(exclude_head='agc' in self.clip_mode)
         if self.scaler is not None:
+            if update and not self.agree(bool(self._finite)):
+                return False
             self.scaler(
                 loss,
                 self.optimizer,
@@ -94,12 +120,42 @@ class Stepper:
                 create_graph=create_graph,
                 need_update=update,
             )
-            return
+            return True
         loss.backward(create_graph=create_graph)
         if update:
+            if not self.agree(self._all_finite()):
+                return False
             if self.clip_grad is not None:
                 dispatch_clip_grad(parameters, value=self.clip_grad, mode=self.clip_mode)
             self.optimizer.step()
+        return True
+
+    def _all_finite(self) -> bool:
+        """Whether the losses of the update and its gradient are finite."""
+        gradients = [p.grad for group in self.optimizer.param_groups for p in group['params'] if p.grad is not None]
+        if self._finite & get_total_norm(gradients).isfinite().to(self._finite.device):
+            return True
+        # The norm's squares may overflow where the gradient does not.
+        return bool(self._finite) and all(bool(gradient.isfinite().all()) for gradient in gradients)
+
+
+class _Statistics:
+    """What a forward pass alone changes in a module, batch norm's running statistics, and a copy of it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        norms = [norm for norm in module.modules() if isinstance(norm, _NormBase)]
+        self.buffers = [buffer for norm in norms for buffer in norm.buffers()]
+        self.copies = [buffer.clone() for buffer in self.buffers]
+
+    @torch.no_grad()
+    def keep(self) -> None:
+        for to, buffer in zip(self.copies, self.buffers, strict=True):
+            to.copy_(buffer)
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        for buffer, copy in zip(self.buffers, self.copies, strict=True):
+            buffer.copy_(copy)
 
 
 @dataclass
@@ -114,6 +170,13 @@ class Meters:
             if name != 'output':
                 self.meters.setdefault(name, AverageMeter()).update(value.detach().float(), images)
 
+    def update_without(self, result: dict[str, Tensor]) -> None:
+        """Take note of the names alone: of an epoch of which nothing is counted the means are NaN."""
+        for name, value in result.items():
+            if name != 'output' and name not in self.meters:
+                meter = self.meters[name] = AverageMeter()
+                meter.sum = torch.zeros_like(value, dtype=torch.float32)
+
     def means(self, distributed: bool = False) -> dict[str, float]:
         """Return the means, over all processes if `distributed` (a collective call)."""
         if not self.meters:
@@ -121,7 +184,8 @@ class Meters:
         sums = torch.stack([torch.stack([m.sum, torch.full_like(m.sum, m.count)]) for m in self.meters.values()])
         if distributed:
             dist.all_reduce(sums)
-        return {name: total / count for name, (total, count) in zip(self.meters, sums.tolist(), strict=True)}
+        means = zip(self.meters, sums.tolist(), strict=True)
+        return {name: total / count if count else math.nan for name, (total, count) in means}
 
     def state_dict(self) -> dict[str, Any]:
         """Sums and counts, for a checkpoint in the middle of an epoch."""
@@ -143,8 +207,9 @@ class EpochEvents:
         log_interval: Batches from one line of the log to the next.
         log: Whether this process writes the log.
         distributed: Whether means are taken over several processes.
-        recovery_interval: Updates from one recovery checkpoint to the next, 0 for none.
+        recovery_interval: Updates from one recovery checkpoint to the next, 0 for none; none after the epoch's last.
         save_recovery: Writes one, given the position and the meters; called on every process.
+        after_update: Called on every process after each update but the epoch's last, likewise; may end the run.
         save_images: Saves a batch of images, given its number and the images; called at each line of the log.
         synchronize: Wait for the device after each step.
     """
@@ -154,6 +219,7 @@ class EpochEvents:
     distributed: bool = False
     recovery_interval: int = 0
     save_recovery: Callable[[Progress, Meters], None] | None = None
+    after_update: Callable[[Progress, Meters], None] | None = None
     save_images: Callable[[int, Tensor], None] | None = None
     synchronize: bool = False
 
@@ -171,6 +237,7 @@ def train_one_epoch(
     meters: Meters,
     scheduler: Scheduler | None = None,
     events: EpochEvents | None = None,
+    watch: Watch | None = None,
     world_size: int = 1,
 ) -> dict[str, float]:
     """Train from `start` to the end of its epoch.
@@ -182,6 +249,7 @@ def train_one_epoch(
         meters: Empty, or the sums of the epoch's earlier batches.
         scheduler: Told of every update.
         events: Log, recovery checkpoints, saved images.
+        watch: Counts the updates that were skipped.
         world_size: Number of processes, each with batches of its own.
 
     Returns:
@@ -191,6 +259,7 @@ def train_one_epoch(
     stepper.task.train()
     batches, update = len(loader), start.update
     images_seen, began = 0, time.perf_counter()
+    results: list[tuple[dict[str, Tensor], int]] = []  # of the update's batches, counted if it is made
     bar = tqdm(
         total=batches,
         initial=start.batch,
@@ -203,18 +272,30 @@ def train_one_epoch(
     for batch, (images, target) in enumerate(loader.batches(start.epoch, start.batch), start.batch):
         part = batch % stepper.accumulate
         parts = min(stepper.accumulate, batches - batch + part)
-        result = stepper.step(images, target, update=update, part=part, parts=parts)
-        meters.update(result, len(images))
+        result, done = stepper.step(images, target, update=update, part=part, parts=parts)
+        results.append(({name: value.detach() for name, value in result.items() if name != 'output'}, len(images)))
         images_seen += len(images)
         if events.synchronize and images.is_cuda:
             torch.cuda.synchronize()
 
         if part == parts - 1:
+            for scalars, count in results:
+                if done:
+                    meters.update(scalars, count)
+                else:
+                    meters.update_without(scalars)
+            results.clear()
+            if watch is not None:
+                watch.count(update, done, partial(_broken_teachers, stepper, images))
             update += 1
             if scheduler is not None:
                 scheduler.step_update(num_updates=update)
-            if events.recovery_interval and events.save_recovery and update % events.recovery_interval == 0:
-                events.save_recovery(Progress(start.epoch, batch + 1, update), meters)
+            position = Progress(start.epoch, batch + 1, update)
+            if batch + 1 < batches:  # after the epoch's last, the run first shares the statistics of batch norm
+                if events.recovery_interval and events.save_recovery and update % events.recovery_interval == 0:
+                    events.save_recovery(position, meters)
+                if events.after_update is not None:
+                    events.after_update(position, meters)
         bar.update()
         if (batch + 1) % events.log_interval == 0 or batch + 1 == batches:
             means = meters.means(events.distributed)  # the only wait for the device
@@ -233,6 +314,20 @@ def train_one_epoch(
         stepper.optimizer.sync_lookahead()
     rate = images_seen * world_size / (time.perf_counter() - began)
     return {**meters.means(events.distributed), 'images_per_second': rate}
+
+
+def _broken_teachers(stepper: Stepper, images: Tensor) -> list[str]:
+    """Names of the teachers whose output for `images` is not finite."""
+    teachers = getattr(stepper.task, 'teacher', None)
+    if not isinstance(teachers, EnsembleTeacher):
+        return []
+    student = unwrap_model(stepper.task.get_eval_model())
+    configs = [getattr(student, 'pretrained_cfg', None), teachers.pretrained_cfg]
+    stats = [mean_or_std for config in configs for mean_or_std in channel_stats(config, images.shape[1])]
+    with torch.no_grad(), stepper.autocast():
+        logits = teachers.teacher_logits(renormalise(images, *stats))
+    finite = logits.isfinite().flatten(1).all(dim=1).tolist()
+    return [f'teacher {name}' for name, whole in zip(teachers.names, finite, strict=True) if not whole]
 
 
 def learning_rate(optimizer: torch.optim.Optimizer) -> float:

@@ -97,6 +97,7 @@ _OURS: list[_Option] = [
     _flag('--no-preflight', help='do not evaluate teachers and student before the first step'),
     _int('--max-bad-images', default=100, help='images that cannot be read and are left out before the run stops'),
     _int('--max-nonfinite', default=10, help='updates in a row that are skipped as they are not finite, likewise'),
+    _text('--push-to-hub', metavar='USER/NAME', help='export the best model at the end and push it to the Hub'),
     _flag('--log-tensorboard', help='log to TensorBoard, in the run folder'),
 ]
 

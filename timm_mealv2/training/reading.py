@@ -5,7 +5,9 @@ finds is handed on as a value: torch would add the worker's traceback to its tex
 """
 
 import logging
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -48,17 +50,20 @@ class BadImages:
         """Whether this process has found images that the others have not been told of."""
         return bool(self._unshared)
 
-    def share(self) -> None:
-        """Tell all processes of the default group what each has found (a collective call)."""
-        if dist.is_initialized():
-            gathered: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(gathered, self._unshared)
+    def share(self, group: dist.ProcessGroup | None) -> None:
+        """Tell all processes of a group, if there is one, what each has found (a collective call)."""
+        if group is not None:
+            gathered: list[Any] = [None] * dist.get_world_size(group)
+            dist.all_gather_object(gathered, self._unshared, group=group)
             for found in gathered:
                 self.found.update(found)
         self._unshared.clear()
 
-    def check(self) -> None:
+    def check(self, advice: str = '') -> None:
         """Name all images once more, if they are too many.
+
+        Args:
+            advice: How the run can be continued.
 
         Raises:
             UserError: If they are.
@@ -68,7 +73,7 @@ class BadImages:
                 _logger.error(f'Cannot be read: {text}')
             raise UserError(
                 f'{len(self.found)} images cannot be read, --max-bad-images allows {self.limit}: they are listed '
-                'above; mend or remove them, or allow more.'
+                f'above; mend or remove them, or allow more. {advice}'
             )
 
 
@@ -167,13 +172,20 @@ class ReportingLoader:
 
 
 def ignore_signals(worker: int) -> None:
-    """Leave Ctrl-C and a cluster's SIGTERM, which reach the whole process group, to the training process.
+    """Let a worker process leave Ctrl-C and a cluster's SIGTERM, which reach every process, to the training process.
 
-    A worker ends when that one does.
+    That one finishes its step first, and ends its workers with a SIGTERM of its own.
     """
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_leave_when_told, daemon=True).start()
+
+
+def _leave_when_told() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def keep_signals_from_workers(loader: PrefetchLoader | DataLoader) -> None:

@@ -21,6 +21,7 @@ from timm.scheduler.scheduler import Scheduler
 from timm.task import load_task_ema_checkpoint, resume_task_checkpoint
 from timm.utils import distribute_bn, trim_summary, update_summary
 from torch import Tensor, nn
+from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils.data import Dataset
 from torchvision.utils import save_image
 
@@ -65,10 +66,15 @@ from timm_mealv2.training.loop import (
     updates_per_epoch,
 )
 from timm_mealv2.training.reading import BadImages
+from timm_mealv2.training.watch import EvaluationStoppedError, Signals, TooManyNonFiniteError, Watch
 
 _logger = logging.getLogger(__name__)
 
 SUMMARY = 'summary.csv'
+
+_PATIENCE = 10  # seconds for torchrun to find the process that failed; it looks ten times a second
+
+_CONTINUE = '--resume auto with the same --output and --experiment continues'
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -81,17 +87,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format='%(message)s', stream=sys.stderr)
     if int(os.environ.get('RANK', 0)) > 0:
         logging.getLogger().setLevel(logging.WARNING)
-    device = build_device(args)
-    try:
-        _Run(args, device).run()
-    finally:
-        if args.distributed:
-            dist.destroy_process_group()
+    with Signals(log=int(os.environ.get('RANK', 0)) == 0) as signals:
+        device = build_device(args)
+        try:
+            _Run(args, device, signals).run()
+        except RuntimeError as error:
+            if args.distributed and _tells_of_another(error):
+                time.sleep(_PATIENCE)
+            raise
+        finally:
+            if args.distributed:
+                dist.destroy_process_group()
+
+
+def _tells_of_another(error: RuntimeError) -> bool:
+    """Whether an error is a broken connection: another process has failed, and its error is the one to show.
+
+    torchrun, which shows the earliest by the second, ends this process before its own is told.
+    """
+    return isinstance(error, dist.DistError) or 'gloo' in str(error).lower()
 
 
 def cli() -> None:
     """Run `main` as the command `mealv2-train`."""
-    run_cli(main)
+    run_cli(record(main))  # torchrun shows the error of the process that failed first
 
 
 def _unknown(target: Any) -> int:
@@ -115,14 +134,17 @@ class _Validation:
 class _Run:
     """One run: its parts, and the order in which they are put together and used."""
 
-    def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
+    def __init__(self, args: argparse.Namespace, device: torch.device, signals: Signals) -> None:
         self.args = args
         self.device = device
         self.primary = args.rank == 0
         self.folder = self._choose_folder()
+        _check_folder(self.folder)
         resume = self._choose_checkpoint()
 
         self.bad = BadImages(args.max_bad_images)
+        self.watch = Watch(signals, self.bad, max_nonfinite=args.max_nonfinite, distributed=args.distributed)
+        self.saver: RunSaver | None = None
         self.student, self.data_config = build_student(args, device)
         train, validation = build_datasets(args, self.data_config['input_size'][0])
         self.class_names = class_names(train)
@@ -137,6 +159,7 @@ class _Run:
             ema_device = torch.device('cpu') if args.model_ema_force_cpu else None
             self.task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup, device=ema_device)
         self.stepper = build_stepper(args, self.task, self.optimizer, device)
+        self.stepper.agree = self.watch.agree
         self.scheduler: Scheduler | None
         self.scheduler, self.epochs = build_scheduler(args, self.optimizer, self.loader, self.decreasing)
         self.meters = Meters()
@@ -218,6 +241,8 @@ class _Run:
             load_scheduler_state(self.scheduler, checkpoint['scheduler'])
         elif 'progress' not in checkpoint or args.no_resume_opt:
             self._step_schedule(start.epoch, start.update)
+        if 'faults' in checkpoint:
+            self.watch.load_state_dict(checkpoint['faults'])
         _logger.info(f'Continuing from {path}: epoch {start.epoch}, batch {start.batch}, update {start.update}.')
         return start
 
@@ -253,47 +278,101 @@ class _Run:
             return
         if self.resumed is None and not args.no_preflight and self.teachers is not None:
             self._preflight(self.teachers)
-        saver = self._open_folder() if self.primary else None
+        self.saver = self._open_folder() if self.primary else None
         trackers = _Trackers(args, self.folder) if self.primary else None
         events = EpochEvents(
             log_interval=args.log_interval,
             log=self.primary,
             distributed=args.distributed,
             recovery_interval=args.recovery_interval,
-            save_recovery=partial(self._save_recovery, saver),
+            save_recovery=self._save_recovery,
+            after_update=self._stop_if_needed,
             save_images=self._save_images if args.save_images and self.primary else None,
             synchronize=args.synchronize_step,
         )
-        position = self.start
-        for epoch in range(self.start.epoch, self.epochs):
-            rate = learning_rate(self.optimizer)
+        with self.watch.signals.deferred():
+            start = self.start
+            while start.epoch < self.epochs:
+                start = self._run_epoch(start, events, trackers)
+        if self.saver is not None and trackers is not None:
+            trackers.close()
+            if self.saver.best_metric is not None:
+                _logger.info(f'Best {self.eval_metric}: {self.saver.best_metric:.4g} (epoch {self.saver.best_epoch}).')
+            _logger.info(f'Written: {self.folder}')
+            if args.push_to_hub:
+                self._push(args.push_to_hub)
+
+    def _push(self, repository: str) -> None:
+        """Export the best checkpoint and push it; whatever happens there, the training is complete."""
+        best = self.folder / 'model_best.pth.tar'
+        checkpoint = best if best.exists() else self.folder / 'last.pth.tar'
+        folder = self.folder / 'hub'
+        try:
+            # Here, as nobody else needs the card's packages.
+            from timm_mealv2.hub_client import push_folder
+            from timm_mealv2.hub_export import export_model
+            from timm_mealv2.model_card import CardOptions
+
+            export_model(checkpoint, folder, card=CardOptions(repo_id=repository))
+            _logger.info(f'Pushed: {push_folder(folder, repository)}')
+        except Exception as error:
+            text = ' '.join(str(error).split())
+            if 'mealv2-hub push' not in text:
+                text += f' Push later: mealv2-hub push {checkpoint} {repository}'
+            _logger.warning(f'The training is complete ({self.folder}), but {text}')
+
+    def _run_epoch(self, start: Progress, events: EpochEvents, trackers: '_Trackers | None') -> Progress:
+        """Train from `start` to the end of its epoch, evaluate, save; return where the next one starts."""
+        args, epoch = self.args, start.epoch
+        rate = learning_rate(self.optimizer)
+        try:
             trained = train_one_epoch(
                 self.stepper,
                 self.loader,
-                start=position,
+                start=start,
                 meters=self.meters,
                 scheduler=self.scheduler,
                 events=events,
+                watch=self.watch,
                 world_size=args.world_size,
             )
-            self.meters = Meters()
-            position = Progress(epoch + 1, update=(epoch + 1) * updates_per_epoch(self.loader, args.grad_accum_steps))
+        except TooManyNonFiniteError as error:
+            newest = find_newest(self.folder)
+            text = f'the last good checkpoint is {newest}' if newest else 'no checkpoint was written before'
+            raise UserError(f'{error} {text[0].upper()}{text[1:]}.') from error
+        updates = (epoch + 1) * updates_per_epoch(self.loader, args.grad_accum_steps)
+        trained_to = Progress(epoch, len(self.loader), updates)
+        if start.batch < len(self.loader):  # of a run continued at the epoch's end they are shared already
             self._share_batch_norm()
-            last = epoch + 1 == self.epochs
+        self._stop_if_needed(trained_to, self.meters)
+        last = epoch + 1 == self.epochs
+        try:
             evaluated = self._validate() if last or (epoch + 1) % args.val_interval == 0 else None
-            metric = evaluated[self.eval_metric] if evaluated else None
-            if self.scheduler is not None:
-                self.scheduler.step(epoch + 1, metric)
-            self._keep(saver, position)
-            if saver is not None and trackers is not None:
-                self._finish_epoch(epoch, trained, evaluated, rate, trackers)
-                saver.save_checkpoint(epoch, metric)
-                saver.remove_recovery()
-        if saver is not None and trackers is not None:
-            trackers.close()
-            if saver.best_metric is not None:
-                _logger.info(f'Best {self.eval_metric}: {saver.best_metric:.4g} (epoch {saver.best_epoch}).')
-            _logger.info(f'Written: {self.folder}')
+        except EvaluationStoppedError:
+            evaluated = None
+        self._stop_if_needed(trained_to, self.meters)
+        self.meters = Meters()
+        metric = evaluated[self.eval_metric] if evaluated else None
+        if self.scheduler is not None:
+            self.scheduler.step(epoch + 1, metric)
+        end = Progress(epoch + 1, update=updates)
+        self._keep(end)
+        if self.saver is not None and trackers is not None:
+            self._finish_epoch(epoch, trained, evaluated, rate, trackers)
+            self.saver.save_checkpoint(epoch, metric)
+            self.saver.remove_recovery()
+        return end
+
+    def _stop_if_needed(self, position: Progress, meters: Meters) -> None:
+        """End the run at `position`, on all processes, if a signal has come or too many images cannot be read."""
+        watch = self.watch
+        if not watch.signal and len(self.bad.found) <= self.bad.limit:
+            return
+        self._save_recovery(position, meters)
+        watch.wait()
+        if watch.signal:
+            watch.signals.leave(watch.signal, f' at epoch {position.epoch}, batch {position.batch}; {_CONTINUE}')
+        self.bad.check(f'Saved where it was; {_CONTINUE}')
 
     def _announce(self) -> None:
         args = self.args
@@ -328,6 +407,7 @@ class _Run:
             models[f'teacher {name}'] = EnsembleTeacher([teacher], **options)
         models['student (start)'] = self._eval_student()
         rows = self._evaluate(models, reference='ensemble')
+        self.bad.check()
         if self.primary:
             width = max(map(len, rows))
             _logger.info(f'Before the first step, on {rows["ensemble"]["samples"]:.0f} images:')
@@ -337,7 +417,10 @@ class _Run:
 
     def _open_folder(self) -> RunSaver:
         args = self.args
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f'--output: cannot make the run folder {self.folder}: {error.strerror}.') from error
         with replacing(self.folder / 'args.yaml') as path:
             path.write_text(args_text(args))
         saver = RunSaver(
@@ -346,6 +429,7 @@ class _Run:
                 'data_config': self.data_config,
                 'class_names': self.class_names,
                 'batches': len(self.loader),
+                'faults': self.watch.state,
             },
             optimizer=self.optimizer,
             args=argparse.Namespace(**{key: value for key, value in vars(args).items() if key != 'explicit'}),
@@ -394,7 +478,7 @@ class _Run:
         assert self.validation is not None, 'there is nothing to judge by'
         return evaluate(
             models,
-            self.validation.loader,
+            self.watch.until_stopped(self.validation.loader),
             device=self.device,
             reference=reference,
             data_config=self.data_config,
@@ -441,19 +525,29 @@ class _Run:
         append_summary(self.folder / SUMMARY, epoch, trained, evaluated or dict.fromkeys(columns, ''), rate)
         trackers.log(epoch, trained, evaluated or {}, rate)
 
-    def _keep(self, saver: RunSaver | None, position: Progress, meters: Meters | None = None) -> None:
+    def _keep(self, position: Progress, meters: Meters | None = None) -> None:
         """Gather what the next checkpoint holds of this process and the others: they all call it."""
         processes = process_states(self.task, meters.state_dict() if meters else None, self.args.distributed)
-        if saver is not None:
-            saver.keep(position, processes, scheduler_state(self.scheduler))
+        if self.saver is not None:
+            self.saver.keep(position, processes, scheduler_state(self.scheduler))
 
-    def _save_recovery(self, saver: RunSaver | None, position: Progress, meters: Meters) -> None:
-        self._keep(saver, position, meters)
-        if saver is not None:
-            saver.save_recovery(position.epoch, position.batch)
+    def _save_recovery(self, position: Progress, meters: Meters) -> None:
+        self._keep(position, meters)
+        if self.saver is not None:
+            self.saver.save_recovery(position.epoch, position.batch)
 
     def _save_images(self, batch: int, images: Tensor) -> None:
         save_image(images, self.folder / f'train-batch-{batch}.jpg', padding=0, normalize=True)
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse a run folder that cannot be one, before anything is loaded."""
+    try:
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    except OSError as error:
+        raise UserError(f'--output and --experiment: {folder} cannot be the run folder: {error.strerror}.') from error
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f'--output and --experiment: {folder} cannot be the run folder: {there} takes no files.')
 
 
 def append_summary(path: Path, epoch: int, trained: dict[str, float], evaluated: dict[str, Any], rate: float) -> None:

@@ -1,0 +1,501 @@
+"""What goes wrong in a run: images, signals, numbers, processes, disks. Each as a user meets it."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from hub_server import WRITE_TOKEN, HubServer
+from huggingface_hub import constants
+from timm.task import ClassificationTask
+from timm.utils import NativeScaler
+from torch import Tensor
+
+from timm_mealv2.datasets import open_dataset
+from timm_mealv2.errors import UserError
+from timm_mealv2.training.checkpoint import read_checkpoint
+from timm_mealv2.training.data import TrainLoader, eval_loader
+from timm_mealv2.training.loop import Stepper
+from timm_mealv2.training.reading import BadImages
+from timm_mealv2.training.run import main
+
+REPOSITORY = Path(__file__).parents[2]
+CONFIG: dict[str, Any] = {'input_size': (3, 16, 16), 'interpolation': 'bilinear', 'crop_pct': 1.0}
+CONFIG |= {'crop_mode': 'center', 'mean': (0.5,) * 3, 'std': (0.5,) * 3}
+TRANSFORM = {'hflip': 0.5, 'color_jitter': 0.4, 'interpolation': 'random', 'mean': (0.5,) * 3, 'std': (0.5,) * 3}
+MIXUP = {'mixup_alpha': 0.8, 'cutmix_alpha': 1.0, 'label_smoothing': 0.1, 'num_classes': 3}
+
+
+@pytest.fixture
+def data(image_folder: Path, tmp_path: Path) -> Path:
+    """A copy of the sample images, to spoil."""
+    return Path(shutil.copytree(image_folder, tmp_path / 'data'))
+
+
+def cut_off(path: Path) -> str:
+    path.write_bytes(path.read_bytes()[:200])
+    return str(path)
+
+
+def make_loader(data: Path, **kwargs: Any) -> TrainLoader:
+    dataset = open_dataset('', str(data), 'train')
+    kwargs = {'transform': TRANSFORM, 'input_size': (3, 16, 16), 'batch_size': 3, 'seed': 7, **kwargs}
+    return TrainLoader(dataset, **kwargs)
+
+
+def pixels(batches: list[tuple[Tensor, Tensor]]) -> list[bytes]:
+    return [image.numpy().tobytes() for images, _ in batches for image in images]
+
+
+# Images
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_an_image_that_cannot_be_read_is_left_out_and_nothing_else_changes(data: Path, workers: int) -> None:
+    whole = list(make_loader(data).batches(1))
+    broken = [cut_off(data / 'train' / name) for name in ('cold/002.png', 'warm/005.png')]
+    bad = BadImages()
+    rest = list(make_loader(data, workers=workers, bad=bad).batches(1))
+    assert len(rest) == len(whole)
+    assert sum(len(images) for images, _ in rest) == 19
+    assert set(pixels(rest)) < set(pixels(whole))
+    assert sorted(text.split(': ')[0] for text in bad.found.values()) == sorted(broken)
+
+
+@pytest.mark.parametrize(
+    ('options', 'copies'),
+    [
+        ({'mixup': MIXUP}, 1),
+        ({'mixup': MIXUP, 'prefetch': False}, 1),
+        ({'splits': 2, 'transform': {**TRANSFORM, 'auto_augment': 'augmix-m5-w2', 're_prob': 1.0}}, 2),
+        ({'sizes': {'input_sizes': [(3, 16, 16), (3, 24, 24)], 'batch_sizes': [3, 3], 'choice_weights': None}}, 1),
+        ({'unlabeled': True}, 1),
+    ],
+)
+def test_every_way_of_loading_leaves_it_out(data: Path, options: dict[str, Any], copies: int) -> None:
+    for index in range(3):
+        cut_off(data / 'train' / 'cold' / f'{index:03}.png')
+    bad = BadImages()
+    batches = list(make_loader(data, bad=bad, **options).batches(0))
+    assert len(bad.found) == 3
+    for images, target in batches:
+        assert len(images) == len(target) >= 2 * copies
+        assert images.isfinite().all()
+    assert any(len(images) < 3 * copies for images, _ in batches)
+
+
+def test_a_batch_of_which_nothing_is_left_takes_the_next_images(data: Path) -> None:
+    for path in (data / 'train').rglob('00[0-5].png'):
+        cut_off(path)
+    batches = list(make_loader(data, batch_size=2, bad=BadImages()).batches(0))
+    assert [len(images) for images, _ in batches] == [2] * 10
+    assert len(set(pixels(batches))) == 3
+
+
+def test_a_split_without_one_readable_image_is_refused(data: Path) -> None:
+    for path in (data / 'train').rglob('*.png'):
+        cut_off(path)
+    with pytest.raises(UserError, match='no image of the training split can be read'):
+        list(make_loader(data).batches(0))
+    bad = BadImages(5)
+    with pytest.raises(UserError, match='--max-bad-images allows 5'):
+        list(make_loader(data, bad=bad).batches(0))
+    assert len(bad.found) < 21  # the folder is not searched to its end
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_a_label_beyond_the_classes_is_named_with_its_image(data: Path, workers: int) -> None:
+    with pytest.raises(UserError, match=r'warm/00\d.png has the label 2, expected 0 to 1: set') as error:
+        list(make_loader(data, labels=range(2), workers=workers).batches(0))
+    assert 'Traceback' not in str(error.value)
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+@pytest.mark.parametrize('prefetch', [True, False])
+def test_evaluation_leaves_it_out(data: Path, prefetch: bool, workers: int) -> None:
+    options: dict[str, Any] = {'batch_size': 3, 'device': torch.device('cpu'), 'num_workers': workers}
+    options['use_prefetcher'] = prefetch
+    whole = torch.cat([x for x, _ in eval_loader(open_dataset('', str(data), 'validation'), CONFIG, **options)])
+    for name in ('cold/001.png', 'plain/002.png', 'plain/003.png', 'warm/000.png'):
+        cut_off(data / 'validation' / name)
+    bad = BadImages()
+    batches = list(eval_loader(open_dataset('', str(data), 'validation'), CONFIG, bad=bad, **options))
+    assert torch.cat([target for _, target in batches]).tolist() == [0] * 3 + [1] * 2 + [2] * 3
+    assert torch.equal(torch.cat([x for x, _ in batches]), whole[[0, 2, 3, 4, 5, 9, 10, 11]])
+    assert len(bad.found) == 4
+
+
+# Signals
+
+SMALL = (
+    '--model test_resnet --num-classes 3 --img-size 16 --batch-size 4 --lr 0.05 --epochs 4 --warmup-epochs 0 '
+    '--log-interval 1 --device cpu --smoothing 0 --drop 0.2 --reprob 0.5 --mixup 0.3 --model-ema --grad-accum-steps 2'
+).split()
+
+
+class Program:
+    """train_distill.py as a process of its own, or several under torchrun."""
+
+    def __init__(self, data: Path, output: Path, *options: Any, processes: int = 0, script: Path | None = None) -> None:
+        launcher = [sys.executable]
+        if processes:
+            launcher += ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(processes)]
+        command = [*launcher, str(script or REPOSITORY / 'train_distill.py'), *SMALL, '--data-dir', str(data)]
+        command += ['--output', str(output), '--experiment', 'run', *map(str, options)]
+        self.log = output / f'log-{time.monotonic_ns()}.txt'
+        with open(self.log, 'w') as file:
+            self.process = subprocess.Popen(
+                command, env={**os.environ, 'OMP_NUM_THREADS': '1'}, stderr=file, stdout=file, start_new_session=True
+            )
+
+    @property
+    def text(self) -> str:
+        return self.log.read_text()
+
+    def wait_for(self, text: str) -> None:
+        end = time.monotonic() + 60
+        while text not in self.text:
+            assert self.process.poll() is None, self.text
+            assert time.monotonic() < end, self.text
+            time.sleep(0.01)
+
+    def finish(self) -> int:
+        return self.process.wait(timeout=90)
+
+
+def trained_weights(folder: Path) -> dict[str, Tensor]:
+    checkpoint = read_checkpoint(folder / 'last.pth.tar')
+    assert checkpoint['progress']['epoch'] == 4
+    return {**checkpoint['state_dict'], **{f'ema.{k}': v for k, v in checkpoint['state_dict_ema'].items()}}
+
+
+@pytest.fixture(scope='module')
+def unbroken(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+    output = tmp_path_factory.mktemp('unbroken')
+    main([*SMALL, '--data-dir', str(image_folder), '--output', str(output), '--experiment', 'run', '--workers', '0'])
+    return trained_weights(output / 'run')
+
+
+@pytest.mark.parametrize(
+    ('number', 'workers', 'moment'),
+    [
+        (signal.SIGINT, 2, 'epoch 1 [3/5]'),
+        (signal.SIGTERM, 2, 'epoch 1 [5/5]'),  # during the evaluation, or the first step after it
+    ],
+)
+def test_a_signal_ends_the_run_in_good_order_and_it_continues_bit_for_bit(
+    number: signal.Signals,
+    workers: int,
+    moment: str,
+    image_folder: Path,
+    tmp_path: Path,
+    unbroken: dict[str, Tensor],
+) -> None:
+    program = Program(image_folder, tmp_path, '--workers', workers)
+    program.wait_for(moment)
+    os.killpg(program.process.pid, number)  # as Ctrl-C and scancel do it: the workers get it too
+    assert program.finish() == 128 + number
+    assert 'Traceback' not in program.text
+    assert f'Stopped by {number.name} at epoch' in program.text.splitlines()[-1]
+    assert list((tmp_path / 'run').glob('recovery-*.pth.tar'))
+    program = Program(image_folder, tmp_path, '--workers', workers, '--resume', 'auto')
+    assert program.finish() == 0, program.text
+    for name, value in trained_weights(tmp_path / 'run').items():
+        assert torch.equal(value, unbroken[name]), name
+
+
+def test_a_second_signal_leaves_at_once(image_folder: Path, tmp_path: Path) -> None:
+    program = Program(image_folder, tmp_path, '--workers', 0, '--batch-size', 21, '--img-size', 1024)
+    program.wait_for('epochs.')
+    time.sleep(1)  # in the first step, of half a minute
+    program.process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    assert program.process.poll() is None
+    program.process.send_signal(signal.SIGTERM)
+    assert program.process.wait(timeout=3) == 143
+    assert not list((tmp_path / 'run').glob('*.pth.tar'))
+
+
+def test_before_the_first_step_a_signal_just_ends_the_program(image_folder: Path, tmp_path: Path) -> None:
+    program = Program(image_folder, tmp_path, '--workers', 0, '--dry-run', '--batch-size', 16, '--img-size', 512)
+    program.wait_for('epochs.')
+    program.process.send_signal(signal.SIGINT)
+    assert program.finish() == 130
+    assert 'Traceback' not in program.text
+    assert program.text.splitlines()[-1] == 'Stopped by SIGINT.'
+
+
+@pytest.mark.parametrize('to', ['torchrun', 'one process'])
+def test_all_processes_stop_at_the_same_step(to: str, image_folder: Path, tmp_path: Path) -> None:
+    program = Program(image_folder, tmp_path, '--workers', 1, '--epochs', 100, processes=2)
+    program.wait_for('epoch 1 [1/3]')
+    if to == 'torchrun':  # which sends it to the process groups of all, their loaders' workers among them
+        program.process.send_signal(signal.SIGTERM)
+    else:
+        command = ['pgrep', '-P', str(program.process.pid)]
+        children = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+        os.kill(int(children[-1]), signal.SIGTERM)
+    assert program.finish() != 0
+    assert program.text.count('Stopped by SIGTERM') == 1, program.text
+    assert list((tmp_path / 'run').glob('recovery-*.pth.tar'))
+    assert 'Connection closed' not in program.text
+
+
+# Numbers
+
+
+def states(stepper: Stepper) -> list[Tensor]:
+    """Every tensor that an update could change."""
+    task: Any = stepper.task
+    tensors = [*task.trainable_module.state_dict().values(), *task.get_trainable_module(ema=True).state_dict().values()]
+    for state in stepper.optimizer.state_dict()['state'].values():
+        tensors += [value for value in state.values() if isinstance(value, Tensor)]
+    return [tensor.clone() for tensor in tensors]
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+@pytest.mark.parametrize(('parts', 'scaled'), [(1, False), (2, False), (2, True)])
+def test_an_update_that_is_not_finite_changes_nothing(value: float, parts: int, scaled: bool) -> None:
+    task = ClassificationTask(timm.create_model('test_resnet', num_classes=3), verbose=False)
+    task.setup_ema(decay=0.5)
+    optimizer = timm.optim.create_optimizer_v2(task.trainable_module, 'adamw', lr=0.1)
+    stepper = Stepper(task, optimizer, accumulate=parts, scaler=NativeScaler(device='cpu') if scaled else None)
+    images, target = torch.rand(4, 3, 16, 16), torch.arange(4) % 3
+    done = [stepper.step(images, target, update=0, part=part, parts=parts)[1] for part in range(parts)]
+    assert done == [True] * parts
+    before = states(stepper)
+    for part in range(parts):
+        spoilt = images.clone()
+        spoilt[0, 0, 0, 0] = value if part == 0 else 0.5
+        done = [stepper.step(spoilt, target, update=1, part=part, parts=parts)[1]]
+    assert done == [False]
+    assert all(torch.equal(a, b) for a, b in zip(before, states(stepper), strict=True))
+    assert [stepper.step(images, target, update=2, part=part, parts=parts)[1] for part in range(parts)][-1]
+    assert all(tensor.isfinite().all() for tensor in states(stepper))
+
+
+def test_an_overflow_of_the_scaled_gradient_is_the_scalers_affair() -> None:
+    task = ClassificationTask(timm.create_model('test_resnet', num_classes=3), verbose=False)
+    scaler = NativeScaler(device='cpu')
+    scaler.load_state_dict({**scaler.state_dict(), 'scale': 3e38})
+    stepper = Stepper(task, torch.optim.SGD(task.trainable_module.parameters(), lr=0.1), scaler=scaler)
+    before = [parameter.detach().clone() for parameter in task.trainable_module.parameters()]
+    _, done = stepper.step(torch.rand(4, 3, 16, 16), torch.arange(4) % 3, update=0, part=0, parts=1)
+    assert done  # not counted
+    assert all(map(torch.equal, before, task.trainable_module.parameters()))
+    assert scaler.state_dict()['scale'] == pytest.approx(1.5e38)
+
+
+def test_a_gradient_that_is_not_finite_is_seen_though_the_loss_is() -> None:
+    task = ClassificationTask(timm.create_model('test_resnet', num_classes=3), verbose=False)
+    stepper = Stepper(task, torch.optim.SGD(task.trainable_module.parameters(), lr=0.1))
+    parameter = next(task.trainable_module.parameters())
+    parameter.register_hook(lambda gradient: torch.full_like(gradient, float('inf')))
+    before = parameter.detach().clone()
+    result, done = stepper.step(torch.rand(4, 3, 16, 16), torch.arange(4) % 3, update=0, part=0, parts=1)
+    assert result['loss'].isfinite()
+    assert not done
+    assert torch.equal(parameter, before)
+
+
+def test_all_processes_skip_an_update_that_is_not_finite_on_one(image_folder: Path, tmp_path: Path) -> None:
+    script = tmp_path / 'skipping.py'
+    script.write_text(
+        'import timm, torch\n'
+        'import torch.distributed as dist\n'
+        'from timm.task import ClassificationTask\n'
+        'from timm_mealv2.training.loop import Stepper\n'
+        'from timm_mealv2.training.reading import BadImages\n'
+        'from timm_mealv2.training.watch import Signals, Watch\n'
+        'dist.init_process_group("gloo")\n'
+        'torch.manual_seed(0)\n'
+        'task = ClassificationTask(timm.create_model("test_resnet", num_classes=3), verbose=False)\n'
+        'task.prepare_distributed()\n'
+        'optimizer = torch.optim.SGD(task.trainable_module.parameters(), lr=0.1)\n'
+        'watch = Watch(Signals(), BadImages(), distributed=True)\n'
+        'stepper = Stepper(task, optimizer, agree=watch.agree)\n'
+        'for update in range(3):\n'
+        '    images = torch.rand(4, 3, 16, 16)\n'
+        '    if update == 1 and dist.get_rank() == 1:\n'
+        '        images[0] = float("nan")\n'
+        '    before = [p.detach().clone() for p in task.trainable_module.parameters()]\n'
+        '    done = stepper.step(images, torch.arange(4) % 3, update=update, part=0, parts=1)[1]\n'
+        '    same = all(map(torch.equal, before, task.trainable_module.parameters()))\n'
+        '    assert done == (update != 1) and same == (update == 1), update\n'
+        'dist.destroy_process_group()\n'
+    )
+    program = Program(image_folder, tmp_path, processes=2, script=script)
+    assert program.finish() == 0, program.text
+
+
+def run_here(data: Path, output: Path, *options: Any) -> Path:
+    main([*SMALL, '--data-dir', str(data), '--output', str(output), '--experiment', 'run', '--workers', '0', *options])
+    return output / 'run'
+
+
+def test_a_run_whose_loss_stays_infinite_stops_and_names_its_checkpoint(
+    image_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = run_here(image_folder, tmp_path, '--epochs', '1')
+    options = ('--epochs', '20', '--resume', 'auto', '--lr', '1e38', '--sched', 'none', '--max-nonfinite', '4')
+    with pytest.raises(UserError, match=r'4 updates in a row were skipped .* last good checkpoint is .*run/') as error:
+        run_here(image_folder, tmp_path, *options, '--no-resume-opt')
+    assert '\n' not in str(error.value)
+    assert '(4 in a row, 4 in all)' in caplog.text
+    assert all(value.isfinite().all() for value in read_checkpoint(folder / 'last.pth.tar')['state_dict'].values())
+
+
+def test_the_teacher_whose_output_is_not_finite_is_named(image_folder: Path, tmp_path: Path) -> None:
+    teachers = []
+    for name in ('test_resnet', 'test_efficientnet'):
+        state = timm.create_model(name, num_classes=3).state_dict()
+        if name == 'test_efficientnet':
+            state['classifier.bias'][1] = float('nan')
+        torch.save(state, tmp_path / f'{name}.pth')
+        teachers.append(f'{name}={tmp_path / name}.pth')
+    options = ('--teachers', *teachers, '--no-preflight', '--max-nonfinite', '4')  # of 3 an epoch
+    with pytest.raises(UserError, match=r'and so is what teacher test_efficientnet=\S* gives\. The last good'):
+        run_here(image_folder, tmp_path, *options)
+    header, row = (tmp_path / 'run' / 'summary.csv').read_text().splitlines()
+    assert dict(zip(header.split(','), row.split(','), strict=True))['train_loss'] == 'nan'
+
+
+# Bad images and other data, as the program meets them
+
+
+def test_a_run_with_too_many_bad_images_stops_and_can_go_on(
+    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = [cut_off(data / 'train' / name) for name in ('cold/002.png', 'warm/005.png', 'plain/001.png')]
+    broken.append(cut_off(data / 'validation' / 'cold' / '003.png'))
+    with pytest.raises(UserError, match=r'--max-bad-images allows 2: .* Saved where it was; --resume auto'):
+        run_here(data, tmp_path, '--max-bad-images', '2')
+    listed = [record.message for record in caplog.records if record.levelname == 'ERROR']
+    assert len(listed) == 3
+    assert all(any(path in line for path in broken) for line in listed)
+    folder = run_here(data, tmp_path, '--max-bad-images', '4', '--resume', 'auto')
+    found = read_checkpoint(folder / 'last.pth.tar')['faults']['bad_images']
+    assert sorted(text.split(': ')[0] for text in found.values()) == sorted(broken)
+    # Bit for bit as the run that was never stopped.
+    other = run_here(data, tmp_path / 'other')
+    for name, value in trained_weights(other).items():
+        assert torch.equal(value, trained_weights(folder)[name]), name
+
+
+def test_the_processes_count_bad_images_together(data: Path, tmp_path: Path) -> None:
+    for path in list((data / 'train').rglob('00[0-3].png')):
+        cut_off(path)
+    program = Program(data, tmp_path, '--workers', 1, '--max-bad-images', 8, processes=2)
+    assert program.finish() != 0
+    assert 'images cannot be read, --max-bad-images allows 8' in program.text
+    assert 'Saved where it was' in program.text
+    program = Program(data, tmp_path, '--workers', 1, '--max-bad-images', 12, '--resume', 'auto', processes=2)
+    assert program.finish() == 0, program.text
+    assert len(read_checkpoint(tmp_path / 'run' / 'last.pth.tar')['faults']['bad_images']) == 12
+
+
+@pytest.mark.parametrize('split', ['train', 'validation'])
+def test_data_that_cannot_be_trained_on_is_one_line(split: str, data: Path, tmp_path: Path) -> None:
+    def refused(match: str, *options: str) -> None:
+        with pytest.raises(UserError, match=match) as error:
+            run_here(data, tmp_path, *options)
+        assert '\n' not in str(error.value)
+
+    refused('no data set at', '--data-dir', str(tmp_path / 'absent'))
+    refused('training split has 3 classes, the model 5', '--num-classes', '5')
+    refused('one class alone', '--num-classes', '1')
+    for name in ('cold', 'plain'):
+        shutil.rmtree(data / split / name)
+    refused('classes')
+    for path in (data / split).rglob('*.png'):
+        path.unlink()
+    refused('holds no images|no images|cannot open')
+    shutil.rmtree(data / split)
+    refused('no split')
+    assert not (tmp_path / 'run').exists()
+
+
+def test_a_full_disk_leaves_the_former_checkpoint(image_folder: Path, tmp_path: Path) -> None:
+    folder = run_here(image_folder, tmp_path, '--epochs', '1')
+    former = (folder / 'last.pth.tar').read_bytes()
+    limit = len(former) // 2
+    script = tmp_path / 'limited.py'
+    script.write_text(
+        f'import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n'
+        'from timm_mealv2.training.run import cli\ncli()\n'
+    )
+    program = Program(image_folder, tmp_path, '--workers', 0, '--resume', 'auto', '--epochs', 2, script=script)
+    assert program.finish() == 2
+    assert 'Traceback' not in program.text
+    last = program.text.splitlines()[-1]
+    assert 'cannot write a checkpoint' in last
+    assert 'the former one is as it was' in last
+    assert (folder / 'last.pth.tar').read_bytes() == former
+    assert {path.suffix for path in folder.iterdir()} <= {'.tar', '.csv', '.yaml'}
+    run_here(image_folder, tmp_path, '--resume', 'auto', '--epochs', '2')
+
+
+# Processes
+
+
+@pytest.mark.parametrize('kind', ['UserError', 'RuntimeError'])
+def test_a_failing_process_ends_the_others_and_its_error_is_shown(
+    kind: str, image_folder: Path, tmp_path: Path
+) -> None:
+    script = tmp_path / 'failing.py'
+    script.write_text(
+        'import os\n'
+        'from timm_mealv2.errors import UserError\n'
+        'from timm_mealv2.training import loop, run\n'
+        'step = loop.Stepper.step\n'
+        'def failing(self, *args, update, **kwargs):\n'
+        '    if update == 2 and os.environ["RANK"] == "1":\n'
+        f'        raise {kind}("this process has no more luck")\n'
+        '    return step(self, *args, update=update, **kwargs)\n'
+        'loop.Stepper.step = failing\n'
+        'run.cli()\n'
+    )
+    began = time.monotonic()
+    program = Program(image_folder, tmp_path, '--workers', 1, processes=2, script=script)
+    assert program.finish() != 0
+    assert time.monotonic() - began < 60
+    assert f'{kind}: this process has no more luck' in program.text.split('Root Cause')[1]
+    if kind == 'UserError':
+        assert program.text.count('error: this process has no more luck\n') == 1
+
+
+# The Hub at the end of a run
+
+
+def test_the_best_model_is_pushed_at_the_end(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
+    monkeypatch.setattr(constants, 'HF_HUB_DISABLE_XET', True)
+    monkeypatch.setenv('HF_TOKEN', WRITE_TOKEN)
+    with HubServer() as server, caplog.at_level('INFO'):
+        monkeypatch.setattr(constants, 'ENDPOINT', server.url)
+        run_here(image_folder, tmp_path, '--epochs', '1', '--push-to-hub', 'me/student')
+    assert f'Pushed: {server.url}/me/student/commit/' in caplog.text
+    assert {'model.safetensors', 'config.json', 'README.md'} <= {p.name for p in (tmp_path / 'run/hub').iterdir()}
+
+
+def test_a_push_that_fails_does_not_cost_the_training(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(constants, 'HF_TOKEN_PATH', str(tmp_path / 'none'))
+    monkeypatch.delenv('HF_TOKEN', raising=False)
+    folder = run_here(image_folder, tmp_path, '--epochs', '1', '--push-to-hub', 'me/student')
+    (line,) = [record.message for record in caplog.records if 'me/student' in record.message]
+    assert line.startswith(f'The training is complete ({folder}), but me/student was not pushed')
+    assert line.endswith(f'mealv2-hub push {folder}/hub me/student')
+    assert (folder / 'model_best.pth.tar').exists()
+    with pytest.raises(UserError, match='--push-to-hub student: must be USER/NAME'):
+        run_here(image_folder, tmp_path, '--push-to-hub', 'student')

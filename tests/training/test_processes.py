@@ -1,0 +1,128 @@
+"""Several processes: a group that loses one comes back by itself, and two hosts train together."""
+
+import os
+import shutil
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from test_resume import differences
+
+PROGRAM = str(Path(__file__).parents[2] / 'train_distill.py')
+OPTIONS = (
+    '--model test_resnet --num-classes 3 --img-size 16 --batch-size 3 --workers 0 --epochs 3 --lr 0.02 --device cpu '
+    '--warmup-epochs 0 --log-interval 100 --no-preflight --model-ema --mixup 0.2 --drop 0.1 --recovery-interval 1 '
+    '--experiment run'
+).split()
+# Run by each process before the program: rank 1 dies in its 6th step unless it is of a restarted group.
+DYING = """
+import os, runpy, signal, sys
+from timm_mealv2.training import loop
+
+step, count = loop.Stepper.step, 0
+
+def counted(*args, **kwargs):
+    global count
+    count += 1
+    if count == 6 and os.environ['RANK'] == '1' and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(*args, **kwargs)
+
+loop.Stepper.step = counted
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name='__main__')
+"""
+
+
+@pytest.fixture(scope='module')
+def options(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    path = tmp_path_factory.mktemp('teacher') / 'teacher.pth'
+    torch.manual_seed(0)
+    torch.save(timm.create_model('test_resnet', num_classes=3).state_dict(), path)
+    return [*OPTIONS, '--data-dir', str(image_folder), '--teachers', f'test_resnet={path}']
+
+
+def torchrun(*args: str) -> list[str]:
+    return [sys.executable, '-m', 'torch.distributed.run', *args]
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, 'OMP_NUM_THREADS': '1', **more}
+
+
+@pytest.fixture(scope='module')
+def whole(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of two processes on one host, of which none dies."""
+    output = tmp_path_factory.mktemp('whole')
+    command = [*torchrun('--standalone', '--nproc-per-node', '2'), PROGRAM, *options, '--output', str(output)]
+    result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return output / 'run'
+
+
+def test_a_group_that_loses_a_process_restarts_from_its_newest_checkpoint(
+    options: list[str], whole: Path, tmp_path: Path
+) -> None:
+    script = tmp_path / 'dying.py'
+    script.write_text(DYING)
+    command = torchrun('--standalone', '--nproc-per-node', '2', '--max-restarts', '1')
+    command += [str(script), PROGRAM, *options, '--output', str(tmp_path)]
+    result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert 'The process group was restarted' in result.stderr
+    assert f'Continuing from {tmp_path / "run" / "recovery-1-"}' in result.stderr.replace('.pth.tar', '')
+    assert differences(whole, tmp_path / 'run') == []
+
+
+def ip(*args: str) -> None:
+    subprocess.run(['ip', *args], check=True, capture_output=True)
+
+
+@pytest.fixture
+def hosts() -> Iterator[list[str]]:
+    """Names of two network namespaces that only see each other: 10.77.0.1 and 10.77.0.2."""
+    if shutil.which('ip') is None or os.geteuid() != 0:
+        pytest.skip('network namespaces need `ip` and root')
+    mark = uuid.uuid4().hex[:6]
+    names = [f'mv2-{mark}-{i}' for i in range(2)]
+    links = [f'mv{mark}{i}' for i in range(2)]
+    try:
+        try:
+            for name in names:
+                ip('netns', 'add', name)
+            ip('link', 'add', links[0], 'netns', names[0], 'type', 'veth', 'peer', 'name', links[1], 'netns', names[1])
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f'no network namespaces here: {error.stderr.decode().strip()}')
+        for i, (name, link) in enumerate(zip(names, links, strict=True), 1):
+            ip('-n', name, 'address', 'add', f'10.77.0.{i}/24', 'dev', link)
+            ip('-n', name, 'link', 'set', link, 'up')
+            ip('-n', name, 'link', 'set', 'lo', 'up')
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(['ip', 'netns', 'del', name], capture_output=True)
+
+
+def test_two_hosts_train_as_two_processes_on_one(
+    options: list[str], whole: Path, tmp_path: Path, hosts: list[str]
+) -> None:
+    processes = []
+    for number, name in enumerate(hosts):
+        link = subprocess.run(
+            ['ip', '-n', name, '-brief', 'link', 'show', 'type', 'veth'], capture_output=True, text=True, check=True
+        ).stdout.split('@')[0]
+        command = ['ip', 'netns', 'exec', name]
+        command += torchrun('--nnodes', '2', '--node-rank', str(number), '--nproc-per-node', '1')
+        command += ['--master-addr', '10.77.0.1', '--master-port', '29500']
+        command += [PROGRAM, *options, '--output', str(tmp_path)]
+        processes.append(
+            subprocess.Popen(command, env=environment(GLOO_SOCKET_IFNAME=link), stderr=subprocess.PIPE, text=True)
+        )
+    errors = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    assert differences(whole, tmp_path / 'run') == []
