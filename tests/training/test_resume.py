@@ -16,6 +16,7 @@ import timm
 import torch
 
 from timm_mealv2.errors import UserError
+from timm_mealv2.soft_labels.command import main as soft_labels
 from timm_mealv2.training.checkpoint import find_newest, own_state, read_checkpoint
 from timm_mealv2.training.run import main
 
@@ -124,6 +125,19 @@ def test_so_does_one_with_workers_half_precision_and_checkpoints_of_epochs_alone
     assert program.run(tmp_path, *OTHERWISE) == 0
     assert program.passed['step'] == 7
     assert differences(whole, tmp_path / 'run') == []
+
+
+def test_so_does_one_on_stored_labels(program: Program, image_folder: Path, tmp_path: Path) -> None:
+    store = tmp_path / 'store'
+    teachers = program.options[program.options.index('--teachers') + 1 :]
+    argv = ['record', '--teachers', *teachers, '--num-classes', '3', '--data-dir', str(image_folder), '--device', 'cpu']
+    soft_labels([*argv, '--img-size', '16', '--crops', '3', '--top-k', '2', '--workers', '0', '--out', str(store)])
+    options = ['--soft-labels', str(store), '--crops-per-decode', '2', '--discriminator-weight', '1', '--workers', '2']
+    options += ['--reprob', '0', '--hard-label-weight', '0']  # which do not go with stored labels
+    assert program.run(tmp_path, *options, point=('inside', 9)) == SIGKILL
+    assert program.run(tmp_path, *options) == 0
+    assert program.passed['step'] < 28
+    assert differences(program.whole(*options), tmp_path / 'run') == []
 
 
 OFTEN = ('--recovery-interval', '1', '--epochs', '3')

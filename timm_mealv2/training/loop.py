@@ -149,13 +149,13 @@ class _Statistics:
 
     @torch.no_grad()
     def keep(self) -> None:
-        for to, buffer in zip(self.copies, self.buffers, strict=True):
-            to.copy_(buffer)
+        if self.buffers:
+            torch._foreach_copy_(self.copies, self.buffers)
 
     @torch.no_grad()
     def put_back(self) -> None:
-        for buffer, copy in zip(self.buffers, self.copies, strict=True):
-            buffer.copy_(copy)
+        if self.buffers:
+            torch._foreach_copy_(self.buffers, self.copies)
 
 
 @dataclass
