@@ -69,6 +69,9 @@ class RunSaver(CheckpointSaver):
         self._constant = constant
         self._written: Path | None = None
         super().__init__(model=unwrap_model(task.get_eval_model()), task=self._state, **kwargs)
+        # What a process that was killed was writing.
+        for pattern in (f'*tmp{self.extension}', f'*{self.extension}.tmp', '.summary-*', '.args-*'):
+            _remove(Path(self.checkpoint_dir).glob(pattern))
 
     def keep(
         self, progress: Progress, processes: list[dict[str, Any]], scheduler: dict[str, Any] | None = None
@@ -86,8 +89,6 @@ class RunSaver(CheckpointSaver):
         Files of a position after that of `path` are of a continuation that is given up: they get the suffix `.old`.
         """
         folder = Path(self.checkpoint_dir)
-        for pattern in (f'*tmp{self.extension}', f'*{self.extension}.tmp', '.summary-*', '.args-*'):
-            _remove(folder.glob(pattern))
         checkpoint = read_checkpoint(path)
         here = _rank(checkpoint)
         for other in sorted(folder.glob(f'*{self.extension}')):
