@@ -1,6 +1,7 @@
 """What stored labels cost and save: training throughput, and peak memory against the size of the store.
 
-    python benchmarks/stored_labels.py throughput --photos FOLDER
+    python benchmarks/stored_labels.py loading --photos FOLDER
+    python benchmarks/stored_labels.py throughput --photos FOLDER --img-size 64
     python benchmarks/stored_labels.py memory --photos FOLDER
     python benchmarks/stored_labels.py storage --photos FOLDER
 
@@ -11,6 +12,8 @@ and memory are measured.
 throughput: an epoch each of plain supervised training (cross-entropy), of stored labels with one crop and with R crops
 a decode, and of live teachers takes turns, round by round, so that what else the machine does meets all of them; the
 ratios are formed within each round. The same loader, transform, student, batch size and optimizer serve all four.
+
+loading: the same, but the batches are loaded alone: what a step so fast that it waits for them would see.
 
 memory: recording and one epoch of training run in processes of their own, without workers, for a growing number of
 crops; what is reported is the largest resident set.
@@ -29,6 +32,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
@@ -134,19 +138,32 @@ def make_arms(args: argparse.Namespace, teachers: Sequence[str], store: Path) ->
     }
 
 
+def loading_rate(loader: TrainLoader, epoch: int) -> float:
+    """Load an epoch; return images/s."""
+    began = time.perf_counter()
+    images = sum(len(batch) for batch, _ in loader.batches(epoch))
+    return images / (time.perf_counter() - began)
+
+
 def throughput(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure images/s of every arm, round by round."""
+    """Measure images/s of every arm, round by round; of the loader alone if that is asked for."""
     teachers = make_teachers(args.teachers, args.out / 'teachers')
     store = args.out / f'store-{args.images}-{args.img_size}'
     command.main(record_argv(args, teachers, args.crops_per_decode, store))
     arms = make_arms(args, teachers, store)
+    if args.what == 'loading':
+        del arms['live']  # it loads what plain training loads
     rates: dict[str, list[float]] = {arm: [] for arm in arms}
     for number in range(args.rounds + 1):
         for arm, (stepper, loader) in arms.items():
-            start = Progress(epoch=number)
-            trained = train_one_epoch(stepper, loader, start=start, meters=Meters(), events=EpochEvents(log=False))
+            if args.what == 'loading':
+                rate = loading_rate(loader, number)
+            else:
+                start, quiet = Progress(epoch=number), EpochEvents(log=False)
+                trained = train_one_epoch(stepper, loader, start=start, meters=Meters(), events=quiet)
+                rate = trained['images_per_second']
             if number:  # the first round starts the workers
-                rates[arm].append(trained['images_per_second'])
+                rates[arm].append(rate)
     lines = ['| arm | images/s, median | ratio to plain, median (quartiles) |', '|---|---:|---:|']
     for arm, values in rates.items():
         ratios = [value / plain for value, plain in zip(values, rates['plain'], strict=True)]
@@ -217,7 +234,7 @@ def storage(args: argparse.Namespace) -> dict[str, Any]:
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of this program."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('what', choices=('throughput', 'memory', 'storage'))
+    parser.add_argument('what', choices=('throughput', 'loading', 'memory', 'storage'))
     parser.add_argument('--photos', type=Path, required=True, metavar='FOLDER', help='natural photos')
     parser.add_argument('--out', type=Path, default=Path('output/soft_labels_benchmark'), help='folder of the images')
     parser.add_argument('--images', type=int, default=512, help='JPEG images to make')
@@ -244,7 +261,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(
         f'{date.today()}, {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {versions}'
     )
-    results = {'throughput': throughput, 'memory': memory, 'storage': storage}[args.what](args)
+    results = {'memory': memory, 'storage': storage}.get(args.what, throughput)(args)
     if args.json:
         with replacing(args.json) as path:
             path.write_text(json.dumps({'settings': settings, 'versions': versions, **results}, indent=2) + '\n')

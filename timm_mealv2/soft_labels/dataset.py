@@ -65,7 +65,7 @@ class SoftLabelDataset(Dataset):
             self._check_size(index, image_size(images, index))
         if not allow_decoder_change:
             numbers = {name: index for index, name in enumerate(names)}
-            store.check_decoder(lambda name: read_image(images, numbers[name])[0].convert(store.meta.img_mode))
+            store.check_decoder(lambda name: self._read(images, numbers[name])[0])
 
     def __len__(self) -> int:
         """Number of images, also those that are never trained on as they could not be read when recording."""
@@ -90,8 +90,7 @@ class SoftLabelDataset(Dataset):
         if not self.store.sizes[row].all():
             raise UnreadableImage(f'{self.store.names[row]}: it has no labels, it could not be read when recording.')
         if self._decoded is None or self._decoded[0] != index:
-            image, target = read_image(self.dataset, index)
-            self._decoded = index, image.convert(self.store.meta.img_mode), target
+            self._decoded = index, *self._read(self.dataset, index)
         _, image, target = self._decoded
         self._check_size(index, image.size)
         meta = self.store.meta
@@ -99,6 +98,11 @@ class SoftLabelDataset(Dataset):
         label = np.concatenate([[-1 if self.unlabeled else target], indices[0], probabilities[0]])
         height, width = meta.image_size
         return cut(image, crop, (height, width), meta.interpolation), label.astype(np.float32)
+
+    def _read(self, dataset: Dataset, index: int) -> tuple[Image.Image, int]:
+        image, target = read_image(dataset, index)
+        mode = self.store.meta.img_mode
+        return image if image.mode == mode else image.convert(mode), target  # Pillow would copy it in any case
 
     def _check_size(self, index: int, size: tuple[int, int] | None) -> None:
         width, height = self.store.sizes[self._rows[index]]
@@ -165,7 +169,9 @@ class CropSampler(Sampler[tuple[int, int]]):
 def collate_crops(samples: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[Tensor, Tensor]:
     """Collate crops with their labels: images uint8 [B, chans, H, W], labels float32 [B, 1 + 2K]."""
     images, labels = zip(*samples, strict=True)
-    return torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(labels))
+    # By itself NumPy would keep the channels last, which is slow to normalise.
+    batch = np.stack(images, out=np.empty((len(images), *images[0].shape), dtype=np.uint8))
+    return torch.from_numpy(batch), torch.from_numpy(np.stack(labels))
 
 
 class MixCrops(FastCollateMixup):

@@ -315,8 +315,8 @@ def cut(image: Image.Image, crop: Crop, size: tuple[int, int], interpolation: st
     image = TF.resized_crop(image, top, left, height, width, list(size), str_to_interp_mode(interpolation))
     if flip:
         image = TF.hflip(image)
-    pixels = np.asarray(image)
-    return np.ascontiguousarray(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))
+    pixels = np.array(image)  # a copy: Mixup writes into it
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 
 def pixel_hash(image: Image.Image, crop: Crop, size: tuple[int, int], interpolation: str) -> str:
