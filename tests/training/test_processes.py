@@ -12,6 +12,10 @@ import pytest
 import timm
 import torch
 from test_resume import differences
+from torch.distributed import TCPStore
+from torch.distributed.rendezvous import rendezvous
+
+from timm_mealv2.training.build import _ATTEMPT
 
 PROGRAM = str(Path(__file__).parents[2] / 'train_distill.py')
 OPTIONS = (
@@ -126,3 +130,19 @@ def test_two_hosts_train_as_two_processes_on_one(
     errors = [process.communicate(timeout=300)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors
     assert differences(whole, tmp_path / 'run') == []
+
+
+def test_a_restarted_group_does_not_read_what_the_former_one_left_in_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = TCPStore('localhost', 0, is_master=True, wait_for_workers=False)
+    for name, value in {'MASTER_ADDR': 'localhost', 'MASTER_PORT': server.port, 'RANK': 0, 'WORLD_SIZE': 1}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv('TORCHELASTIC_USE_AGENT_STORE', 'True')
+    stores = []
+    for attempt in range(2):
+        monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', str(attempt))
+        store, rank, world_size = next(rendezvous(f'{_ATTEMPT}://'))
+        assert (rank, world_size) == (0, 1)
+        stores.append(store)
+    stores[0].set('address', 'of a process that died')
+    assert stores[0].check(['address'])
+    assert not stores[1].check(['address'])

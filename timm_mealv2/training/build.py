@@ -5,7 +5,8 @@ import functools
 import importlib
 import logging
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -28,6 +29,8 @@ from timm.task import (
 )
 from timm.utils import NativeScaler, init_distributed_device, is_distributed_env
 from torch import nn
+from torch.distributed import PrefixStore, Store
+from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 from torch.utils.data import Dataset, IterableDataset
 
 from timm_mealv2.datasets import check_classes, dataset_root, open_dataset
@@ -44,7 +47,21 @@ from timm_mealv2.training.reading import BadImages
 
 _logger = logging.getLogger(__name__)
 
+_ATTEMPT = 'mealv2-attempt'  # scheme of the rendezvous
 _FLOAT_TYPES = {'float16': torch.float16, 'bfloat16': torch.bfloat16, 'float32': torch.float32}
+
+
+def _rendezvous_of_attempt(url: str, **kwargs: Any) -> Iterator[tuple[Store, int, int]]:
+    """Give torch's rendezvous by the environment, with keys of this attempt's own.
+
+    torchrun's store outlives the processes. With torch's own keys (2.14) a restarted one may read the address of the
+    process that died, and both then wait for a connection until they time out.
+    """
+    for store, rank, world_size in rendezvous(url.replace(_ATTEMPT, 'env', 1), **kwargs):
+        yield PrefixStore(f'attempt-{os.environ["TORCHELASTIC_RESTART_COUNT"]}', store), rank, world_size
+
+
+register_rendezvous_handler(_ATTEMPT, _rendezvous_of_attempt)
 
 
 def build_device(args: argparse.Namespace) -> torch.device:
@@ -67,7 +84,10 @@ def build_device(args: argparse.Namespace) -> torch.device:
             torch.empty(1, device=args.device)
         except (AssertionError, NotImplementedError, RuntimeError) as error:
             raise UserError(f'--device {args.device}: {error}') from error
+    if 'TORCHELASTIC_RESTART_COUNT' in os.environ:
+        args.dist_url = f'{_ATTEMPT}://'
     device = init_distributed_device(args)
+    vars(args).pop('dist_url', None)
     if not args.distributed and is_distributed_env():
         raise UserError('WORLD_SIZE is above 1 but no process group was made: start with torchrun.')
     if args.sync_bn and args.distributed and device.type == 'cpu':
