@@ -86,14 +86,15 @@ def image_names(dataset: Dataset) -> list[str]:
     return [f'#{index}' for index in range(len(dataset))]  # type: ignore[arg-type]
 
 
-def read_image(dataset: Dataset, index: int) -> tuple[Image.Image, int]:
-    """Return an image of a data set, fully decoded in the data set's mode and without its transform, and its label.
+def read_image(dataset: Dataset, index: int, img_mode: str | None = None) -> tuple[Image.Image, int]:
+    """Return an image of a data set, fully decoded and without its transform, and its label.
 
     timm's own access would give the next image in place of one that cannot be read.
 
     Args:
         dataset: timm's `ImageDataset`, or one whose items are (image, label) with its transform unset.
         index: Number of the image.
+        img_mode: Pillow's mode of the image; the data set's own if None.
 
     Returns:
         The image and its label, -1 if unknown.
@@ -110,6 +111,8 @@ def read_image(dataset: Dataset, index: int) -> tuple[Image.Image, int]:
                 target = dataset.target_transform(target)
         else:
             image, target = dataset[index]
+        if img_mode not in (None, image.mode):  # Pillow would copy it in any case
+            image = image.convert(img_mode)
     except Exception as error:  # Pillow's decoders raise many kinds
         raise UnreadableImage(f'{_name(dataset, index)}: {" ".join(str(error).split())}') from error
     return image, -1 if target is None else int(target)

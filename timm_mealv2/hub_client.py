@@ -88,7 +88,7 @@ def push_folder(
     folder = Path(folder)
     if create_pr and revision not in (None, constants.DEFAULT_REVISION):
         raise UserError(f'a pull request goes to the main branch: --create-pr cannot go with --revision {revision}.')
-    _check_repo_id(repo_id, with_namespace=True)
+    check_repo_id(repo_id, with_namespace=True)
     _check_folder(folder)
     push = _Push(folder, repo_id, private, revision, message or 'Upload with mealv2-hub', create_pr)
     try:
@@ -123,7 +123,7 @@ def pull_folder(repo_id: str, out: str | os.PathLike[str] | None = None, *, revi
         UserError: If the repository cannot be read, holds pickles or is no export, a file arrives damaged, or `out`
             is something else.
     """
-    _check_repo_id(repo_id)
+    check_repo_id(repo_id)
     out = Path(repo_id.split('/')[-1] if out is None else out)
     api = _client()
     try:
@@ -272,7 +272,12 @@ class _Push:
 # Checks before anything is sent
 
 
-def _check_repo_id(repo_id: str, with_namespace: bool = False) -> None:
+def check_repo_id(repo_id: str, with_namespace: bool = False) -> None:
+    """Check the name of a repository, with the user's if that is asked for.
+
+    Raises:
+        UserError: If it cannot be one.
+    """
     try:
         validate_repo_id(repo_id)
     except ValueError as error:

@@ -424,7 +424,7 @@ def create_from_checkpoint(arch: str, path: str | Path, *, num_classes: int | No
     """
     label = f'{arch}={path}'
     arch = _known(arch)
-    if is_model_in_modules(arch, __name__.rpartition('.')[-1]):  # the file's arguments could name code as a teacher
+    if _is_ensemble(arch):  # the file's arguments could name code as a teacher
         raise UserError(f'{label}: an ensemble has no checkpoint of its own; give each of its teachers as NAME=PATH.')
     state, saved = _read_checkpoint(label, Path(path))
     args = _saved_args(saved, arch)
@@ -501,7 +501,7 @@ def _create_named(
     return model
 
 
-def _is_ensemble(name: str, cache_dir: str | Path | None) -> bool:
+def _is_ensemble(name: str, cache_dir: str | Path | None = None) -> bool:
     """Whether a timm name, a folder or a repository is one of the ensembles registered here."""
     source, place = parse_model_name(name)
     if source == 'local-dir':

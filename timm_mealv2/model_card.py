@@ -115,12 +115,10 @@ def write_trained_card(
     dataset = dataset_id or _dataset_name(args)
     distilled = bool(teachers or args.get('soft_labels'))
     eval_results = _eval_results(measured, dataset_id, dataset, args)
-    data = ModelCardData(
+    data = _header(
+        options,
+        ['knowledge-distillation'] if distilled else [],
         model_name=_name(name, options) if eval_results else None,
-        license=options.license,
-        library_name='timm',
-        pipeline_tag='image-classification',
-        tags=['image-classification', 'timm', *(['knowledge-distillation'] if distilled else [])],
         datasets=[dataset_id] if dataset_id else None,
         base_model=_base_model(args),
         metrics=['accuracy'] if 'top1' in measured else None,
@@ -162,17 +160,11 @@ def write_ensemble_card(
     Raises:
         UserError: If `options.template` is no template of a card.
     """
-    data = ModelCardData(
-        license=options.license,
-        library_name='timm',
-        pipeline_tag='image-classification',
-        tags=['image-classification', 'timm', 'ensemble'],
-    )
     _write(
         folder,
         name,
         config,
-        data,
+        _header(options, ['ensemble']),
         options,
         description=f'An ensemble of {len(teachers)} teachers for knowledge distillation: it answers with the log of '
         'their mean probability. The folder only names them; their weights are where they have always been.',
@@ -205,19 +197,13 @@ def write_released_card(
     Raises:
         UserError: If `options.template` is no template of a card.
     """
-    data = ModelCardData(
-        license=options.license,
-        library_name='timm',
-        pipeline_tag='image-classification',
-        tags=['image-classification', 'timm', 'knowledge-distillation'],
-        datasets=[options.dataset_id] if options.dataset_id else None,
-    )
+    datasets = [options.dataset_id] if options.dataset_id else None
     source = config['pretrained_cfg']['origin_url']
     _write(
         folder,
         name,
         config,
-        data,
+        _header(options, ['knowledge-distillation'], datasets=datasets),
         options,
         description=f'`{config["architecture"]}` with the weights that the authors of MEAL (arXiv 2009.08453) released '
         f'as `{student}`, converted for timm; no weight was changed.',
@@ -434,6 +420,17 @@ def _without_folders(text: str) -> str:
 
 
 # The text
+
+
+def _header(options: CardOptions, tags: Sequence[str], **more: Any) -> ModelCardData:
+    """The YAML header; `tags` beside those of every card."""
+    return ModelCardData(
+        license=options.license,
+        library_name='timm',
+        pipeline_tag='image-classification',
+        tags=['image-classification', 'timm', *tags],
+        **more,
+    )
 
 
 def _name(name: str, options: CardOptions) -> str:

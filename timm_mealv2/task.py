@@ -255,6 +255,19 @@ class MealV2Task(TrainingTask):
         trainable = unwrap_model(model)
         return trainable.student if isinstance(trainable, MealV2TrainableModule) else model
 
+    @torch.no_grad()
+    def nonfinite_teachers(self, input: Tensor) -> list[str]:
+        """Ask every live teacher about a batch; return the names of those whose logits are not all finite.
+
+        Args:
+            input: Images [B, chans, H, W], normalised for the student.
+        """
+        if self.teacher is None:
+            return []
+        logits = self.teacher.teacher_logits(self._pixels_for(self.teacher, input))
+        finite = logits.isfinite().flatten(1).all(dim=1).tolist()
+        return [name for name, whole in zip(self.teacher.names, finite, strict=True) if not whole]
+
     def get_clip_parameters(self, exclude_head: bool = False) -> list[nn.Parameter]:
         """The parameters to clip; `exclude_head` leaves out the student's last two, as timm does for any model."""
         trainable = unwrap_model(self.trainable_module)
@@ -318,12 +331,15 @@ class MealV2Task(TrainingTask):
 
     def _ask_teachers(self, teacher: EnsembleTeacher, input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of live teachers: log p [B, C], the discriminator's rows [B, C], and the top-1 [B]."""
+        log_probs, logits = teacher.predict(self._pixels_for(teacher, input))
+        return log_probs, logits, log_probs.argmax(dim=1)
+
+    def _pixels_for(self, teacher: EnsembleTeacher, input: Tensor) -> Tensor:
+        """The student's images, normalised for the teachers."""
         chans = input.shape[1]
-        pixels = renormalise(
+        return renormalise(
             input, *channel_stats(self._student_cfg, chans), *channel_stats(teacher.pretrained_cfg, chans)
         )
-        log_probs, logits = teacher.predict(pixels)
-        return log_probs, logits, log_probs.argmax(dim=1)
 
     def _read_labels(self, target: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor | None, Tensor]:
         """Of stored labels: hard labels [B], (indices, probabilities) [B, K], and rows and top-1 as above."""

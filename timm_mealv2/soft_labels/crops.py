@@ -93,10 +93,10 @@ def decode(dataset: Dataset, index: int, img_mode: str) -> Image.Image:
     Raises:
         UnreadableImage: Also if it is larger than a record can say.
     """
-    image = read_image(dataset, index)[0]
+    image = read_image(dataset, index, img_mode)[0]
     if max(image.size) > MAX_SIDE:
         raise UnreadableImage(f'image {index} has {image.width}x{image.height} pixels, more than {MAX_SIDE} a side')
-    return image if image.mode == img_mode else image.convert(img_mode)
+    return image
 
 
 class CropBatch(NamedTuple):

@@ -65,7 +65,7 @@ class SoftLabelDataset(Dataset):
             self._check_size(index, image_size(images, index))
         if not allow_decoder_change:
             numbers = {name: index for index, name in enumerate(names)}
-            store.check_decoder(lambda name: self._read(images, numbers[name])[0])
+            store.check_decoder(lambda name: read_image(images, numbers[name], store.meta.img_mode)[0])
 
     def __len__(self) -> int:
         """Number of images, also those that are never trained on as they could not be read when recording."""
@@ -90,7 +90,7 @@ class SoftLabelDataset(Dataset):
         if not self.store.sizes[row].all():
             raise UnreadableImage(f'{self.store.names[row]}: it has no labels, it could not be read when recording.')
         if self._decoded is None or self._decoded[0] != index:
-            self._decoded = index, *self._read(self.dataset, index)
+            self._decoded = index, *read_image(self.dataset, index, self.store.meta.img_mode)
         _, image, target = self._decoded
         self._check_size(index, image.size)
         meta = self.store.meta
@@ -98,11 +98,6 @@ class SoftLabelDataset(Dataset):
         label = np.concatenate([[-1 if self.unlabeled else target], indices[0], probabilities[0]])
         height, width = meta.image_size
         return cut(image, crop, (height, width), meta.interpolation), label.astype(np.float32)
-
-    def _read(self, dataset: Dataset, index: int) -> tuple[Image.Image, int]:
-        image, target = read_image(dataset, index)
-        mode = self.store.meta.img_mode
-        return image if image.mode == mode else image.convert(mode), target  # Pillow would copy it in any case
 
     def _check_size(self, index: int, size: tuple[int, int] | None) -> None:
         width, height = self.store.sizes[self._rows[index]]

@@ -14,7 +14,7 @@ from timm.utils import ParseKwargs
 
 from timm_mealv2.errors import UserError
 from timm_mealv2.mealv2_teachers import parse_teachers
-from timm_mealv2.training.checks import check_args, mixes
+from timm_mealv2.training.checks import OptionError, check_args, mixes
 from timm_mealv2.training.options import build_parser
 
 __all__ = ['args_text', 'build_parser', 'list_recipes', 'paper_differences', 'parse_args']
@@ -64,9 +64,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.kd_model_name = None
     try:
         check_args(args)
-    except UserError as error:
-        name = str(error).split(maxsplit=1)[0].strip('-:').replace('-', '_')
-        where = f' (set in {origins[name]})' if name in settings else ''
+    except OptionError as error:
+        where = f' (set in {origins[error.name]})' if error.name in settings else ''
         raise UserError(f'{error}{where}') from None
     return args
 

@@ -79,7 +79,7 @@ def build_device(args: argparse.Namespace) -> torch.device:
         _logger.info('No CUDA device: training on the CPU (--device chooses).')
     elif args.device.startswith('cuda') and not torch.cuda.is_available():
         raise UserError(f'--device {args.device}: this torch sees no CUDA device; use --device cpu.')
-    else:
+    elif not (args.device.startswith('cuda') and is_distributed_env()):  # all would get a context on the first GPU
         try:
             torch.empty(1, device=args.device)
         except (AssertionError, NotImplementedError, RuntimeError) as error:
@@ -535,9 +535,13 @@ def build_scheduler(
 
 
 def build_stepper(
-    args: argparse.Namespace, task: TrainingTask, optimizer: torch.optim.Optimizer, device: torch.device
+    args: argparse.Namespace,
+    task: TrainingTask,
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+    agree: Callable[[bool], bool],
 ) -> Stepper:
-    """Put together what one training step is."""
+    """Put together what one training step is; `agree` lets the processes skip the same updates."""
     autocast, scaler = build_autocast(args, device)
     exponent = {'none': 0.0, 'sqrt': 0.5, 'linear': 1.0}[args.variable_batch_loss_scale]
     weight = (lambda images: (images / args.batch_size) ** exponent) if exponent else None
@@ -553,4 +557,5 @@ def build_stepper(
         channels_last=args.channels_last,
         seed=args.seed,
         rank=args.rank,
+        agree=agree,
     )

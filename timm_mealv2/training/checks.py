@@ -11,7 +11,6 @@ from typing import Any
 
 import timm
 import torch
-from huggingface_hub.utils import validate_repo_id
 from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
 from timm.models import get_arch_pretrained_cfgs, split_model_name_tag
 from timm.optim import list_optimizers
@@ -96,6 +95,18 @@ _OF_MEALV2 = (
 _OF_STORED_LABELS = ('crops_per_decode', 'label_rest', 'allow_decoder_change')
 
 
+class OptionError(UserError):
+    """A setting that is not possible, by itself or with others.
+
+    Attributes:
+        name: Its name among the settings.
+    """
+
+    def __init__(self, name: str, text: str) -> None:
+        super().__init__(text)
+        self.name = name
+
+
 def option(name: str) -> str:
     """The option of a setting as the command line spells it."""
     return '--local_rank' if name == 'local_rank' else f'--{name.replace("_", "-")}'
@@ -110,7 +121,7 @@ def check_args(args: argparse.Namespace) -> None:
     """Check every setting by itself, then those that have to go together.
 
     Raises:
-        UserError: Names the option, what it is, and what is allowed.
+        OptionError: Names the option, what it is, and what is allowed.
     """
     for name, allowed in _CHOICES.items():
         value = getattr(args, name)
@@ -126,7 +137,7 @@ def check_args(args: argparse.Namespace) -> None:
 
 def _refuse(name: str, value: Any, text: str) -> None:
     shown = '' if value is True else f' {" ".join(map(str, value)) if isinstance(value, list) else value}'
-    raise UserError(f'{option(name)}{shown}: {text}.')
+    raise OptionError(name, f'{option(name)}{shown}: {text}.')
 
 
 def _check_number(name: str, value: float) -> None:
@@ -169,7 +180,7 @@ def _check_names(args: argparse.Namespace) -> None:
     if any(len(os.fsencode(part)) > 255 or '\0' in part for part in experiment.parts):
         _refuse('experiment', f'{args.experiment[:40]!r}...', 'cannot be the name of a folder')
     if args.resume == 'auto' and not args.experiment:
-        raise UserError('--resume auto needs --experiment, the run folder to continue.')
+        raise OptionError('resume', '--resume auto needs --experiment, the run folder to continue.')
     if args.aa is not None:
         _check_policy(args.aa)
     if args.push_to_hub is not None:
@@ -177,14 +188,12 @@ def _check_names(args: argparse.Namespace) -> None:
 
 
 def _check_repository(name: str) -> None:
+    from timm_mealv2.hub_client import check_repo_id  # loads the Hub's client, which few runs need
+
     try:
-        validate_repo_id(name)
-    except ValueError:
-        pass
-    else:
-        if '/' in name:
-            return
-    _refuse('push_to_hub', name, "must be USER/NAME, of letters, digits, '-', '_' and '.'")
+        check_repo_id(name, with_namespace=True)
+    except UserError:
+        _refuse('push_to_hub', name, "must be USER/NAME, of letters, digits, '-', '_' and '.'")
 
 
 def _check_policy(policy: str) -> None:
@@ -315,9 +324,10 @@ def _check_distillation(args: argparse.Namespace) -> None:
         _check_mealv2(args)
     elif args.teachers:
         if len(args.teachers) > 1:
-            raise UserError(
+            raise OptionError(
+                'kd_distill_type',
                 f'--kd-distill-type {kind} takes one teacher, got {len(args.teachers)}: use mealv2, or name an '
-                'ensemble such as mealv2_ensemble_gluon.'
+                'ensemble such as mealv2_ensemble_gluon.',
             )
         used: dict[str, Callable[[str], bool]] = {
             'kd_loss_type': lambda kind: kind == 'logit',

@@ -14,15 +14,14 @@ import torch
 import torch.distributed as dist
 from timm.scheduler.scheduler import Scheduler
 from timm.task import TrainingTask
-from timm.utils import AverageMeter, NativeScaler, dispatch_clip_grad, unwrap_model
+from timm.utils import AverageMeter, NativeScaler, dispatch_clip_grad
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
-from timm_mealv2.mealv2_teachers import EnsembleTeacher
-from timm_mealv2.normalisation import channel_stats, renormalise
 from timm_mealv2.randomness import Stream, counted_seed, seed_all
+from timm_mealv2.task import MealV2Task
 from timm_mealv2.training.checkpoint import Progress
 from timm_mealv2.training.data import StreamLoader, TrainLoader
 from timm_mealv2.training.watch import Watch
@@ -170,10 +169,10 @@ class Meters:
             if name != 'output':
                 self.meters.setdefault(name, AverageMeter()).update(value.detach().float(), images)
 
-    def update_without(self, result: dict[str, Tensor]) -> None:
+    def update_without(self, scalars: dict[str, Tensor]) -> None:
         """Take note of the names alone: of an epoch of which nothing is counted the means are NaN."""
-        for name, value in result.items():
-            if name != 'output' and name not in self.meters:
+        for name, value in scalars.items():
+            if name not in self.meters:
                 meter = self.meters[name] = AverageMeter()
                 meter.sum = torch.zeros_like(value, dtype=torch.float32)
 
@@ -318,16 +317,10 @@ def train_one_epoch(
 
 def _broken_teachers(stepper: Stepper, images: Tensor) -> list[str]:
     """Names of the teachers whose output for `images` is not finite."""
-    teachers = getattr(stepper.task, 'teacher', None)
-    if not isinstance(teachers, EnsembleTeacher):
+    if not isinstance(stepper.task, MealV2Task):
         return []
-    student = unwrap_model(stepper.task.get_eval_model())
-    configs = [getattr(student, 'pretrained_cfg', None), teachers.pretrained_cfg]
-    stats = [mean_or_std for config in configs for mean_or_std in channel_stats(config, images.shape[1])]
-    with torch.no_grad(), stepper.autocast():
-        logits = teachers.teacher_logits(renormalise(images, *stats))
-    finite = logits.isfinite().flatten(1).all(dim=1).tolist()
-    return [f'teacher {name}' for name, whole in zip(teachers.names, finite, strict=True) if not whole]
+    with stepper.autocast():
+        return [f'teacher {name}' for name in stepper.task.nonfinite_teachers(images)]
 
 
 def learning_rate(optimizer: torch.optim.Optimizer) -> float:

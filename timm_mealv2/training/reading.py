@@ -11,7 +11,6 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-import torch.distributed as dist
 from timm.data.loader import PrefetchLoader
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -50,13 +49,10 @@ class BadImages:
         """Whether this process has found images that the others have not been told of."""
         return bool(self._unshared)
 
-    def share(self, group: dist.ProcessGroup | None) -> None:
-        """Tell all processes of a group, if there is one, what each has found (a collective call)."""
-        if group is not None:
-            gathered: list[Any] = [None] * dist.get_world_size(group)
-            dist.all_gather_object(gathered, self._unshared, group=group)
-            for found in gathered:
-                self.found.update(found)
+    def share(self, gather: Callable[[dict[str, str]], list[dict[str, str]]]) -> None:
+        """Tell all processes what each has found; `gather` (a collective call) returns what all give it."""
+        for found in gather(self._unshared):
+            self.found.update(found)
         self._unshared.clear()
 
     def check(self, advice: str = '') -> None:

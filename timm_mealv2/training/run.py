@@ -158,8 +158,7 @@ class _Run:
         if args.model_ema:
             ema_device = torch.device('cpu') if args.model_ema_force_cpu else None
             self.task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup, device=ema_device)
-        self.stepper = build_stepper(args, self.task, self.optimizer, device)
-        self.stepper.agree = self.watch.agree
+        self.stepper = build_stepper(args, self.task, self.optimizer, device, self.watch.agree)
         self.scheduler: Scheduler | None
         self.scheduler, self.epochs = build_scheduler(args, self.optimizer, self.loader, self.decreasing)
         self.meters = Meters()

@@ -156,7 +156,7 @@ class Watch:
             dist.all_reduce(values, dist.ReduceOp.MAX, group=self._group)
         self.signal, news, infinite = values.tolist()
         if news:
-            self.bad.share(self._group)
+            self.bad.share(self._gather)
         return not infinite
 
     def count(self, update: int, finite: bool, find_teachers: Callable[[], Sequence[str]]) -> None:
@@ -175,7 +175,7 @@ class Watch:
             return
         self.state['skipped'] += 1
         self.state['in_a_row'] += 1
-        teachers = self._gather(find_teachers())
+        teachers = sorted({name for names in self._gather(find_teachers()) for name in names})
         text = f'the loss or its gradient is not finite{_because_of(teachers)}'
         row, skipped = self.state['in_a_row'], self.state['skipped']
         if self.signals.log:
@@ -192,12 +192,13 @@ class Watch:
         if self._group is not None:
             dist.barrier(group=self._group)
 
-    def _gather(self, names: Sequence[str]) -> list[str]:
+    def _gather(self, value: Any) -> list[Any]:
+        """What all processes give, in the order of their ranks (a collective call)."""
         if self._group is None:
-            return list(names)
+            return [value]
         gathered: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, list(names), group=self._group)
-        return sorted({name for some in gathered for name in some})
+        dist.all_gather_object(gathered, value, group=self._group)
+        return gathered
 
 
 class TooManyNonFiniteError(UserError):
