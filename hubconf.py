@@ -1,6 +1,6 @@
 """Entry points of `torch.hub.load`: every student; `pretrained_cfg=TAG` chooses the weights, the rest is as in timm."""
 
-from timm_mealv2.mealv2_students import (
+from timm_mealv2.models.mealv2_students import (
     mealv1_resnet50,
     mealv2_efficientnet_b0,
     mealv2_mobilenetv3_large_100,

@@ -26,9 +26,9 @@ from typing import Any
 
 import torch
 
-from timm_mealv2.cli import OneLineParser, run_cli
+from timm_mealv2.cli.parser import OneLineParser, run_cli
 from timm_mealv2.errors import UserError
-from timm_mealv2.training.checkpoint import read_checkpoint
+from timm_mealv2.training.checkpoint_saver import read_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / 'examples/fashion_mnist'

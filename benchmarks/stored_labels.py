@@ -48,14 +48,14 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from timm_mealv2 import MealV2Task
-from timm_mealv2.cli import OneLineParser, run_cli
+from timm_mealv2.cli import soft_labels as command
+from timm_mealv2.cli.parser import OneLineParser, run_cli
+from timm_mealv2.data.loader import TrainLoader
 from timm_mealv2.errors import UserError
 from timm_mealv2.files import replacing
-from timm_mealv2.soft_labels import command
 from timm_mealv2.soft_labels.dataset import SoftLabelDataset
 from timm_mealv2.soft_labels.store import SoftLabelStore
-from timm_mealv2.training.checkpoint import Progress
-from timm_mealv2.training.data import TrainLoader
+from timm_mealv2.training.checkpoint_saver import Progress
 from timm_mealv2.training.loop import EpochEvents, Meters, Stepper, train_one_epoch
 
 WIDTH, HEIGHT = 500, 375

@@ -2,8 +2,8 @@
 
 import sys
 
-from timm_mealv2.cli import run_cli
-from timm_mealv2.hub import main
+from timm_mealv2.cli.hub import main
+from timm_mealv2.cli.parser import run_cli
 
 if __name__ == '__main__':
     run_cli(main, ['export', *sys.argv[1:]])

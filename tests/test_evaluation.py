@@ -15,7 +15,7 @@ from timm.data.distributed_sampler import OrderedDistributedSampler
 from timm.models._hub import save_for_hf
 from torch import nn
 
-from timm_mealv2.cli import run_cli
+from timm_mealv2.cli.parser import run_cli
 from timm_mealv2.errors import UserError
 from timm_mealv2.evaluation import evaluate, main
 

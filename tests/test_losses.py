@@ -131,12 +131,12 @@ def test_sparse_similarity_of_a_mixed_label_equals_that_with_its_dense_form(num_
     np.testing.assert_allclose(dense_log_target(indices, both, num_classes).numpy(), expected, rtol=1e-12)
 
 
-@pytest.mark.parametrize('rest', ['renormalise', 'drop'])
+@pytest.mark.parametrize('rest', ['renormalize', 'drop'])
 def test_the_rest_of_a_stored_label_is_shared_out_or_dropped(rest: str) -> None:
     torch.manual_seed(4)
     indices, p = stored(20, 4)
     dense = torch.zeros(6, 20, dtype=torch.float64).scatter(1, indices, p.double()).numpy()
-    if rest == 'renormalise':
+    if rest == 'renormalize':
         dense /= dense.sum(axis=1, keepdims=True)
     s = torch.randn(6, 20, dtype=torch.float64)
     loss, entropy = sparse_similarity_loss(s, indices, p.double(), rest)

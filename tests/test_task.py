@@ -184,10 +184,10 @@ def test_what_stored_labels_leave_over_is_treated_as_asked() -> None:
     x = images()
     target = stored_labels(make_task(), x, 3, labels())
     losses = {}
-    for rest in ('uniform', 'renormalise', 'drop'):
+    for rest in ('uniform', 'renormalize', 'drop'):
         result = make_task(cnn().eval(), None, discriminator_weight=0, label_rest=rest)(x, target)
         p = target[:, 4:].double()
-        p = p / p.sum(dim=1, keepdim=True) if rest == 'renormalise' else p
+        p = p / p.sum(dim=1, keepdim=True) if rest == 'renormalize' else p
         log_q = result['output'].detach().double().log_softmax(dim=1)
         losses[rest] = -(p * log_q.gather(1, target[:, 1:4].long())).sum(dim=1).mean().item()
         if rest != 'uniform':
@@ -196,7 +196,7 @@ def test_what_stored_labels_leave_over_is_treated_as_asked() -> None:
             assert result['similarity_loss'].item() > losses[rest]
     for wrong in (
         {'label_rest': 'drop'},
-        {'label_rest': 'renormalise'},
+        {'label_rest': 'renormalize'},
         {'label_rest': 'even', 'discriminator_weight': 0},
     ):
         with pytest.raises(UserError, match='label_rest'):

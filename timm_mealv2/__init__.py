@@ -4,10 +4,10 @@ Importing the package registers its models with timm: the students `mealv1_*` an
 `mealv2_ensemble*`.
 """
 
-from timm_mealv2 import mealv2_students as _mealv2_students  # noqa: F401  (registers the students)
 from timm_mealv2.discriminator import Discriminator
 from timm_mealv2.losses import DiscriminatorLoss
-from timm_mealv2.mealv2_teachers import EnsembleTeacher
+from timm_mealv2.models import mealv2_students as _mealv2_students  # noqa: F401  (registers the students)
+from timm_mealv2.models.mealv2_teachers import EnsembleTeacher
 from timm_mealv2.task import MealV2Task
 from timm_mealv2.version import __version__
 

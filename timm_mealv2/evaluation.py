@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from timm_mealv2.cli import OneLineParser, run_cli
-from timm_mealv2.datasets import dataset_root
+from timm_mealv2.cli.parser import OneLineParser, run_cli
+from timm_mealv2.data.dataset import dataset_root
+from timm_mealv2.data.normalize import channel_stats, renormalize
 from timm_mealv2.errors import UserError
 from timm_mealv2.files import replacing
 from timm_mealv2.losses import at_least_float32
-from timm_mealv2.mealv2_teachers import EnsembleTeacher, create_ensemble, parse_teachers, read_classes
-from timm_mealv2.normalisation import channel_stats, renormalise
+from timm_mealv2.models.mealv2_teachers import EnsembleTeacher, create_ensemble, parse_teachers, read_classes
 
 CALIBRATION_BINS = 15
 
@@ -77,7 +77,7 @@ def evaluate(
         device: Where the batches go and the sums are kept.
         reference: Name of the model, say the ensemble, that the others are compared with.
         data_config: What the loader's pixels are normalised with ('mean', 'std'). A model whose `pretrained_cfg` says
-            otherwise then gets them renormalised; without `data_config` every model gets them as they are.
+            otherwise then gets them renormalized; without `data_config` every model gets them as they are.
         autocast: Makes the context of each batch's forward passes.
         distributed: Sum over the processes of the default group; each must have as many batches as the others.
         criterion: Loss to report on (logits float32, class indices); cross-entropy if None.
@@ -136,7 +136,7 @@ def _pixels_for(model: nn.Module, x: Tensor, data_config: Mapping[str, Any] | No
     cfg = getattr(unwrap_model(model), 'pretrained_cfg', None)
     if data_config is None or not cfg:
         return x
-    return renormalise(x, *channel_stats(data_config, x.shape[1]), *channel_stats(cfg, x.shape[1]))
+    return renormalize(x, *channel_stats(data_config, x.shape[1]), *channel_stats(cfg, x.shape[1]))
 
 
 @contextmanager

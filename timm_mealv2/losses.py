@@ -11,7 +11,7 @@ from torch.nn import functional as F
 SMALLEST_PROBABILITY = 2.0**-24
 """The smallest number above zero that float16 holds, and hence a record of the soft-label store."""
 
-LABEL_RESTS = ('uniform', 'renormalise', 'drop')
+LABEL_RESTS = ('uniform', 'renormalize', 'drop')
 """What becomes of the probability that a stored label's K classes leave over; see `sparse_similarity_loss`."""
 
 _cross_entropy = SoftTargetCrossEntropy()
@@ -47,7 +47,7 @@ def sparse_similarity_loss(
     What the K leave over, r = max(0, 1 - sum_k p_k), is with `rest`
     - 'uniform': spread evenly over the other C - K classes (the marginal smoothing of FKD, arXiv 2112.01528):
       -sum_k p_k log q_k - r / (C - K) * (sum_c log q_c - sum_k log q_k); at K = C nothing is spread;
-    - 'renormalise': shared out to the K in proportion, -sum_k p_k / sum_j p_j log q_k;
+    - 'renormalize': shared out to the K in proportion, -sum_k p_k / sum_j p_j log q_k;
     - 'drop': left out, -sum_k p_k log q_k; such a target does not sum to 1.
 
     Args:
@@ -62,7 +62,7 @@ def sparse_similarity_loss(
     """
     log_q = F.log_softmax(at_least_float32(logits), dim=1)
     p = probabilities.detach().to(log_q.dtype)
-    if rest == 'renormalise':
+    if rest == 'renormalize':
         p = p / p.sum(dim=1, keepdim=True)
     classes, order = indices.sort(dim=1)
     p = p.gather(1, order)

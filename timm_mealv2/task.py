@@ -14,6 +14,7 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from timm_mealv2.data.normalize import channel_stats, renormalize
 from timm_mealv2.discriminator import Discriminator, GradientReversal
 from timm_mealv2.errors import UserError
 from timm_mealv2.losses import (
@@ -24,8 +25,7 @@ from timm_mealv2.losses import (
     similarity_loss,
     sparse_similarity_loss,
 )
-from timm_mealv2.mealv2_teachers import EnsembleTeacher, create_ensemble
-from timm_mealv2.normalisation import channel_stats, renormalise
+from timm_mealv2.models.mealv2_teachers import EnsembleTeacher, create_ensemble
 
 _logger = logging.getLogger(__name__)
 
@@ -125,7 +125,7 @@ class MealV2Task(TrainingTask):
         device: Device of discriminator and teachers; the student's if None.
         dtype: Dtype of the discriminator, the student's if None; at least float32.
         verbose: Log what is set up.
-        label_rest: What becomes of the probability beyond the stored labels' K classes: 'uniform', 'renormalise' or
+        label_rest: What becomes of the probability beyond the stored labels' K classes: 'uniform', 'renormalize' or
             'drop', see `timm_mealv2.losses.sparse_similarity_loss`. A discriminator goes with 'uniform' alone: its
             rows are whole distributions.
 
@@ -337,7 +337,7 @@ class MealV2Task(TrainingTask):
     def _pixels_for(self, teacher: EnsembleTeacher, input: Tensor) -> Tensor:
         """The student's images, normalised for the teachers."""
         chans = input.shape[1]
-        return renormalise(
+        return renormalize(
             input, *channel_stats(self._student_cfg, chans), *channel_stats(teacher.pretrained_cfg, chans)
         )
 

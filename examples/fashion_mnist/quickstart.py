@@ -37,12 +37,12 @@ import torch
 from timm.data import ImageDataset, create_dataset, create_loader, resolve_model_data_config
 from torch import nn
 
-from timm_mealv2.cli import OneLineParser, run_cli
+from timm_mealv2.cli.hub import export_model
+from timm_mealv2.cli.parser import OneLineParser, run_cli
 from timm_mealv2.errors import UserError
 from timm_mealv2.evaluation import evaluate
 from timm_mealv2.files import replacing
-from timm_mealv2.hub import export_model
-from timm_mealv2.mealv2_teachers import create_ensemble, create_from_checkpoint
+from timm_mealv2.models.mealv2_teachers import create_ensemble, create_from_checkpoint
 from timm_mealv2.report import draw_runs
 from timm_mealv2.training import run as training
 

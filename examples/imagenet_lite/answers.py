@@ -10,9 +10,9 @@ from PIL import Image
 from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
 from torch import nn
 
-from timm_mealv2.cli import OneLineParser, run_cli
+from timm_mealv2.cli.parser import OneLineParser, run_cli
 from timm_mealv2.errors import UserError
-from timm_mealv2.mealv2_teachers import create_ensemble
+from timm_mealv2.models.mealv2_teachers import create_ensemble
 
 
 @torch.inference_mode()

@@ -14,7 +14,7 @@ from timm.data import create_dataset
 from torch.utils.data import DataLoader
 
 from timm_mealv2 import EnsembleTeacher
-from timm_mealv2.datasets import UnreadableImage
+from timm_mealv2.data.dataset import UnreadableImage
 from timm_mealv2.errors import UserError
 from timm_mealv2.losses import sparse_similarity_loss
 from timm_mealv2.soft_labels.crops import Recipe

@@ -19,9 +19,9 @@ from safetensors import safe_open
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision.transforms import functional as TF
 
-from timm_mealv2.datasets import UnreadableImage, open_dataset
+from timm_mealv2.data.dataset import UnreadableImage, open_dataset
 from timm_mealv2.errors import UserError
-from timm_mealv2.mealv2_teachers import create_ensemble
+from timm_mealv2.models.mealv2_teachers import create_ensemble
 from timm_mealv2.soft_labels import store as store_module
 from timm_mealv2.soft_labels.crops import Recipe
 from timm_mealv2.soft_labels.record import record

@@ -11,7 +11,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler_factory import scheduler_kwargs
 
 import timm_mealv2
-from timm_mealv2.cli import run_cli
+from timm_mealv2.cli.parser import run_cli
 from timm_mealv2.errors import UserError
 from timm_mealv2.training.arguments import args_text, build_parser, list_recipes, paper_differences, parse_args
 from timm_mealv2.training.run import main

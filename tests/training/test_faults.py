@@ -18,12 +18,12 @@ from timm.task import ClassificationTask
 from timm.utils import NativeScaler
 from torch import Tensor
 
-from timm_mealv2.datasets import open_dataset
+from timm_mealv2.data.bad_images import BadImages
+from timm_mealv2.data.dataset import open_dataset
+from timm_mealv2.data.loader import TrainLoader, eval_loader
 from timm_mealv2.errors import UserError
-from timm_mealv2.training.checkpoint import read_checkpoint
-from timm_mealv2.training.data import TrainLoader, eval_loader
+from timm_mealv2.training.checkpoint_saver import read_checkpoint
 from timm_mealv2.training.loop import Stepper
-from timm_mealv2.training.reading import BadImages
 from timm_mealv2.training.run import main
 
 REPOSITORY = Path(__file__).parents[2]
@@ -312,8 +312,8 @@ def test_all_processes_skip_an_update_that_is_not_finite_on_one(image_folder: Pa
         'import torch.distributed as dist\n'
         'from timm.task import ClassificationTask\n'
         'from timm_mealv2.training.loop import Stepper\n'
-        'from timm_mealv2.training.reading import BadImages\n'
-        'from timm_mealv2.training.watch import Signals, Watch\n'
+        'from timm_mealv2.data.bad_images import BadImages\n'
+        'from timm_mealv2.training.signals import Signals, Watch\n'
         'dist.init_process_group("gloo")\n'
         'torch.manual_seed(0)\n'
         'task = ClassificationTask(timm.create_model("test_resnet", num_classes=3), verbose=False)\n'

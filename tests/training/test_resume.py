@@ -15,9 +15,9 @@ import pytest
 import timm
 import torch
 
+from timm_mealv2.cli.soft_labels import main as soft_labels
 from timm_mealv2.errors import UserError
-from timm_mealv2.soft_labels.command import main as soft_labels
-from timm_mealv2.training.checkpoint import find_newest, own_state, read_checkpoint
+from timm_mealv2.training.checkpoint_saver import find_newest, own_state, read_checkpoint
 from timm_mealv2.training.run import main
 
 SIGKILL = -9

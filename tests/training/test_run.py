@@ -16,7 +16,7 @@ import torch
 from conftest import write_images
 
 from timm_mealv2.errors import UserError
-from timm_mealv2.training.checkpoint import find_newest, read_checkpoint
+from timm_mealv2.training.checkpoint_saver import find_newest, read_checkpoint
 from timm_mealv2.training.run import main
 
 REPOSITORY = Path(__file__).parents[2]

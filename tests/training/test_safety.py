@@ -15,10 +15,10 @@ import timm
 import torch
 
 import timm_mealv2
-from timm_mealv2.cli import run_cli
+from timm_mealv2.cli.parser import run_cli
 from timm_mealv2.errors import UserError
-from timm_mealv2.hub_export import export_model
-from timm_mealv2.mealv2_teachers import create_ensemble, create_from_checkpoint
+from timm_mealv2.hub.export import export_model
+from timm_mealv2.models.mealv2_teachers import create_ensemble, create_from_checkpoint
 from timm_mealv2.training.arguments import parse_args
 from timm_mealv2.training.run import main
 

@@ -15,12 +15,12 @@ from conftest import write_images
 from test_run import REPOSITORY, SMALL, assert_equal_weights, summary
 from timm.data import create_dataset
 
+from timm_mealv2.cli.soft_labels import main as soft_labels
+from timm_mealv2.data.loader import TrainLoader
 from timm_mealv2.errors import UserError
-from timm_mealv2.soft_labels.command import main as soft_labels
 from timm_mealv2.soft_labels.dataset import SoftLabelDataset
 from timm_mealv2.soft_labels.store import SoftLabelStore
-from timm_mealv2.training.checkpoint import read_checkpoint
-from timm_mealv2.training.data import TrainLoader
+from timm_mealv2.training.checkpoint_saver import read_checkpoint
 from timm_mealv2.training.run import main
 
 Train = Callable[..., Path]
@@ -112,7 +112,7 @@ def test_a_discriminator_is_trained_where_it_is_asked_for(train: Train) -> None:
     assert float(rows[0]['train_discriminator_loss']) > 0
 
 
-@pytest.mark.parametrize('rest', ['renormalise', 'drop'])
+@pytest.mark.parametrize('rest', ['renormalize', 'drop'])
 def test_the_rest_of_the_labels_is_treated_as_asked(train: Train, rest: str) -> None:
     first = {name: summary(train(name, '--label-rest', name, '--lr', 0))[0] for name in ('uniform', rest)}
     losses = {name: float(row['train_loss']) for name, row in first.items()}

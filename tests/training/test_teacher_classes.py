@@ -32,7 +32,7 @@ def run(image_folder: Path, tmp_path: Path, *args: str) -> Path:
     return tmp_path / 'run'
 
 
-def test_the_student_learns_the_renormalised_classes(image_folder: Path, tmp_path: Path, teacher: str) -> None:
+def test_the_student_learns_the_renormalized_classes(image_folder: Path, tmp_path: Path, teacher: str) -> None:
     (tmp_path / 'classes.txt').write_text('# of the five\n4  # cold\n\n0\n2\n')
     option = ('--teacher-classes', f'{teacher}={tmp_path / "classes.txt"}')
     # The discriminator off, no augmentation and many steps: the student ends at the teacher's one answer.

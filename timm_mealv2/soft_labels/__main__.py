@@ -1,5 +1,5 @@
 """The same as the command `mealv2-softlabels`."""
 
-from timm_mealv2.soft_labels.command import cli
+from timm_mealv2.cli.soft_labels import cli
 
 cli()

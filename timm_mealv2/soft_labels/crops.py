@@ -14,9 +14,9 @@ from timm.data.transforms import RandomResizedCropAndInterpolation, str_to_inter
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from timm_mealv2.datasets import UnreadableImage, read_image
+from timm_mealv2.data.dataset import UnreadableImage, read_image
+from timm_mealv2.data.seed import Stream, counted_seed
 from timm_mealv2.errors import UserError
-from timm_mealv2.randomness import Stream, counted_seed
 from timm_mealv2.soft_labels.store import MAX_SIDE, Crop, cut
 
 

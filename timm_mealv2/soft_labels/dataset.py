@@ -15,9 +15,9 @@ from timm.data import FastCollateMixup
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from timm_mealv2.datasets import UnreadableImage, image_names, image_size, keeping_no_file_open, read_image
+from timm_mealv2.data.dataset import UnreadableImage, image_names, image_size, keeping_no_file_open, read_image
+from timm_mealv2.data.seed import Stream, counted_seed
 from timm_mealv2.errors import UserError
-from timm_mealv2.randomness import Stream, counted_seed
 from timm_mealv2.soft_labels.store import SoftLabelStore, cut
 
 _SIZES_CHECKED = 4096

@@ -23,10 +23,10 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
 
-from timm_mealv2.datasets import UnreadableImage, image_names
+from timm_mealv2.data.dataset import UnreadableImage, image_names
+from timm_mealv2.data.normalize import channel_stats
 from timm_mealv2.errors import UserError
-from timm_mealv2.mealv2_teachers import EnsembleTeacher
-from timm_mealv2.normalisation import channel_stats
+from timm_mealv2.models.mealv2_teachers import EnsembleTeacher
 from timm_mealv2.soft_labels.crops import CropBatch, CropSource, Recipe, crop_loader, decode
 from timm_mealv2.soft_labels.recording import (
     describe_teachers,
@@ -75,7 +75,7 @@ def record(
     depend on their number. A finished store of the same settings is left as it is.
 
     Args:
-        dataset: Images with random access (`timm_mealv2.datasets.open_dataset` makes it); the labels are not used.
+        dataset: Images with random access (`timm_mealv2.data.dataset.open_dataset` makes it); the labels are not used.
         teachers: The ensemble, on `device`.
         out: The folder of the store; made if it is not there.
         recipe: Which crops are cut.

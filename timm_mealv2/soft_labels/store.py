@@ -27,7 +27,7 @@ from safetensors.numpy import load_file, save_file
 from timm.data.transforms import str_to_interp_mode
 from torchvision.transforms import functional as TF
 
-from timm_mealv2.datasets import UnreadableImage
+from timm_mealv2.data.dataset import UnreadableImage
 from timm_mealv2.errors import UserError
 from timm_mealv2.files import replacing
 
@@ -172,7 +172,7 @@ class SoftLabelStore:
     Attributes:
         path: The folder.
         meta: What the store holds.
-        names: Names of the images, as `timm_mealv2.datasets.image_names` gives them.
+        names: Names of the images, as `timm_mealv2.data.dataset.image_names` gives them.
         sizes: uint16 [N, 2], width and height of each image; 0 0 where it could not be read.
         rows: Name -> row of the image.
 

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from timm_mealv2.datasets import UnreadableImage, image_names
+from timm_mealv2.data.dataset import UnreadableImage, image_names
 from timm_mealv2.errors import UserError
-from timm_mealv2.mealv2_teachers import EnsembleTeacher, create_ensemble
+from timm_mealv2.models.mealv2_teachers import EnsembleTeacher, create_ensemble
 from timm_mealv2.soft_labels.crops import decode
 from timm_mealv2.soft_labels.record import mean_probabilities
 from timm_mealv2.soft_labels.recording import describe_teachers

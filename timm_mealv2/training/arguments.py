@@ -13,7 +13,7 @@ import yaml
 from timm.utils import ParseKwargs
 
 from timm_mealv2.errors import UserError
-from timm_mealv2.mealv2_teachers import parse_teachers
+from timm_mealv2.models.mealv2_teachers import parse_teachers
 from timm_mealv2.training.checks import OptionError, check_args, mixes
 from timm_mealv2.training.options import build_parser
 

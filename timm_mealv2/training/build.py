@@ -33,17 +33,17 @@ from torch.distributed import PrefixStore, Store
 from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 from torch.utils.data import Dataset, IterableDataset
 
-from timm_mealv2.datasets import check_classes, dataset_root, open_dataset
+from timm_mealv2.data.bad_images import BadImages
+from timm_mealv2.data.dataset import check_classes, dataset_root, open_dataset
+from timm_mealv2.data.loader import StreamLoader, TrainLoader, eval_loader, image_sizes
+from timm_mealv2.data.seed import Stream, counted_seed, seed_all
 from timm_mealv2.errors import UserError
-from timm_mealv2.mealv2_teachers import EnsembleTeacher, create_ensemble, read_classes
-from timm_mealv2.randomness import Stream, counted_seed, seed_all
+from timm_mealv2.models.mealv2_teachers import EnsembleTeacher, create_ensemble, read_classes
 from timm_mealv2.soft_labels.dataset import SoftLabelDataset
 from timm_mealv2.soft_labels.store import SoftLabelStore
 from timm_mealv2.task import MealV2Task, scale_discriminator_lr
 from timm_mealv2.training.checks import mixes, option
-from timm_mealv2.training.data import StreamLoader, TrainLoader, eval_loader, image_sizes
 from timm_mealv2.training.loop import Stepper, updates_per_epoch
-from timm_mealv2.training.reading import BadImages
 
 _logger = logging.getLogger(__name__)
 
@@ -127,7 +127,7 @@ def build_student(args: argparse.Namespace, device: torch.device) -> tuple[nn.Mo
     Returns:
         The model on `device`, and its data configuration.
     """
-    seed_all(counted_seed(Stream.INITIALISATION, args.seed))
+    seed_all(counted_seed(Stream.INITIALIZATION, args.seed))
     if args.fast_norm:
         set_fast_norm()
     in_chans = args.in_chans if args.in_chans is not None else args.input_size[0] if args.input_size else None

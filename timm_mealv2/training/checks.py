@@ -188,7 +188,7 @@ def _check_names(args: argparse.Namespace) -> None:
 
 
 def _check_repository(name: str) -> None:
-    from timm_mealv2.hub_client import check_repo_id  # loads the Hub's client, which few runs need
+    from timm_mealv2.hub.client import check_repo_id  # loads the Hub's client, which few runs need
 
     try:
         check_repo_id(name, with_namespace=True)

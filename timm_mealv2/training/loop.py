@@ -20,11 +20,11 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
-from timm_mealv2.randomness import Stream, counted_seed, seed_all
+from timm_mealv2.data.loader import StreamLoader, TrainLoader
+from timm_mealv2.data.seed import Stream, counted_seed, seed_all
 from timm_mealv2.task import MealV2Task
-from timm_mealv2.training.checkpoint import Progress
-from timm_mealv2.training.data import StreamLoader, TrainLoader
-from timm_mealv2.training.watch import Watch
+from timm_mealv2.training.checkpoint_saver import Progress
+from timm_mealv2.training.signals import Watch
 
 _logger = logging.getLogger(__name__)
 

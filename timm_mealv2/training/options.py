@@ -5,7 +5,7 @@ from typing import Any
 
 from timm.utils import ParseKwargs
 
-from timm_mealv2.cli import OneLineParser
+from timm_mealv2.cli.parser import OneLineParser
 from timm_mealv2.losses import LABEL_RESTS
 
 _Option = tuple[tuple[str, ...], dict[str, Any]]

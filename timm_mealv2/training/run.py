@@ -25,12 +25,14 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils.data import Dataset
 from torchvision.utils import save_image
 
-from timm_mealv2.cli import run_cli
-from timm_mealv2.datasets import class_names
+from timm_mealv2.cli.parser import run_cli
+from timm_mealv2.data.bad_images import BadImages
+from timm_mealv2.data.dataset import class_names
+from timm_mealv2.data.loader import StreamLoader, TrainLoader
 from timm_mealv2.errors import UserError
 from timm_mealv2.evaluation import evaluate
 from timm_mealv2.files import replacing
-from timm_mealv2.mealv2_teachers import EnsembleTeacher
+from timm_mealv2.models.mealv2_teachers import EnsembleTeacher
 from timm_mealv2.training.arguments import args_text, paper_differences, parse_args
 from timm_mealv2.training.build import (
     build_datasets,
@@ -45,7 +47,7 @@ from timm_mealv2.training.build import (
     build_train_loader,
     open_split,
 )
-from timm_mealv2.training.checkpoint import (
+from timm_mealv2.training.checkpoint_saver import (
     Progress,
     RunSaver,
     find_newest,
@@ -57,7 +59,6 @@ from timm_mealv2.training.checkpoint import (
     read_checkpoint,
     scheduler_state,
 )
-from timm_mealv2.training.data import StreamLoader, TrainLoader
 from timm_mealv2.training.loop import (
     EpochEvents,
     Meters,
@@ -65,8 +66,7 @@ from timm_mealv2.training.loop import (
     train_one_epoch,
     updates_per_epoch,
 )
-from timm_mealv2.training.reading import BadImages
-from timm_mealv2.training.watch import EvaluationStoppedError, Signals, TooManyNonFiniteError, Watch
+from timm_mealv2.training.signals import EvaluationStoppedError, Signals, TooManyNonFiniteError, Watch
 
 _logger = logging.getLogger(__name__)
 
@@ -308,9 +308,9 @@ class _Run:
         folder = self.folder / 'hub'
         try:
             # Here, as nobody else needs the card's packages.
-            from timm_mealv2.hub_client import push_folder
-            from timm_mealv2.hub_export import export_model
-            from timm_mealv2.model_card import CardOptions
+            from timm_mealv2.hub.card import CardOptions
+            from timm_mealv2.hub.client import push_folder
+            from timm_mealv2.hub.export import export_model
 
             export_model(checkpoint, folder, card=CardOptions(repo_id=repository))
             _logger.info(f'Pushed: {push_folder(folder, repository)}')

@@ -18,7 +18,7 @@ make_teacher() {
         --checkpoint-hist 1 --channels-last --workers 0 --seed "$4" \
         --output "$runs" --experiment "$1"
     # The last epoch's weights: the best on the test images would have been chosen by them.
-    python -m timm_mealv2.hub export "$runs/$1/last.pth.tar" --out "$here/teachers/$1"
+    python -m timm_mealv2.cli.hub export "$runs/$1/last.pth.tar" --out "$here/teachers/$1"
 }
 
 make_teacher teacher_a resnet18 6 0

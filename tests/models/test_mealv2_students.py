@@ -19,12 +19,12 @@ import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from timm_mealv2 import mealv2_students
 from timm_mealv2.errors import UserError
+from timm_mealv2.models import mealv2_students
 
 NAME = 'mealv2_mobilenetv3_small_075'
 ARCHITECTURE = 'tf_mobilenetv3_small_075'
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RELEASE = 'https://github.com/szq0214/MEAL-V2/releases/download/v1.0.0/'
 
 # name.tag -> released file, image size, first convolution, classifier

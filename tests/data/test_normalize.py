@@ -4,7 +4,7 @@ import pytest
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_loader
 
-from timm_mealv2.normalisation import channel_stats, renormalise
+from timm_mealv2.data.normalize import channel_stats, renormalize
 
 IMAGENET = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
@@ -16,19 +16,19 @@ def normalise(pixels, mean, std):
 
 def test_pixels_come_out_as_if_normalised_with_the_other_statistics():
     pixels = torch.rand(2, 3, 5, 4, dtype=torch.float64)
-    result = renormalise(normalise(pixels, *IMAGENET), *IMAGENET, *HALF)
+    result = renormalize(normalise(pixels, *IMAGENET), *IMAGENET, *HALF)
     torch.testing.assert_close(result, normalise(pixels, *HALF), rtol=0, atol=1e-14)
 
 
 def test_equal_statistics_return_the_very_tensor():
     x = torch.rand(2, 3, 4, 4)
-    assert renormalise(x, *IMAGENET, *channel_stats({'mean': list(IMAGENET[0])}, 3)) is x
+    assert renormalize(x, *IMAGENET, *channel_stats({'mean': list(IMAGENET[0])}, 3)) is x
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_dtype_memory_format_and_gradient_are_kept(dtype):
     x = torch.rand(2, 3, 4, 6).to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
-    result = renormalise(x, *IMAGENET, *HALF)
+    result = renormalize(x, *IMAGENET, *HALF)
     assert result.dtype == dtype
     assert result.is_contiguous(memory_format=torch.channels_last)
     result.sum().backward()
@@ -39,7 +39,7 @@ def test_dtype_memory_format_and_gradient_are_kept(dtype):
 def test_half_pixels_lose_one_rounding_only():
     x = torch.randn(1, 3, 8, 8).half()
     torch.testing.assert_close(
-        renormalise(x, *IMAGENET, *HALF), renormalise(x.double(), *IMAGENET, *HALF).half(), rtol=1e-3, atol=1e-4
+        renormalize(x, *IMAGENET, *HALF), renormalize(x.double(), *IMAGENET, *HALF).half(), rtol=1e-3, atol=1e-4
     )
 
 

@@ -19,10 +19,10 @@ from timm.data import create_transform, resolve_model_data_config
 from timm.models import save_for_hf
 from timm.utils import ModelEmaV3
 
-from timm_mealv2 import hub
-from timm_mealv2.demo import Classifier, build_app
+from timm_mealv2.cli import hub
 from timm_mealv2.errors import UserError
-from timm_mealv2.mealv2_teachers import create_ensemble
+from timm_mealv2.hub.demo import Classifier, build_app
+from timm_mealv2.models.mealv2_teachers import create_ensemble
 
 GREY = {
     'input_size': (1, 48, 40),
@@ -340,7 +340,7 @@ def test_a_checkpoint_is_pushed_with_its_card_and_pulled_again(
     _, checkpoint = grey
     code = """
 import sys
-from timm_mealv2.hub import main
+from timm_mealv2.cli.hub import main
 checkpoint, out = sys.argv[1:]
 main(['push', checkpoint, 'me/shirts', '--message', 'first'])
 main(['pull', 'me/shirts', '--out', out])
@@ -369,8 +369,8 @@ main(['push', out, 'me/shirts'])
 def test_importing_the_package_does_not_import_the_export_nor_that_what_draws() -> None:
     code = """
 import sys, timm_mealv2
-assert 'timm_mealv2.hub' not in sys.modules
-import timm_mealv2.hub
+assert 'timm_mealv2.cli.hub' not in sys.modules
+import timm_mealv2.cli.hub
 assert not {'gradio', 'matplotlib', 'timm_mealv2.training', 'timm_mealv2.report'} & set(sys.modules)
 """
     subprocess.run([sys.executable, '-c', code], check=True)

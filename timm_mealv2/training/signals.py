@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from timm_mealv2.data.bad_images import BadImages
 from timm_mealv2.errors import UserError
-from timm_mealv2.training.reading import BadImages
 
 _logger = logging.getLogger(__name__)
 

@@ -12,18 +12,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from timm_mealv2.cli import OneLineParser, run_cli
+from timm_mealv2.cli.parser import OneLineParser, run_cli
 from timm_mealv2.errors import UserError
-from timm_mealv2.export_folder import ENSEMBLE, is_export, read_config
-from timm_mealv2.hub_client import pull_folder, push_folder
-from timm_mealv2.hub_export import (
+from timm_mealv2.hub.card import CardOptions
+from timm_mealv2.hub.client import pull_folder, push_folder
+from timm_mealv2.hub.export import (
     NO_LICENSE,
     PAPER_ACCURACY,
     convert_released,
     export_ensemble,
     export_model,
 )
-from timm_mealv2.model_card import CardOptions
+from timm_mealv2.hub.folder import ENSEMBLE, is_export, read_config
 
 __all__ = ['CardOptions', 'convert_released', 'export_ensemble', 'export_model', 'main', 'push_model']
 

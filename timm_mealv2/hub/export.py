@@ -29,9 +29,10 @@ from timm.models import (
 from timm.utils import load_checkpoint_metadata
 from torch import nn
 
-from timm_mealv2.demo import Classifier
 from timm_mealv2.errors import UserError
-from timm_mealv2.export_folder import (
+from timm_mealv2.hub.card import CardOptions, write_ensemble_card, write_released_card, write_trained_card
+from timm_mealv2.hub.demo import Classifier
+from timm_mealv2.hub.folder import (
     APP_FILE,
     CONFIG_FILE,
     ENSEMBLE,
@@ -41,9 +42,8 @@ from timm_mealv2.export_folder import (
     read_config,
     replacing_export,
 )
-from timm_mealv2.mealv2_students import VANILLA_ARCHITECTURE
-from timm_mealv2.mealv2_teachers import create_ensemble, parse_teachers
-from timm_mealv2.model_card import CardOptions, write_ensemble_card, write_released_card, write_trained_card
+from timm_mealv2.models.mealv2_students import VANILLA_ARCHITECTURE
+from timm_mealv2.models.mealv2_teachers import create_ensemble, parse_teachers
 
 _logger = logging.getLogger(__name__)
 
@@ -305,7 +305,7 @@ def _tuples(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _add_app(folder: Path) -> None:
-    app = resources.files('timm_mealv2') / 'demo.py'
+    app = resources.files('timm_mealv2') / 'hub' / 'demo.py'
     (folder / APP_FILE).write_bytes(app.read_bytes())
     (folder / REQUIREMENTS_FILE).write_text(f'gradio\ntimm>={timm.__version__}\n')
 

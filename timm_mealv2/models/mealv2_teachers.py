@@ -51,9 +51,9 @@ from timm.utils import load_checkpoint_metadata, unwrap_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from timm_mealv2.data.normalize import channel_stats, renormalize
 from timm_mealv2.errors import UserError
 from timm_mealv2.losses import at_least_float32
-from timm_mealv2.normalisation import channel_stats, renormalise
 
 __all__ = [
     'ClassSubset',
@@ -74,7 +74,7 @@ _DATA_CONFIG = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_
 
 
 class ClassSubset(nn.Module):
-    """A model's answers for some of its classes: the softmax of these logits is its probability, renormalised.
+    """A model's answers for some of its classes: the softmax of these logits is its probability, renormalized.
 
     Attributes:
         model: The model.
@@ -256,7 +256,7 @@ class EnsembleTeacher(nn.Module):
         """The images as one teacher wants them: its mean and std, size, dtype and memory format."""
         teacher, size = self.teachers[index], self.img_sizes[index]
         mine, its = (channel_stats(cfg, self.in_chans) for cfg in (self.pretrained_cfg, _cfg_of(teacher)))
-        x = renormalise(at_least_float32(x), *mine, *its)
+        x = renormalize(at_least_float32(x), *mine, *its)
         if size is not None and tuple(x.shape[-2:]) != size:
             x = F.interpolate(x, size, mode='bicubic', antialias=True)
         x = x.to(next((p.dtype for p in teacher.parameters() if p.is_floating_point()), x.dtype))
@@ -363,7 +363,7 @@ def create_ensemble(
         img_sizes: The image size that the teachers are to see, one for all or one per teacher. Named models of
             fixed size are built for it.
         classes: Teacher, as its text or name has it -> its class of each class of the ensemble; its probabilities are
-            renormalised over these.
+            renormalized over these.
         dtype: Dtype of the teachers' autocast; None for none.
         device: Where the teachers are put.
         pretrained: False gives named models random weights and `num_classes` classes, for tests; checkpoints

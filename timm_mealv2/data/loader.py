@@ -34,11 +34,7 @@ from torch.utils.data import (
     default_collate,
 )
 
-from timm_mealv2.datasets import UnreadableImage
-from timm_mealv2.errors import UserError
-from timm_mealv2.randomness import Stream, counted_seed, preserved_generators, seed_all, seed_cpu, seeded
-from timm_mealv2.soft_labels.dataset import CropSampler, MixCrops, SoftLabelDataset, collate_crops
-from timm_mealv2.training.reading import (
+from timm_mealv2.data.bad_images import (
     BadImages,
     Batch,
     Collate,
@@ -49,6 +45,10 @@ from timm_mealv2.training.reading import (
     ignore_signals,
     keep_signals_from_workers,
 )
+from timm_mealv2.data.dataset import UnreadableImage
+from timm_mealv2.data.seed import Stream, counted_seed, preserved_generators, seed_all, seed_cpu, seeded
+from timm_mealv2.errors import UserError
+from timm_mealv2.soft_labels.dataset import CropSampler, MixCrops, SoftLabelDataset, collate_crops
 
 
 class _Key(NamedTuple):

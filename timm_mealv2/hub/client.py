@@ -33,7 +33,7 @@ from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 from huggingface_hub.utils import logging as client_logging
 
 from timm_mealv2.errors import UserError
-from timm_mealv2.export_folder import CONFIG_FILE, EXAMPLES_FOLDER, FILES, is_export, replacing_export
+from timm_mealv2.hub.folder import CONFIG_FILE, EXAMPLES_FOLDER, FILES, is_export, replacing_export
 from timm_mealv2.version import __version__
 
 _logger = logging.getLogger(__name__)

@@ -11,8 +11,8 @@ from huggingface_hub import ModelCard
 from timm.data import resolve_model_data_config
 from timm.models import save_for_hf
 
-from timm_mealv2 import hub
-from timm_mealv2.cli import run_cli
+from timm_mealv2.cli import hub
+from timm_mealv2.cli.parser import run_cli
 from timm_mealv2.errors import UserError
 
 STUDENT = 'mealv2_mobilenetv3_small_075'

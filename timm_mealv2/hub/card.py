@@ -18,7 +18,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from timm.models import get_pretrained_cfg
 
 from timm_mealv2.errors import UserError
-from timm_mealv2.export_folder import CARD_FILE, CURVES_FILE
+from timm_mealv2.hub.folder import CARD_FILE, CURVES_FILE
 from timm_mealv2.soft_labels.store import StoreMeta
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class CardOptions:
         repo_id: Its repository on the Hub (USER/NAME), for the name and the usage; the folder's name if None.
         license: Its licence by the Hub's identifier (apache-2.0, cc-by-nc-4.0, ...); left out if None.
         dataset_id: The Hub's name of the data set; left out if None.
-        template: A Jinja template in place of `timm_mealv2/model_card.md`, which lists the variables.
+        template: A Jinja template in place of `timm_mealv2/hub/card.md`, which lists the variables.
     """
 
     repo_id: str | None = None
@@ -470,7 +470,7 @@ def _write(
 
 def _render(data: ModelCardData, variables: Mapping[str, Any], template: str | os.PathLike[str] | None) -> ModelCard:
     """Fill the template, as `ModelCard.from_template` does, but in Jinja's sandbox and with misspelt names an error."""
-    source = Path(template) if template else files('timm_mealv2') / 'model_card.md'
+    source = Path(template) if template else files('timm_mealv2') / 'hub' / 'card.md'
     try:
         text = source.read_text(encoding='utf-8')
     except (OSError, UnicodeDecodeError) as error:

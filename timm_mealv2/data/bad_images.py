@@ -15,7 +15,7 @@ from timm.data.loader import PrefetchLoader
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from timm_mealv2.datasets import UnreadableImage, image_names, read_image
+from timm_mealv2.data.dataset import UnreadableImage, image_names, read_image
 from timm_mealv2.errors import UserError
 
 _logger = logging.getLogger(__name__)

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 import timm_mealv2  # noqa: F401  (registers the ensembles)
 from timm_mealv2.errors import UserError
-from timm_mealv2.mealv2_teachers import EnsembleTeacher, create_ensemble, create_from_checkpoint, parse_teachers
+from timm_mealv2.models.mealv2_teachers import EnsembleTeacher, create_ensemble, create_from_checkpoint, parse_teachers
 
 HALF = (0.5, 0.5, 0.5)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -514,7 +514,7 @@ def test_parse_teachers():
 
 
 class TestClasses:
-    def test_a_subset_is_renormalised_as_numpy_does_it(self):
+    def test_a_subset_is_renormalized_as_numpy_does_it(self):
         rng = np.random.default_rng(0)
         wide, narrow, chosen = rng.normal(scale=3, size=(6, 8)), rng.normal(scale=3, size=(6, 3)), [5, 0, 2]
         teachers = [Scripted(wide), Scripted(narrow)]

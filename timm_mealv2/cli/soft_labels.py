@@ -12,10 +12,10 @@ import torch.distributed as dist
 from timm.utils.distributed import is_distributed_env, world_info_from_env
 from torch.utils.data import Dataset
 
-from timm_mealv2.cli import OneLineParser, run_cli
-from timm_mealv2.datasets import image_names, open_dataset
+from timm_mealv2.cli.parser import OneLineParser, run_cli
+from timm_mealv2.data.dataset import image_names, open_dataset
 from timm_mealv2.errors import UserError
-from timm_mealv2.mealv2_teachers import EnsembleTeacher, create_ensemble, parse_teachers, read_classes
+from timm_mealv2.models.mealv2_teachers import EnsembleTeacher, create_ensemble, parse_teachers, read_classes
 from timm_mealv2.soft_labels.crops import Recipe, decode
 from timm_mealv2.soft_labels.merge import merge
 from timm_mealv2.soft_labels.record import measure, record

@@ -16,8 +16,8 @@ from conftest import write_images
 from PIL import Image
 from torch import nn
 
-from timm_mealv2.cli import run_cli
-from timm_mealv2.soft_labels.command import main
+from timm_mealv2.cli.parser import run_cli
+from timm_mealv2.cli.soft_labels import main
 from timm_mealv2.soft_labels.store import SoftLabelStore, record_dtype
 
 

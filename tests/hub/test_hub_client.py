@@ -19,9 +19,9 @@ from hub_server import OTHER_TOKEN, READ_TOKEN, TOKENS, WRITE_TOKEN, HubServer
 from huggingface_hub import constants
 from timm.models import save_for_hf
 
-from timm_mealv2 import hub_client
 from timm_mealv2.errors import UserError
-from timm_mealv2.hub_client import pull_folder, push_folder
+from timm_mealv2.hub import client as hub_client
+from timm_mealv2.hub.client import pull_folder, push_folder
 
 CARD = b'---\nlicense: apache-2.0\nlibrary_name: timm\n---\n# A model\n'
 
@@ -540,7 +540,7 @@ def test_a_pushed_model_loads_with_plain_timm_and_has_equal_logits(export: Path,
     images = torch.randn(2, 3, 64, 64)
     torch.save(images, tmp_path / 'input.pt')
     with HubServer() as server:
-        pushed = run(server, tmp_path, '-m', 'timm_mealv2.hub', 'push', str(export), 'me/x')
+        pushed = run(server, tmp_path, '-m', 'timm_mealv2.cli.hub', 'push', str(export), 'me/x')
         commit = server.repos['model', 'me/x'].log()[0].oid
         assert (pushed.returncode, pushed.stdout) == (0, f'{server.url}/me/x/commit/{commit}\n'), pushed.stderr
         loaded = run(server, tmp_path, '-c', code)

@@ -26,7 +26,7 @@ def channel_stats(cfg: Mapping[str, Any] | None, in_chans: int) -> tuple[Stats, 
     return _per_channel(mean, in_chans), _per_channel(std, in_chans)
 
 
-def renormalise(x: Tensor, from_mean: Stats, from_std: Stats, to_mean: Stats, to_std: Stats) -> Tensor:
+def renormalize(x: Tensor, from_mean: Stats, from_std: Stats, to_mean: Stats, to_std: Stats) -> Tensor:
     """Bring pixels [B, C, H, W] from one normalisation to another; with equal statistics, `x` itself is returned.
 
     Computed in at least float32, returned in the dtype and memory format of `x`; gradients pass. Waits for no device.

@@ -20,7 +20,7 @@ class Stream(IntEnum):
     ERASING = 3  # (seed, epoch, batch, rank)
     UPDATE = 4  # (seed, rank, update, batch of the update): dropout, stochastic depth
     EMA_ROUNDING = 5  # (seed, update): the same on every process, which must hold the same average
-    INITIALISATION = 6  # (seed,): the same on every process
+    INITIALIZATION = 6  # (seed,): the same on every process
     STREAMING = 7  # (seed, rank, epoch): data sets that timm's own loader streams
     STORED_CROP = 8  # (seed, data set index, crop): the crops of a store of soft labels
     CROP_ORDER = 9  # (seed, block of epochs): which images a soft-label epoch visits, the same on every process

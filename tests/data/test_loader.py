@@ -10,9 +10,9 @@ import torch
 from timm.data import create_dataset
 from torch import Tensor
 
-from timm_mealv2.datasets import check_classes, class_names, open_dataset
+from timm_mealv2.data.dataset import check_classes, class_names, open_dataset
+from timm_mealv2.data.loader import TrainLoader, eval_loader
 from timm_mealv2.errors import UserError
-from timm_mealv2.training.data import TrainLoader, eval_loader
 
 TRANSFORM: dict[str, Any] = {
     'scale': (0.3, 1.0),

@@ -1,0 +1,1 @@
+"""The Hugging Face Hub: exporting a trained model, its card, pushing and pulling."""

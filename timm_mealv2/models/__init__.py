@@ -1,0 +1,1 @@
+"""Models: the registered students, and teachers as one frozen ensemble."""
