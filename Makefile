@@ -14,6 +14,7 @@ check: .venv/.stamp
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+	.venv/bin/lint-imports
 
 fix: .venv/.stamp
 	.venv/bin/ruff check --fix .
