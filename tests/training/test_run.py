@@ -255,13 +255,26 @@ def test_the_program_ends_with_one_line_and_exit_code_2() -> None:
     assert 'Traceback' not in result.stderr
 
 
-def test_the_loss_curve_is_the_stored_one(train: Train, teachers: list[str]) -> None:
-    # A refactoring that changes it has changed the training.
-    folder = train('golden', '--teachers', *teachers, '--epochs', 3, '--model-ema', '--mixup', 0.2, '--reprob', 0.3)
-    golden = {
+# A refactoring that changes one of the curves has changed the training. Erasing's noise makes more of the rounding,
+# which differs from CPU to CPU (AVX2, AVX-512).
+GOLDEN = {
+    (): {
+        'train_similarity_loss': [1.1405413, 1.1119522, 1.1177569],
+        'train_discriminator_loss': [0.719778, 0.7138805, 0.7094231],
+        'eval_loss': [1.1055084, 1.1056169, 1.1057652],
+    },
+    ('--reprob', 0.3): {
         'train_similarity_loss': [1.1313261, 1.1137084, 1.1122498],
         'train_discriminator_loss': [0.719778, 0.7138805, 0.7094231],
         'eval_loss': [1.1014536, 1.1015481, 1.1016818],
-    }
-    for column, values in golden.items():
-        assert [float(row[column]) for row in summary(folder)] == pytest.approx(values, rel=1e-4), column
+    },
+}
+
+
+@pytest.mark.parametrize('erasing', GOLDEN, ids=['plain', 'erasing'])
+def test_the_loss_curve_is_the_stored_one(train: Train, teachers: list[str], erasing: tuple[Any, ...]) -> None:
+    folder = train('golden', '--teachers', *teachers, '--epochs', 3, '--model-ema', '--mixup', 0.2, *erasing)
+    for column, values in GOLDEN[erasing].items():
+        assert [float(row[column]) for row in summary(folder)] == pytest.approx(
+            values, rel=2e-3 if erasing else 1e-4
+        ), column
