@@ -1,0 +1,94 @@
+"""The parts of every command line: ranges, one-line errors, the nearest name, and help that fits its line."""
+
+import argparse
+from collections.abc import Sequence
+
+import pytest
+
+from timm_mealv2.cli import parser as shared
+from timm_mealv2.cli.parser import OneLineParser, OneOf, Option, Range, add_options, flag, run_cli
+from timm_mealv2.errors import UserError
+
+
+def example() -> argparse.ArgumentParser:
+    parser = OneLineParser(prog='example')
+    rows = (
+        Option('--epochs', type=Range(int, 1), default=3, metavar='N', help='number of epochs'),
+        Option('--smoothing', type=Range(float, 0, below=1), metavar='SHARE', help='smoothing'),
+        Option('--rate', type=Range(float, above=0), metavar='LR', help='rate'),
+        Option('--kind', type=OneOf('', 'a', 'b'), default='', metavar='KIND', help='a or b'),
+        flag('--fast', help='fast'),
+    )
+    add_options(parser, rows)
+    return parser
+
+
+@pytest.mark.parametrize(
+    ('argv', 'text'),
+    [
+        ('--epochs many', "argument --epochs: invalid int value: 'many'"),
+        ('--epochs 0', 'argument --epochs: must be 1 or more, got 0'),
+        ('--smoothing 1', 'must be 0 or more and below 1, got 1'),
+        ('--rate 0', 'must be above 0'),
+        ('--rate nan', 'must be a finite number'),
+        ('--rate 1e999', 'must be a finite number'),
+        ('--kind c', "must be one of a, b, got 'c'"),
+        ('--epoch 3', 'unrecognized arguments: --epoch 3; the nearest option is --epochs'),
+        ('--smoothign=0.1', 'the nearest option is --smoothing'),
+    ],
+)
+def test_a_wrong_option_is_one_line_with_its_name(capsys: pytest.CaptureFixture[str], argv: str, text: str) -> None:
+    with pytest.raises(SystemExit) as exit:
+        example().parse_args(argv.split())
+    error = capsys.readouterr().err
+    assert exit.value.code == 2
+    assert error.count('\n') == 1
+    assert text in error
+    assert 'example --help lists the options' in error
+
+
+def test_a_subcommand_names_its_own_nearest_option(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = OneLineParser(prog='program')
+    command = parser.add_subparsers().add_parser('record')
+    add_options(command, shared.TEACHERS)
+    with pytest.raises(SystemExit):
+        parser.parse_args(['record', '--teacher-weight', '1'])
+    assert 'the nearest option is --teacher-weights (program record --help' in capsys.readouterr().err
+
+
+def test_what_is_given_is_typed() -> None:
+    args = example().parse_args('--epochs 4 --smoothing 0.1 --rate 1e-3 --kind a --fast'.split())
+    assert vars(args) == {'epochs': 4, 'smoothing': 0.1, 'rate': 1e-3, 'kind': 'a', 'fast': True}
+    assert example().parse_args([]).kind == ''
+
+
+def assert_help_fits(parser: argparse.ArgumentParser, width: int = 120) -> None:
+    """Every option of `parser` names its unit, shows its default, and its help fits one line."""
+    lines = parser.format_help().splitlines()
+    assert max(map(len, lines)) <= width
+    for action in parser._actions:
+        assert action.help, action.dest
+        text = ' '.join(parser._get_formatter()._expand_help(action).split())
+        assert any(line.endswith(text) for line in lines), f'{action.option_strings} does not fit: {text}'
+        if action.nargs != 0:
+            assert action.metavar, action.dest
+
+
+def test_the_shared_options_have_units_and_fit_their_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv('COLUMNS', '122')
+    parser = OneLineParser(prog='shared', usage='shared')
+    for group in (shared.TEACHERS, shared.DATA, shared.DEVICE, shared.INPUT, shared.AUGMENTATION):
+        add_options(parser, group)
+    assert_help_fits(parser)
+    assert '(default: 128)' in parser.format_help()
+
+
+def test_ends_of_a_program(capsys: pytest.CaptureFixture[str]) -> None:
+    def main(argv: Sequence[str] | None) -> None:
+        raise {'user': UserError('two\nlines'), 'interrupt': KeyboardInterrupt()}[(argv or ())[0]]
+
+    for word, code, text in (('user', 2, 'error: two lines\n'), ('interrupt', 130, 'interrupted\n')):
+        with pytest.raises(SystemExit) as exit:
+            run_cli(main, [word])
+        assert exit.value.code == code
+        assert capsys.readouterr().err == text
