@@ -94,7 +94,7 @@ def build_parts(args: argparse.Namespace) -> dict[str, Callable[[], None]]:
     teachers = [create(name, seed, args).eval() for seed, name in enumerate(args.teachers, 1)]
 
     # The ensemble lays its teachers out channels_last and the reference must not, hence the copies.
-    ensemble = EnsembleTeacher(copy.deepcopy(teachers), dtype=DTYPES.get(args.teacher_dtype or ''))
+    ensemble = EnsembleTeacher(copy.deepcopy(teachers), autocast_dtype=DTYPES.get(args.teacher_dtype or ''))
     task_student, task_images = copy.deepcopy(student), images
     if args.channels_last:
         task_student = task_student.to(memory_format=torch.channels_last)

@@ -6,8 +6,8 @@ Importing the package registers its models with timm: the students `mealv1_*` an
 
 from timm_mealv2.discriminator import Discriminator
 from timm_mealv2.losses import DiscriminatorLoss
-from timm_mealv2.models import mealv2_students as _mealv2_students  # noqa: F401  (registers the students)
-from timm_mealv2.models.mealv2_teachers import EnsembleTeacher
+from timm_mealv2.models import mealv2_students, mealv2_teachers  # noqa: F401  (registers the models)
+from timm_mealv2.models.ensemble import EnsembleTeacher
 from timm_mealv2.task import MealV2Task
 from timm_mealv2.version import __version__
 

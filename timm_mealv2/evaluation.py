@@ -26,7 +26,8 @@ from timm_mealv2.data.normalize import channel_stats, renormalize
 from timm_mealv2.errors import UserError
 from timm_mealv2.files import replacing
 from timm_mealv2.losses import at_least_float32
-from timm_mealv2.models.mealv2_teachers import EnsembleTeacher, create_ensemble, parse_teachers, read_classes
+from timm_mealv2.models.ensemble import EnsembleTeacher
+from timm_mealv2.models.factory import create_ensemble, read_classes
 
 CALIBRATION_BINS = 15
 
@@ -269,13 +270,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     dtype = getattr(torch, args.amp_dtype) if args.amp else None
     # An ensemble of one is the model, made from whatever names a teacher, with pixels of the size that it must have.
     sizes = None if args.img_size is None else [args.img_size]
-    models = {name: create_ensemble([name], img_sizes=sizes, dtype=dtype, device=device) for name in args.models}
+    models = {
+        name: create_ensemble([name], img_sizes=sizes, autocast_dtype=dtype, device=device) for name in args.models
+    }
     if args.teachers:
         models[ENSEMBLE] = create_ensemble(
-            parse_teachers(args.teachers),
+            args.teachers,
             weights=args.teacher_weights,
             classes=read_classes(args.teacher_classes),
-            dtype=dtype,
+            autocast_dtype=dtype,
             device=device,
         )
 

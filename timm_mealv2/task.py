@@ -25,7 +25,8 @@ from timm_mealv2.losses import (
     similarity_loss,
     sparse_similarity_loss,
 )
-from timm_mealv2.models.mealv2_teachers import EnsembleTeacher, create_ensemble
+from timm_mealv2.models.ensemble import EnsembleTeacher
+from timm_mealv2.models.factory import create_ensemble
 
 _logger = logging.getLogger(__name__)
 

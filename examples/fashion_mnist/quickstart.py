@@ -42,7 +42,8 @@ from timm_mealv2.cli.parser import OneLineParser, run_cli
 from timm_mealv2.errors import UserError
 from timm_mealv2.evaluation import evaluate
 from timm_mealv2.files import replacing
-from timm_mealv2.models.mealv2_teachers import create_ensemble, create_from_checkpoint
+from timm_mealv2.models.checkpoint import TrainingCheckpoint
+from timm_mealv2.models.factory import create_ensemble
 from timm_mealv2.report import draw_runs
 from timm_mealv2.training import run as training
 
@@ -118,7 +119,7 @@ def evaluate_all(checkpoints: dict[str, Path], data: ImageDataset) -> dict[str, 
         name: timm.create_model(source, pretrained=True) for name, source in TEACHERS.items()
     }
     ensemble = create_ensemble(list(TEACHERS.values()))
-    arms = {name: create_from_checkpoint(STUDENT, path) for name, path in checkpoints.items()}
+    arms = {name: TrainingCheckpoint.read(path, STUDENT).build() for name, path in checkpoints.items()}
     config = resolve_model_data_config(arms['start'])
     loader = create_loader(data, batch_size=250, num_workers=0, device=torch.device('cpu'), **config)
     models = {**teachers, 'ensemble': ensemble, **arms}

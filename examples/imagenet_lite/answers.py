@@ -12,7 +12,7 @@ from torch import nn
 
 from timm_mealv2.cli.parser import OneLineParser, run_cli
 from timm_mealv2.errors import UserError
-from timm_mealv2.models.mealv2_teachers import create_ensemble
+from timm_mealv2.models.factory import create_ensemble
 
 
 @torch.inference_mode()

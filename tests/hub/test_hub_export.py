@@ -22,7 +22,7 @@ from timm.utils import ModelEmaV3
 from timm_mealv2.cli import hub
 from timm_mealv2.errors import UserError
 from timm_mealv2.hub.demo import Classifier, build_app
-from timm_mealv2.models.mealv2_teachers import create_ensemble
+from timm_mealv2.models.factory import create_ensemble
 
 GREY = {
     'input_size': (1, 48, 40),

@@ -27,7 +27,7 @@ from torchvision.transforms import functional as TF
 
 from timm_mealv2.data.dataset import open_dataset
 from timm_mealv2.errors import UserError
-from timm_mealv2.models.mealv2_teachers import create_ensemble
+from timm_mealv2.models.factory import create_ensemble
 from timm_mealv2.soft_labels.crops import CropSource, Recipe
 from timm_mealv2.soft_labels.record import measure, record
 from timm_mealv2.soft_labels.recording import shard_ranges

@@ -18,7 +18,7 @@ import timm_mealv2
 from timm_mealv2.cli.parser import run_cli
 from timm_mealv2.errors import UserError
 from timm_mealv2.hub.export import export_model
-from timm_mealv2.models.mealv2_teachers import create_ensemble, create_from_checkpoint
+from timm_mealv2.models.factory import create_ensemble
 from timm_mealv2.training.arguments import parse_args
 from timm_mealv2.training.run import main
 
@@ -180,7 +180,7 @@ def test_a_checkpoint_cannot_name_code_as_a_teacher(
     state = {f'teachers.0.{name}': value for name, value in state.items()}
     torch.save({'state_dict': state, 'args': args}, tmp_path / 'x.pth')
     with pytest.raises(UserError, match='has no checkpoint of its own'):
-        create_from_checkpoint('mealv2_ensemble', tmp_path / 'x.pth')
+        create_ensemble([f'mealv2_ensemble={tmp_path / "x.pth"}'])
     assert not mark.exists()
 
 

@@ -15,7 +15,8 @@ from torch.utils.data import Dataset
 from timm_mealv2.cli.parser import OneLineParser, run_cli
 from timm_mealv2.data.dataset import image_names, open_dataset
 from timm_mealv2.errors import UserError
-from timm_mealv2.models.mealv2_teachers import EnsembleTeacher, create_ensemble, parse_teachers, read_classes
+from timm_mealv2.models.ensemble import EnsembleTeacher
+from timm_mealv2.models.factory import TeacherSpec, create_ensemble, read_classes
 from timm_mealv2.soft_labels.crops import Recipe, decode
 from timm_mealv2.soft_labels.merge import merge
 from timm_mealv2.soft_labels.record import measure, record
@@ -250,7 +251,9 @@ def _verify(args: argparse.Namespace) -> None:
     dataset = _open(args, args.input_img_mode or store.meta.img_mode)
     indices = {name: index for index, name in enumerate(image_names(dataset))}
     store.check_decoder(lambda name: decode(dataset, indices[name], store.meta.img_mode))
-    teachers = create_teachers(store.meta, parse_teachers(args.teachers) if args.teachers else None, device)
+    teachers = create_teachers(
+        store.meta, [str(spec) for spec in TeacherSpec.parse_all(args.teachers)] if args.teachers else None, device
+    )
     changed = changed_teachers(store.meta, teachers)
     result = compare(
         store,
@@ -284,13 +287,13 @@ def _merge(args: argparse.Namespace) -> None:
 def _parts(args: argparse.Namespace, device: torch.device) -> tuple[EnsembleTeacher, Dataset, Recipe]:
     """The teachers, the images and the crops to cut, as the arguments say."""
     teachers = create_ensemble(
-        parse_teachers(args.teachers),
+        args.teachers,
         num_classes=args.num_classes,
         in_chans=args.in_chans,
         weights=args.teacher_weights,
         img_sizes=args.teacher_img_size,
         classes=read_classes(args.teacher_classes or ()),
-        dtype=_FLOAT_TYPES[args.teacher_dtype] if args.teacher_dtype else None,
+        autocast_dtype=_FLOAT_TYPES[args.teacher_dtype] if args.teacher_dtype else None,
         device=device,
     )
     if args.top_k is None:

@@ -42,8 +42,8 @@ from timm_mealv2.hub.folder import (
     read_config,
     replacing_export,
 )
+from timm_mealv2.models.factory import TeacherSpec, create_ensemble
 from timm_mealv2.models.mealv2_students import VANILLA_ARCHITECTURE
-from timm_mealv2.models.mealv2_teachers import create_ensemble, parse_teachers
 
 _logger = logging.getLogger(__name__)
 
@@ -154,7 +154,7 @@ def export_ensemble(
         UserError: If a teacher is unknown, cannot be loaded, or does not fit the others, or `out` is something else.
     """
     out = Path(out)
-    arguments: dict[str, Any] = {'teachers': [_absolute(teacher) for teacher in parse_teachers(teachers)]}
+    arguments: dict[str, Any] = {'teachers': [str(spec.under(Path.cwd())) for spec in TeacherSpec.parse_all(teachers)]}
     if functions := [teacher for teacher in arguments['teachers'] if teacher.startswith('python:')]:
         raise UserError(f'{functions[0]} cannot be named by a folder: code is run only where you name it yourself.')
     arguments |= {key: list(value) for key, value in (('weights', weights), ('img_sizes', img_sizes)) if value}
@@ -270,12 +270,6 @@ def _labels(names: Sequence[str]) -> dict[str, Any]:
     known = set(names) <= set(imagenet.label_names())
     descriptions = {'label_descriptions': {n: imagenet.label_name_to_description(n) for n in names}} if known else {}
     return {'label_names': list(names), **descriptions}
-
-
-def _absolute(teacher: str) -> str:
-    """A teacher whose path, if it has one, is whole: it is to be found from everywhere."""
-    head, separator, path = teacher.partition(':' if teacher.startswith('local-dir:') else '=')
-    return f'{head}{separator}{Path(path).resolve()}' if separator else teacher
 
 
 # What a folder holds

@@ -3,48 +3,18 @@
 Every student is one of timm's own architectures with another pretrained config: what the weights were trained with
 (ImageNet mean and std, bilinear, crop 0.875) and where they are. timm groups models by the name of the module that
 registers them, hence the prefix of this file's name.
-
-Weights are checked before timm sees them: the file is read with `weights_only=True`, and its keys and shapes are
-compared with the full model that the pretrained config describes, also where timm itself is not strict (another
-`num_classes` or `in_chans`, `features_only`). A file that does not fit is an error, never partly loaded.
 """
 
-import hashlib
-import http.client
-import logging
-import os
-import ssl
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial
-from pathlib import Path
 from typing import Any
-from urllib.error import URLError
-from urllib.parse import urlparse
 
-import torch
-from filelock import FileLock
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import (
-    PretrainedCfg,
-    clean_state_dict,
-    generate_default_cfgs,
-    get_arch_pretrained_cfgs,
-    load_state_dict,
-    load_state_dict_from_hf,
-    register_model,
-    resolve_pretrained_cfg,
-)
+from timm.models import generate_default_cfgs, register_model
 from timm.models.efficientnet import tf_efficientnet_b0
 from timm.models.mobilenetv3 import tf_mobilenetv3_large_100, tf_mobilenetv3_small_075, tf_mobilenetv3_small_100
 from timm.models.resnet import resnet18, resnet50
-from torch import Tensor, nn
+from torch import nn
 
-from timm_mealv2.errors import UserError
-from timm_mealv2.files import replacing
-
-_logger = logging.getLogger(__name__)
+from timm_mealv2.models.pretrained import create_student
 
 RELEASE = 'https://github.com/szq0214/MEAL-V2/releases/download/v1.0.0/'
 
@@ -90,294 +60,55 @@ default_cfgs = generate_default_cfgs(
     }
 )
 
-_ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
-    'mealv1_resnet50': resnet50,
-    'mealv2_resnet18': resnet18,
-    'mealv2_resnet50': resnet50,
-    'mealv2_mobilenetv3_small_075': tf_mobilenetv3_small_075,
-    'mealv2_mobilenetv3_small_100': tf_mobilenetv3_small_100,
-    'mealv2_mobilenetv3_large_100': tf_mobilenetv3_large_100,
-    'mealv2_efficientnet_b0': tf_efficientnet_b0,
+VANILLA_ARCHITECTURE: dict[str, str] = {
+    'mealv1_resnet50': 'resnet50',
+    'mealv2_resnet18': 'resnet18',
+    'mealv2_resnet50': 'resnet50',
+    'mealv2_mobilenetv3_small_075': 'tf_mobilenetv3_small_075',
+    'mealv2_mobilenetv3_small_100': 'tf_mobilenetv3_small_100',
+    'mealv2_mobilenetv3_large_100': 'tf_mobilenetv3_large_100',
+    'mealv2_efficientnet_b0': 'tf_efficientnet_b0',
 }
-
-VANILLA_ARCHITECTURE: dict[str, str] = {name: function.__name__ for name, function in _ARCHITECTURES.items()}
 """timm's own name of each student's architecture: what an exported `config.json` names, so that plain timm loads it."""
-
-KNOWN_SHA256: dict[str, str] = {}
-"""SHA-256 (hexadecimal) by file name; comes before the digest recorded beside the file.
-
-Empty: the release page was out of reach when this was written, and a digest is pinned only from the file itself.
-"""
-
-_Check = Callable[[dict[str, Tensor], str], dict[str, Tensor]]
-
-_SOURCES = ('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source')
-
-
-def _create(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
-    """Build timm's architecture of the student `name` with the student's own pretrained config.
-
-    Raises:
-        UserError: The tag is unknown, there are no weights, or they do not arrive or do not fit.
-    """
-    cfg = _resolve(name, kwargs.pop('pretrained_cfg', None), kwargs.pop('pretrained_cfg_overlay', None))
-    architecture = _ARCHITECTURES[name]
-    if not pretrained:
-        return architecture(pretrained=False, pretrained_cfg=cfg, **kwargs)
-
-    cfg = _from_namespace(cfg)
-    check = partial(_fitting, cfg=cfg, architecture=architecture, model_args=kwargs.get('pretrained_model_args') or {})
-    weights = _read_weights(cfg, kwargs.get('cache_dir'), check)
-    # timm gets the very tensors that were checked; a second look at the source could find others.
-    loading = replace(cfg, **{**dict.fromkeys(_SOURCES), 'state_dict': weights})
-    model = architecture(pretrained=True, pretrained_cfg=loading, **kwargs)
-    _restore_source(model, cfg)
-    return model
-
-
-def _resolve(name: str, pretrained_cfg: Any, overlay: dict[str, Any] | None) -> PretrainedCfg:
-    known = get_arch_pretrained_cfgs(name)
-    if isinstance(pretrained_cfg, str) and pretrained_cfg and f'{name}.{pretrained_cfg}' not in known:
-        raise UserError(f'{name} has no tag {pretrained_cfg!r}; there is {", ".join(known)}')
-    return replace(resolve_pretrained_cfg(name, pretrained_cfg, overlay), architecture=name)
-
-
-def _from_namespace(cfg: PretrainedCfg) -> PretrainedCfg:
-    """Point `cfg` at `MEALV2_HUB_NAMESPACE`'s repository, unless the user gave another source of the weights."""
-    namespace = os.environ.get('MEALV2_HUB_NAMESPACE')
-    registered = get_arch_pretrained_cfgs(cfg.architecture).get(f'{cfg.architecture}.{cfg.tag}')
-    own_source = cfg.file or cfg.state_dict or cfg.hf_hub_id or cfg.source
-    if not namespace or registered is None or own_source or cfg.url != registered.url:
-        return cfg
-    return replace(cfg, url=None, hf_hub_id=f'{namespace}/{cfg.architecture}.{cfg.tag}')
-
-
-def _restore_source(model: nn.Module, cfg: PretrainedCfg) -> None:
-    """Take the tensors out of every `pretrained_cfg` in `model`; name the source there, but no path of this machine."""
-    source = {key: getattr(cfg, key) for key in ('url', 'hf_hub_id', 'hf_hub_filename') if getattr(cfg, key)}
-    for module in model.modules():  # feature wrappers keep the model they wrap
-        for attribute in ('pretrained_cfg', 'default_cfg'):
-            entries = getattr(module, attribute, None)
-            if isinstance(entries, dict) and entries.pop('state_dict', None) is not None:
-                entries.update(source)
-
-
-def _read_weights(cfg: PretrainedCfg, cache_dir: str | os.PathLike[str] | None, check: _Check) -> dict[str, Tensor]:
-    """Return the state dict (without `module.`) that `cfg` points to, after `check(weights, name of the source)`.
-
-    The order of sources is timm's.
-    """
-    if cfg.source == 'local-dir':
-        path = _weights_file(str(cfg.file))
-        return check(_readable(path, str(path)), str(path))
-    if cfg.source != 'hf-hub':
-        if cfg.state_dict:
-            return check(clean_state_dict(cfg.state_dict), 'the given state_dict')
-        if cfg.file:
-            if not Path(cfg.file).is_file():
-                raise UserError(f'{cfg.file}: no such file; expected the weights of {cfg.architecture}')
-            return check(_readable(Path(cfg.file), str(cfg.file)), str(cfg.file))
-    if cfg.hf_hub_id:
-        return check(_read_from_hub(cfg, cache_dir), cfg.hf_hub_id)
-    if cfg.url:
-        return _read_from_url(str(cfg.url), cache_dir, check)
-    recipe = f'{cfg.architecture}_{cfg.input_size[-1]}'
-    raise UserError(
-        f'{cfg.architecture}: no weights were released; train it with `mealv2-train --recipe {recipe}`, '
-        f'or give pretrained_cfg_overlay=dict(file=...)'
-    )
-
-
-def _weights_file(folder: str) -> Path:
-    names = 'model.safetensors', 'pytorch_model.bin'  # what timm's save_for_hf writes, in the order timm looks for them
-    for name in names:
-        if (path := Path(folder, name)).is_file():
-            return path
-    raise UserError(f'{folder}: no weights there; expected {" or ".join(names)}')
-
-
-def _readable(path: Path, name: str) -> dict[str, Tensor]:
-    """Read a state dict; whatever torch and safetensors raise for a damaged file is one `UserError`."""
-    try:
-        return clean_state_dict(load_state_dict(str(path)))
-    except Exception as error:
-        raise UserError(
-            f'{name} cannot be read as a state dict (cut off, damaged, or not only weights): {_first_line(error)}; '
-            f'get the file again'
-        ) from error
-
-
-def _read_from_hub(cfg: PretrainedCfg, cache_dir: str | os.PathLike[str] | None) -> dict[str, Tensor]:
-    file = {'filename': cfg.hf_hub_filename} if cfg.hf_hub_filename else {}
-    try:
-        return clean_state_dict(load_state_dict_from_hf(cfg.hf_hub_id, cache_dir=cache_dir, **file))
-    except Exception as error:  # network, missing repository, damaged file: no common base class
-        raise UserError(
-            f'no weights from {cfg.hf_hub_id} on the Hub: {_first_line(error)}; '
-            f'check the network, the token and MEALV2_HUB_NAMESPACE'
-        ) from error
-
-
-def _read_from_url(url: str, cache_dir: str | os.PathLike[str] | None, check: _Check) -> dict[str, Tensor]:
-    """Return the weights of `url`, from the cache or, for the first time, by a download.
-
-    A download enters the cache when it is whole, readable and fits. The digest of the first use is recorded beside
-    the file, in the format of `sha256sum`; it outlives the file, so that another file is noticed later.
-    """
-    path = Path(cache_dir or Path(torch.hub.get_dir()) / 'checkpoints') / Path(urlparse(url).path).name
-    record = Path(f'{path}.sha256')
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_file() and record.is_file():  # needs no lock, hence serves a cache that cannot be written
-            return check(_read_checked(path, path, record)[0], str(path))
-        with _locked(path):
-            if path.is_file():
-                weights, digest = _read_checked(path, path, record)
-                check(weights, str(path))
-            else:
-                with replacing(path) as temporary:
-                    _download(url, temporary)
-                    weights, digest = _read_checked(temporary, path, record)
-                    check(weights, url)
-            if not record.is_file():
-                with replacing(record) as temporary:
-                    temporary.write_text(f'{digest}  {path.name}\n')
-    except OSError as error:
-        raise UserError(
-            f'{path.parent} cannot be used as a cache: {_first_line(error)}; mend that or choose another cache_dir'
-        ) from error
-    return weights
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Let one process at a time download `path`; a second one then finds it there."""
-    lock = path.with_name(f'.{path.name}.lock')
-    with FileLock(lock):
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)  # at worst a process that waits and one that comes later download both
-
-
-def _download(url: str, path: Path) -> None:
-    _logger.info('Downloading %s', url)
-    try:
-        torch.hub.download_url_to_file(url, str(path), progress=True)
-    except (URLError, ssl.SSLError, ConnectionError, TimeoutError, http.client.HTTPException, ValueError) as error:
-        raise UserError(
-            f'{url} cannot be downloaded: {_first_line(error)}; check the network, or give '
-            f'pretrained_cfg_overlay=dict(file=...) with a copy of the file'
-        ) from error
-
-
-def _read_checked(file: Path, path: Path, record: Path) -> tuple[dict[str, Tensor], str]:
-    """Read `file`, which is or will be `path`, after comparing its digest with the pinned or the recorded one.
-
-    Returns:
-        The weights, and the digest.
-    """
-    with file.open('rb') as opened:
-        digest = hashlib.file_digest(opened, 'sha256').hexdigest()
-    expected, where = KNOWN_SHA256.get(path.name), 'KNOWN_SHA256'
-    remedy = 'that is not the released file'
-    if expected is None and record.is_file():
-        expected, where = (record.read_text().split() or ['nothing'])[0], str(record)
-        remedy = f'the source has another file than before; delete {record} to accept it'
-    if expected not in (None, digest):
-        if file == path:
-            remedy = f'delete {path} and load again'
-        raise UserError(f'{path.name} has SHA-256 {digest}, but {where} says {expected}: {remedy}')
-    return _readable(file, str(path)), digest
-
-
-def _fitting(
-    weights: dict[str, Tensor],
-    origin: str,
-    *,
-    cfg: PretrainedCfg,
-    architecture: Callable[..., nn.Module],
-    model_args: dict[str, Any],
-) -> dict[str, Tensor]:
-    """Return `weights` if their keys and shapes are those of the full model that `cfg` describes.
-
-    Args:
-        weights: State dict without prefixes.
-        origin: What to call it in a message.
-        cfg: Gives the number of classes and of input channels, whatever the model at hand is built with.
-        architecture: timm's function.
-        model_args: The arguments that an exported folder's `config.json` adds.
-
-    Raises:
-        UserError: They differ; names the first few keys of each kind and counts them.
-    """
-    bare = replace(cfg, **dict.fromkeys(_SOURCES))
-    full = architecture(pretrained=False, pretrained_cfg=bare, **{**model_args, 'device': 'meta'}).state_dict()
-    shape = {key: list(getattr(value, 'shape', ())) for key, value in weights.items()}
-    problems = {
-        'missing': [key for key in full if key not in weights],
-        'unexpected': [key for key in weights if key not in full],
-        'of another shape': [
-            f'{key} {shape[key]} instead of {list(value.shape)}'
-            for key, value in full.items()
-            if key in weights and (shape[key] != list(value.shape) or not isinstance(weights[key], Tensor))
-        ],
-    }
-    told = '; '.join(f'{len(keys)} {kind} ({_some(keys)})' for kind, keys in problems.items() if keys)
-    if told:
-        vanilla = VANILLA_ARCHITECTURE[cfg.architecture]
-        raise UserError(
-            f'{origin} does not fit {cfg.architecture} (weights of a {vanilla} with {cfg.num_classes} classes and '
-            f'{cfg.input_size[0]} input channels are expected): {told}'
-        )
-    return weights
-
-
-def _some(keys: list[str], number: int = 3) -> str:
-    return ', '.join(keys[:number]) + (', ...' if len(keys) > number else '')
-
-
-def _first_line(error: Exception) -> str:
-    return f'{type(error).__name__}: {" ".join(str(error).split())[:200]}'
 
 
 @register_model
 def mealv1_resnet50(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """MEAL V1 ResNet-50."""
-    return _create('mealv1_resnet50', pretrained, **kwargs)
+    return create_student('mealv1_resnet50', resnet50, pretrained, **kwargs)
 
 
 @register_model
 def mealv2_resnet18(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """MEAL V2 ResNet-18; no weights were released."""
-    return _create('mealv2_resnet18', pretrained, **kwargs)
+    return create_student('mealv2_resnet18', resnet18, pretrained, **kwargs)
 
 
 @register_model
 def mealv2_resnet50(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """MEAL V2 ResNet-50; tags in1k (224), in1k_380 and cutmix_in1k."""
-    return _create('mealv2_resnet50', pretrained, **kwargs)
+    return create_student('mealv2_resnet50', resnet50, pretrained, **kwargs)
 
 
 @register_model
 def mealv2_mobilenetv3_small_075(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """MEAL V2 MobileNetV3-Small 0.75."""
-    return _create('mealv2_mobilenetv3_small_075', pretrained, **kwargs)
+    return create_student('mealv2_mobilenetv3_small_075', tf_mobilenetv3_small_075, pretrained, **kwargs)
 
 
 @register_model
 def mealv2_mobilenetv3_small_100(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """MEAL V2 MobileNetV3-Small 1.0."""
-    return _create('mealv2_mobilenetv3_small_100', pretrained, **kwargs)
+    return create_student('mealv2_mobilenetv3_small_100', tf_mobilenetv3_small_100, pretrained, **kwargs)
 
 
 @register_model
 def mealv2_mobilenetv3_large_100(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """MEAL V2 MobileNetV3-Large 1.0."""
-    return _create('mealv2_mobilenetv3_large_100', pretrained, **kwargs)
+    return create_student('mealv2_mobilenetv3_large_100', tf_mobilenetv3_large_100, pretrained, **kwargs)
 
 
 @register_model
 def mealv2_efficientnet_b0(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """MEAL V2 EfficientNet-B0."""
-    return _create('mealv2_efficientnet_b0', pretrained, **kwargs)
+    return create_student('mealv2_efficientnet_b0', tf_efficientnet_b0, pretrained, **kwargs)

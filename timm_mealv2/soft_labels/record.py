@@ -26,7 +26,7 @@ from tqdm import tqdm
 from timm_mealv2.data.dataset import UnreadableImage, image_names
 from timm_mealv2.data.normalize import channel_stats
 from timm_mealv2.errors import UserError
-from timm_mealv2.models.mealv2_teachers import EnsembleTeacher
+from timm_mealv2.models.ensemble import EnsembleTeacher
 from timm_mealv2.soft_labels.crops import CropBatch, CropSource, Recipe, crop_loader, decode
 from timm_mealv2.soft_labels.recording import (
     describe_teachers,

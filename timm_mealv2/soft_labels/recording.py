@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from timm_mealv2.errors import UserError
-from timm_mealv2.models.mealv2_teachers import ClassSubset, EnsembleTeacher
+from timm_mealv2.models.ensemble import ClassSubset, EnsembleTeacher
 from timm_mealv2.soft_labels.store import (
     INDEX,
     META,

@@ -9,7 +9,8 @@ from torch.utils.data import Dataset
 
 from timm_mealv2.data.dataset import UnreadableImage, image_names
 from timm_mealv2.errors import UserError
-from timm_mealv2.models.mealv2_teachers import EnsembleTeacher, create_ensemble
+from timm_mealv2.models.ensemble import EnsembleTeacher
+from timm_mealv2.models.factory import create_ensemble
 from timm_mealv2.soft_labels.crops import decode
 from timm_mealv2.soft_labels.record import mean_probabilities
 from timm_mealv2.soft_labels.recording import describe_teachers
@@ -60,7 +61,7 @@ def create_teachers(
         weights=[teacher['weight'] for teacher in meta.teachers],
         img_sizes=sizes,  # type: ignore[arg-type]
         classes={name: teacher['classes'] for name, teacher in teachers if teacher['classes'] is not None},
-        dtype=getattr(torch, meta.teacher_dtype) if meta.teacher_dtype else None,
+        autocast_dtype=getattr(torch, meta.teacher_dtype) if meta.teacher_dtype else None,
         device=device,
     )
 

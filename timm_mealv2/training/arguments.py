@@ -13,7 +13,7 @@ import yaml
 from timm.utils import ParseKwargs
 
 from timm_mealv2.errors import UserError
-from timm_mealv2.models.mealv2_teachers import parse_teachers
+from timm_mealv2.models.factory import TeacherSpec
 from timm_mealv2.training.checks import OptionError, check_args, mixes
 from timm_mealv2.training.options import build_parser
 
@@ -60,7 +60,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.explicit = frozenset(given) | changed
     if args.teachers and args.kd_model_name:
         raise UserError('--teachers and --kd-model-name mean the same: give one of them.')
-    args.teachers = parse_teachers(args.teachers or ([args.kd_model_name] if args.kd_model_name else []))
+    texts = args.teachers or ([args.kd_model_name] if args.kd_model_name else [])
+    args.teachers = [str(spec) for spec in TeacherSpec.parse_all(texts)]
     args.kd_model_name = None
     try:
         check_args(args)

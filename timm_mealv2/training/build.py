@@ -38,7 +38,8 @@ from timm_mealv2.data.dataset import check_classes, dataset_root, open_dataset
 from timm_mealv2.data.loader import StreamLoader, TrainLoader, eval_loader, image_sizes
 from timm_mealv2.data.seed import Stream, counted_seed, seed_all
 from timm_mealv2.errors import UserError
-from timm_mealv2.models.mealv2_teachers import EnsembleTeacher, create_ensemble, read_classes
+from timm_mealv2.models.ensemble import EnsembleTeacher
+from timm_mealv2.models.factory import create_ensemble, read_classes
 from timm_mealv2.soft_labels.dataset import SoftLabelDataset
 from timm_mealv2.soft_labels.store import SoftLabelStore
 from timm_mealv2.task import MealV2Task, scale_discriminator_lr
@@ -223,7 +224,7 @@ def build_teachers(args: argparse.Namespace, in_chans: int, device: torch.device
         weights=args.teacher_weights,
         img_sizes=args.teacher_img_size,
         classes=read_classes(args.teacher_classes or ()),
-        dtype=_FLOAT_TYPES[args.teacher_dtype] if args.teacher_dtype else None,
+        autocast_dtype=_FLOAT_TYPES[args.teacher_dtype] if args.teacher_dtype else None,
         device=device,
     )
 

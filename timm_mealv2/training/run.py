@@ -32,7 +32,7 @@ from timm_mealv2.data.loader import StreamLoader, TrainLoader
 from timm_mealv2.errors import UserError
 from timm_mealv2.evaluation import evaluate
 from timm_mealv2.files import replacing
-from timm_mealv2.models.mealv2_teachers import EnsembleTeacher
+from timm_mealv2.models.ensemble import EnsembleTeacher
 from timm_mealv2.training.arguments import args_text, paper_differences, parse_args
 from timm_mealv2.training.build import (
     build_datasets,
@@ -402,7 +402,7 @@ class _Run:
         """Evaluate ensemble, teachers and the student's start, so that a wrong teacher is seen in time."""
         models: dict[str, nn.Module] = {'ensemble': teachers}
         for name, teacher, size in zip(teachers.names, teachers.teachers, teachers.img_sizes, strict=True):
-            options: dict[str, Any] = {'names': [name], 'img_sizes': [size], 'dtype': teachers.autocast_dtype}
+            options: dict[str, Any] = {'names': [name], 'img_sizes': [size], 'autocast_dtype': teachers.autocast_dtype}
             models[f'teacher {name}'] = EnsembleTeacher([teacher], **options)
         models['student (start)'] = self._eval_student()
         rows = self._evaluate(models, reference='ensemble')

@@ -1,0 +1,122 @@
+"""Models rebuilt from checkpoints and bare weights."""
+
+import argparse
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.utils import ModelEmaV3
+from tiny_models import HALF, images, same_state, save_training_checkpoint, tiny
+
+from timm_mealv2.errors import UserError
+from timm_mealv2.models.checkpoint import TrainingCheckpoint
+from timm_mealv2.models.ensemble import EnsembleTeacher
+from timm_mealv2.models.factory import create_ensemble
+
+
+class TestCheckpoint:
+    def test_plain_weights(self, tmp_path):
+        model = tiny(0, 'test_resnet')
+        torch.save(model.state_dict(), tmp_path / 'a,b=c.pth')
+        save_file(model.state_dict(), tmp_path / 'a.safetensors')
+        for name in ('a,b=c.pth', 'a.safetensors'):
+            ensemble = create_ensemble([f'test_resnet={tmp_path / name}'])
+            assert ensemble.num_classes == 10
+            torch.testing.assert_close(ensemble(images()), EnsembleTeacher([model])(images()))
+
+    def test_data_parallel_keys_and_another_channel_count(self, tmp_path):
+        model = tiny(0, 'test_resnet', in_chans=4, num_classes=3)
+        torch.save({f'module.{key}': value for key, value in model.state_dict().items()}, tmp_path / 'a.pth')
+        rebuilt: Any = TrainingCheckpoint.read(tmp_path / 'a.pth', 'test_resnet').build()
+        assert (rebuilt.in_chans, rebuilt.num_classes) == (4, 3)
+        assert rebuilt.pretrained_cfg['input_size'] == (4, 160, 160)
+        assert 'hf_hub_id' not in rebuilt.pretrained_cfg
+        assert same_state(rebuilt.state_dict(), model.state_dict())
+
+    def test_a_training_checkpoint_is_rebuilt_from_its_arguments(self, tmp_path):
+        kwargs = {'channels': (8, 8, 16, 16), 'stem_width': 8}
+        model = tiny(0, in_chans=1)
+        path = save_training_checkpoint(
+            tmp_path / 'run',
+            model,
+            model_kwargs=kwargs,
+            num_classes=None,
+            in_chans=1,
+            gp=None,
+            mean=[0.2],
+            std=[0.3],
+            img_size=64,
+            input_size=None,
+            interpolation='',
+            crop_pct=1.0,
+        )
+        rebuilt: Any = TrainingCheckpoint.read(path, 'resnet10t').build()
+        assert same_state(rebuilt.state_dict(), model.state_dict())
+        cfg = rebuilt.pretrained_cfg
+        assert (cfg['mean'], cfg['std'], cfg['crop_pct']) == ((0.2,), (0.3,), 1.0)
+        assert (cfg['input_size'], cfg['num_classes'], cfg['interpolation']) == ((1, 64, 64), 10, 'bicubic')
+
+    def test_the_recorded_data_config_wins(self, tmp_path):
+        model = tiny(0, 'test_resnet')
+        data_config = {'input_size': [3, 96, 96], 'mean': list(HALF), 'std': list(HALF), 'crop_pct': 0.9}
+        torch.save({'state_dict': model.state_dict(), 'data_config': data_config}, tmp_path / 'a.pth')
+        cfg = create_ensemble([f'test_resnet={tmp_path / "a.pth"}']).pretrained_cfg
+        assert (cfg['mean'], cfg['std'], cfg['input_size'], cfg['crop_pct']) == (HALF, HALF, (3, 96, 96), 0.9)
+
+    def test_ema_weights_where_the_file_has_them(self, tmp_path):
+        model = tiny(0)
+        ema = ModelEmaV3(tiny(1))
+        path = save_training_checkpoint(
+            tmp_path / 'run', model, ema, model_kwargs={'channels': [8, 8, 16, 16], 'stem_width': 8}
+        )
+        rebuilt: Any = TrainingCheckpoint.read(path, 'resnet10t').build()
+        assert same_state(rebuilt.state_dict(), ema.module.state_dict())
+
+    def test_a_file_for_another_architecture_is_refused_by_keys_and_shapes(self, tmp_path):
+        torch.save(tiny(0).state_dict(), tmp_path / 'a.pth')
+        with pytest.raises(
+            UserError, match=r'does not fit the architecture: .*of other shape \(conv1.0.weight is \[6, 3, 3, 3\] for'
+        ):
+            create_ensemble([f'resnet10t={tmp_path / "a.pth"}'])
+        with pytest.raises(UserError, match=r'missing \(.*; \d+ unknown \('):
+            create_ensemble([f'test_efficientnet={tmp_path / "a.pth"}'])
+        state = tiny(0, 'test_resnet').state_dict()
+        del state['fc.bias']
+        torch.save(state, tmp_path / 'b.pth')
+        with pytest.raises(UserError, match=r'1 missing \(fc.bias\)'):
+            create_ensemble([f'test_resnet={tmp_path / "b.pth"}'])
+
+    @pytest.mark.parametrize('content', [b'', b'not a checkpoint', None])
+    def test_a_file_that_cannot_be_read_is_refused(self, tmp_path, content):
+        path = tmp_path / 'a.pth'
+        torch.save(tiny(0, 'test_resnet').state_dict(), path)
+        path.write_bytes(path.read_bytes()[:5000] if content is None else content)
+        with pytest.raises(UserError, match='is not a readable checkpoint'):
+            create_ensemble([f'test_resnet={path}'])
+
+    def test_a_file_without_weights_is_refused(self, tmp_path):
+        torch.save({'epoch': 3}, tmp_path / 'a.pth')
+        with pytest.raises(UserError, match='holds no state dict'):
+            create_ensemble([f'test_resnet={tmp_path / "a.pth"}'])
+
+    def test_its_class_count_is_compared(self, tmp_path):
+        torch.save(tiny(0, 'test_resnet').state_dict(), tmp_path / 'a.pth')
+        with pytest.raises(UserError, match='has 10 classes, but 1000 are asked for'):
+            create_ensemble([f'test_resnet={tmp_path / "a.pth"}'], num_classes=1000)
+
+    def test_a_vit_is_built_for_the_image_size_of_its_run(self, tmp_path):
+        model = timm.create_model('vit_tiny_patch16_224', img_size=32, embed_dim=48, depth=1, num_classes=10)
+        torch.save(
+            {
+                'state_dict': model.state_dict(),
+                'args': argparse.Namespace(
+                    model='vit_tiny_patch16_224', img_size=32, model_kwargs={'embed_dim': 48, 'depth': 1}
+                ),
+            },
+            tmp_path / 'a.pth',
+        )
+        ensemble = create_ensemble([f'vit_tiny_patch16_224={tmp_path / "a.pth"}'])
+        assert ensemble.img_sizes == ((32, 32),)
+        assert ensemble(images()).shape == (3, 10)

@@ -1,0 +1,259 @@
+"""The ensemble against plain NumPy, and frozen whatever is called."""
+
+import copy
+
+import numpy as np
+import pytest
+import timm
+import torch
+from tiny_models import (
+    HALF,
+    MEAN,
+    STD,
+    Scripted,
+    images,
+    same_state,
+    state_of,
+    tiny,
+)
+from torch import nn
+from torch.nn import functional as F
+
+from timm_mealv2.errors import UserError
+from timm_mealv2.models.ensemble import EnsembleTeacher
+
+
+class TestArithmetic:
+    @pytest.mark.parametrize('num_teachers', [1, 2, 3, 4])
+    @pytest.mark.parametrize('num_classes', [2, 10, 1000])
+    @pytest.mark.parametrize('weighted', [False, True])
+    def test_mean_probability_and_mean_logits_are_those_of_numpy(self, num_teachers, num_classes, weighted):
+        rng = np.random.default_rng(num_teachers * num_classes)
+        logits = rng.normal(scale=5, size=(num_teachers, 6, num_classes))
+        weights = rng.uniform(0.1, 3, num_teachers) if weighted else np.ones(num_teachers)
+        ensemble = EnsembleTeacher([Scripted(z) for z in logits], weights.tolist() if weighted else None)
+
+        exp = np.exp(logits - logits.max(axis=2, keepdims=True))
+        share = (weights / weights.sum())[:, None, None]
+        mean_prob = (share * exp / exp.sum(axis=2, keepdims=True)).sum(axis=0)
+        log_probs, mean_logits = ensemble.predict(images(6).double())
+        assert log_probs.dtype == torch.float64
+        np.testing.assert_allclose(log_probs.numpy(), np.log(mean_prob), rtol=1e-10, atol=1e-10)
+        np.testing.assert_allclose(mean_logits.numpy(), (share * logits).sum(axis=0), rtol=1e-10, atol=1e-10)
+        np.testing.assert_array_equal(ensemble.teacher_logits(images(6).double()).numpy(), logits)
+        assert sum(ensemble.weights) == pytest.approx(1, abs=1e-12)
+
+    def test_extreme_logits_stay_finite(self):
+        ensemble = EnsembleTeacher([Scripted(np.array([[3e4, 0.0]])), Scripted(np.array([[0.0, -3e4]]))])
+        assert torch.isfinite(ensemble(images(1))).all()
+
+    def test_half_types_come_out_as_float32(self):
+        for dtype in (torch.float16, torch.bfloat16):
+            ensemble = EnsembleTeacher([tiny(0), tiny(1)]).to(dtype)
+            log_probs, mean_logits = ensemble.predict(images().to(dtype))
+            assert log_probs.dtype == mean_logits.dtype == ensemble.teacher_logits(images()).dtype == torch.float32
+            torch.testing.assert_close(log_probs.exp().sum(dim=1), torch.ones(3))
+
+    def test_a_teacher_of_weight_zero_does_not_count(self):
+        a, b = tiny(0), tiny(1)
+        expected = F.log_softmax(a(images()), dim=1)
+        torch.testing.assert_close(EnsembleTeacher([a, b], [2, 0])(images()), expected, rtol=1e-4, atol=1e-4)
+
+    def test_an_ensemble_in_an_ensemble_counts_by_its_members(self):
+        a, b, c = (Scripted(np.random.default_rng(seed).normal(size=(3, 5))) for seed in range(3))
+        nested = EnsembleTeacher([EnsembleTeacher([a, b], [3, 1]), c])
+        flat = EnsembleTeacher([a, b, c], [3, 1, 4])
+        assert nested.weights == pytest.approx(flat.weights)
+        for one, other in zip(nested.predict(images()), flat.predict(images()), strict=True):
+            torch.testing.assert_close(one, other)
+
+    def test_answers_can_stand_in_a_loss_of_the_student(self):
+        student, ensemble = tiny(5), EnsembleTeacher([tiny(0), tiny(1)])
+        log_probs, mean_logits = ensemble.predict(images())
+        assert not log_probs.is_inference()
+        assert not mean_logits.is_inference()
+        output = student(images())
+        ((output - mean_logits).pow(2).mean() - (log_probs.exp() * F.log_softmax(output, dim=1)).sum()).backward()
+        assert all(p.grad is not None for p in student.parameters())
+
+    def test_the_callers_autocast_does_not_reach_the_teachers(self):
+        ensemble = EnsembleTeacher([tiny(0), tiny(1)])
+        expected = ensemble(images())
+        with torch.autocast('cpu', torch.bfloat16):
+            assert torch.equal(ensemble(images()), expected)
+
+    def test_the_teachers_own_dtype_is_their_autocast(self):
+        a, b = tiny(0), tiny(1)
+        exact = EnsembleTeacher([a, b])(images())
+        half = EnsembleTeacher([a, b], autocast_dtype=torch.bfloat16)(images())
+        with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
+            by_hand = torch.stack([F.softmax(model(images()).float(), dim=1) for model in (a, b)]).mean(dim=0)
+        assert half.dtype == torch.float32
+        assert not torch.equal(half, exact)
+        torch.testing.assert_close(half.exp(), by_hand, rtol=1e-3, atol=1e-4)
+
+    def test_an_answer_of_another_width_is_refused(self):
+        teacher = Scripted(np.zeros((3, 5)))
+        teacher.num_classes = 6
+        with pytest.raises(UserError, match=r'Teacher Scripted must answer with logits \[3, 6\]'):
+            EnsembleTeacher([teacher])(images())
+
+
+class TestInput:
+    def test_each_teacher_sees_its_own_normalisation(self):
+        imagenet, half = tiny(0), tiny(1)
+        half.pretrained_cfg.update(mean=HALF, std=HALF)
+        pixels = torch.rand(3, 3, 64, 64)
+        by_imagenet = (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+        with torch.no_grad():
+            expected = torch.stack([imagenet(by_imagenet), half((pixels - 0.5) / 0.5)])
+        got = EnsembleTeacher([imagenet, half]).teacher_logits(by_imagenet)
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-3)
+
+    def test_what_the_ensembles_config_says_at_the_call_counts(self):
+        ensemble = EnsembleTeacher([tiny(0), tiny(1)])
+        pixels = torch.rand(3, 3, 64, 64)
+        by_imagenet = (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+        expected = ensemble(by_imagenet)
+        ensemble.pretrained_cfg.update(mean=list(HALF), std=list(HALF))
+        torch.testing.assert_close(ensemble((pixels - 0.5) / 0.5), expected, rtol=1e-4, atol=1e-3)
+        assert timm.data.resolve_model_data_config(ensemble)['mean'] == list(HALF)
+        assert ensemble.default_cfg is ensemble.pretrained_cfg
+
+    def test_equal_normalisation_hands_the_very_values_on(self):
+        seen = []
+        teacher = tiny(0)
+        teacher.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        EnsembleTeacher([teacher])(images())
+        assert torch.equal(seen[0], images())
+        assert seen[0].is_contiguous(memory_format=torch.channels_last)
+
+    def test_grey_pictures_take_the_average_of_a_colour_config(self):
+        grey = tiny(0, in_chans=1)  # its config has three means
+        half = tiny(1, in_chans=1)
+        half.pretrained_cfg.update(mean=(0.5,), std=(0.5,))
+        ensemble = EnsembleTeacher([grey, half])
+        assert ensemble.in_chans == 1
+        assert ensemble.pretrained_cfg['input_size'][0] == 1
+        pixels = torch.rand(3, 1, 64, 64)
+        normalised = (pixels - sum(MEAN) / 3) / (sum(STD) / 3)
+        with torch.no_grad():
+            expected = torch.stack([grey(normalised), half((pixels - 0.5) / 0.5)])
+        torch.testing.assert_close(ensemble.teacher_logits(normalised), expected, rtol=1e-4, atol=1e-3)
+
+    def test_a_teacher_of_fixed_size_gets_its_size_and_the_other_the_input(self):
+        vit = timm.create_model('vit_tiny_patch16_224', img_size=32, embed_dim=48, depth=1, num_classes=10).eval()
+        nn.init.normal_(vit.head.weight)
+        net = tiny(1)
+        net.pretrained_cfg.update(mean=HALF, std=HALF)
+        ensemble = EnsembleTeacher([vit, net])
+        assert ensemble.img_sizes == ((32, 32), None)
+        with torch.no_grad():
+            small = F.interpolate(images(), (32, 32), mode='bicubic', antialias=True)
+            expected = torch.stack([vit(small), net(images())])
+        torch.testing.assert_close(ensemble.teacher_logits(images()), expected, rtol=1e-4, atol=1e-3)
+        with pytest.raises(UserError, match=r'takes images of \(32, 32\) only, got \(48, 48\)'):
+            EnsembleTeacher([vit], img_sizes=[48])
+
+    def test_an_asked_image_size_is_what_the_teacher_sees(self):
+        a, b = tiny(0), tiny(1)
+        with torch.no_grad():
+            expected = torch.stack([a(F.interpolate(images(), (96, 96), mode='bicubic', antialias=True)), b(images())])
+        got = EnsembleTeacher([a, b], img_sizes=[96, None]).teacher_logits(images())
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-3)
+
+
+class Parent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.student = tiny(5)
+        self.teacher = EnsembleTeacher([tiny(0), tiny(1)])
+
+
+class TestFrozen:
+    @pytest.mark.parametrize(
+        'call',
+        [
+            lambda parent: parent.train(),
+            lambda parent: parent.teacher.train(),
+            lambda parent: parent.requires_grad_(True),
+            lambda parent: parent.teacher.requires_grad_(True),
+            lambda parent: parent.apply(lambda module: module.train()),
+            lambda parent: [module.train() for module in parent.modules()],
+            lambda parent: parent.apply(lambda m: m.reset_parameters() if hasattr(m, 'reset_parameters') else None),
+        ],
+        ids=['train', 'own train', 'requires_grad_', 'own requires_grad_', 'apply', 'each module', 'apply an init'],
+    )
+    @pytest.mark.parametrize('copied', [False, True])
+    def test_training_a_parent_changes_nothing(self, call, copied):
+        parent = Parent()
+        if copied:
+            parent = copy.deepcopy(parent)
+        before, answer = state_of(parent.teacher), parent.teacher(images())
+        call(parent)
+        optimizer = torch.optim.SGD(parent.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+        adam = torch.optim.AdamW(parent.parameters(), lr=0.1, weight_decay=0.1)
+        for _ in range(2):
+            loss = -(parent.teacher(images()).exp() * F.log_softmax(parent.student(images()), dim=1)).sum()
+            loss.backward()
+            optimizer.step()
+            adam.step()
+        assert all(p.grad is None for p in parent.teacher.parameters())
+        assert not any(module.training for module in parent.teacher.modules())
+        assert same_state(before, parent.teacher.state_dict())
+        assert torch.equal(parent.teacher(images()), answer)
+
+    def test_own_parameters_ask_for_no_gradient(self):
+        ensemble = EnsembleTeacher([tiny(0), tiny(1)])
+        assert not any(p.requires_grad for p in copy.deepcopy(ensemble.train().requires_grad_(True)).parameters())
+
+    def test_weights_travel_by_state_dict_and_dtype(self):
+        ensemble, other = EnsembleTeacher([tiny(0), tiny(1)], [2, 1]), EnsembleTeacher([tiny(2), tiny(3)], [2, 1])
+        other.load_state_dict(ensemble.state_dict())
+        assert torch.equal(other(images()), ensemble(images()))
+        torch.testing.assert_close(
+            copy.deepcopy(ensemble).double()(images()).float(), ensemble(images()), rtol=1e-3, atol=1e-3
+        )
+
+    def test_compiled_it_answers_the_same(self):
+        ensemble = EnsembleTeacher([tiny(0), tiny(1)])
+        ensemble.pretrained_cfg.update(mean=HALF, std=HALF)
+        compiled = torch.compile(ensemble, backend='aot_eager')
+        torch.testing.assert_close(compiled(images()), ensemble(images()), rtol=1e-4, atol=1e-4)
+        assert not compiled(images()).is_inference()
+
+
+class TestRefused:
+    def test_no_teacher(self):
+        with pytest.raises(UserError, match='at least one teacher'):
+            EnsembleTeacher([])
+
+    def test_the_same_weights_twice_by_both_names(self):
+        a = tiny(0)
+        a.pretrained_cfg['tag'] = 'one'
+        b = copy.deepcopy(a)
+        b.pretrained_cfg['tag'] = 'two'
+        with pytest.raises(UserError, match=r'resnet10t\.one and resnet10t\.two have the same weights'):
+            EnsembleTeacher([a, tiny(1), b])
+
+    def test_the_same_module_twice(self):
+        with pytest.raises(UserError, match='the same weights'):
+            EnsembleTeacher([tiny(0)] * 2)
+
+    def test_one_other_buffer_is_another_teacher(self):
+        a, b = tiny(0), tiny(0)
+        b.bn1.running_mean.add_(1)
+        assert len(EnsembleTeacher([a, b]).teachers) == 2
+
+    def test_class_counts_that_differ(self):
+        with pytest.raises(UserError, match=r'same num_classes, got resnet10t.c3_in1k 10, .* 7'):
+            EnsembleTeacher([tiny(0), tiny(1, num_classes=7)])
+
+    def test_no_class_count(self):
+        with pytest.raises(UserError, match='Sequential has no num_classes'):
+            EnsembleTeacher([nn.Sequential(nn.Flatten())])
+
+    @pytest.mark.parametrize('weights', [[1], [1, 1, 1], [0, 0], [1, -1], [1, float('nan')], [1, float('inf')]])
+    def test_weights_that_are_none(self, weights):
+        with pytest.raises(UserError, match='Teacher weights must be'):
+            EnsembleTeacher([tiny(0), tiny(1)], weights)

@@ -1,0 +1,339 @@
+"""Frozen ensembles from modules and from texts that name teachers.
+
+A teacher is an `nn.Module`, or a text that names one:
+
+- `resnet152s.gluon_in1k`: a timm model, with the pretrained weights of its tag;
+- `hf-hub:USER/REPO`, `local-dir:FOLDER`: an exported model, built as its `config.json` says (`model_args` included);
+- `resnet18=path/to/checkpoint.pth.tar`: weights of one's own in a timm architecture;
+- `python:package.module:function`: what the function returns, called without arguments.
+"""
+
+import difflib
+import importlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from timm.models import (
+    create_model,
+    get_arch_name,
+    get_arch_pretrained_cfgs,
+    get_deprecated_models,
+    get_pretrained_cfg,
+    is_model,
+    list_models,
+    load_model_config_from_hf,
+    resolve_model_input_args,
+)
+from timm.utils import unwrap_model
+from torch import nn
+
+from timm_mealv2.errors import UserError, one_line
+from timm_mealv2.models.checkpoint import TrainingCheckpoint, architecture_arguments, is_ensemble
+from timm_mealv2.models.ensemble import ClassSubset, EnsembleTeacher, teacher_name
+
+_logger = logging.getLogger(__name__)
+
+_PREFIXES = {'hf-hub:': 'hf-hub', 'hf_hub:': 'hf-hub', 'local-dir:': 'local-dir', 'python:': 'python'}
+
+
+@dataclass(frozen=True)
+class TeacherSpec:
+    """What a text that names a teacher says.
+
+    Attributes:
+        kind: 'timm' (a timm name), 'checkpoint' (NAME=PATH), 'hf-hub', 'local-dir' or 'python'.
+        name: The timm name, USER/REPO or MODULE:FUNCTION; '' for a folder.
+        path: The checkpoint's file or the folder; None for the other kinds.
+        prefix: How the text begins where its kind has a prefix.
+    """
+
+    kind: str
+    name: str = ''
+    path: str | None = None
+    prefix: str = ''
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Return what a text means; whether it leads anywhere is for `check` to say."""
+        for prefix, kind in _PREFIXES.items():
+            if text.startswith(prefix):
+                rest = text.removeprefix(prefix)
+                return cls(kind, '', rest, prefix) if kind == 'local-dir' else cls(kind, rest, None, prefix)
+        name, is_checkpoint, path = text.partition('=')
+        return cls('checkpoint', name, path) if is_checkpoint else cls('timm', text)
+
+    @classmethod
+    def parse_all(cls, texts: Sequence[str]) -> list[Self]:
+        """Parse texts, each of which may name several timm models: `A,B`. Commas in other texts belong to them."""
+        specs = [cls.parse(text) for text in texts]
+        parts = [spec.name.split(',') if spec.kind == 'timm' else [str(spec)] for spec in specs]
+        return [cls.parse(part.strip()) for some in parts for part in some if part.strip()]
+
+    def __str__(self) -> str:
+        if self.kind == 'checkpoint':
+            return f'{self.name}={self.path}'
+        return f'{self.prefix}{self.name if self.path is None else self.path}'
+
+    def under(self, folder: str | os.PathLike[str]) -> Self:
+        """Return the same teacher with its path, if it is relative, taken from a folder."""
+        return self if self.path is None else replace(self, path=os.path.join(folder, self.path))
+
+    def check(self) -> None:
+        """Raise a `UserError` where the teacher cannot be built, as far as can be told without a download."""
+        if self.kind == 'timm':
+            name = _known(self.name)
+            if not is_ensemble(name) and not get_pretrained_cfg(name).has_weights:
+                tagged = [tagged for tagged, cfg in get_arch_pretrained_cfgs(name).items() if cfg.has_weights]
+                remedy = f'name one that has ({", ".join(tagged)}), or ' if tagged else ''
+                raise UserError(f'{self} has no pretrained weights: {remedy}give {name}=PATH.')
+        elif self.kind == 'checkpoint':
+            if is_ensemble(_known(self.name)):
+                raise UserError(f'{self}: an ensemble has no checkpoint of its own; give each teacher as NAME=PATH.')
+            if not Path(self.path or '').is_file():
+                raise UserError(f'{self}: there is no such file.')
+        elif self.kind == 'local-dir':
+            config = Path(self.path or '', 'config.json')
+            if not config.is_file():
+                raise UserError(
+                    f'{self} cannot be loaded: Config file not found: {config} (a file of yours is NAME=PATH)'
+                )
+        elif self.kind == 'python':
+            module_name, _, function = self.name.partition(':')
+            if not function.isidentifier() or not all(part.isidentifier() for part in module_name.split('.')):
+                raise UserError(f'{self} must be python:package.module:function.')
+
+    def build(
+        self,
+        *,
+        num_classes: int | None = None,
+        in_chans: int | None = None,
+        img_size: int | None = None,
+        pretrained: bool = True,
+        cache_dir: str | Path | None = None,
+    ) -> nn.Module:
+        """Build the teacher on the CPU.
+
+        Args:
+            num_classes: The class count that it must have; without `pretrained`, a named model gets it.
+            in_chans: Input channels; a named model whose weights have others gets an adapted first convolution.
+            img_size: The image size that a named model of fixed size is built for.
+            pretrained: False gives named models random weights.
+            cache_dir: Where downloads are kept; timm's place if None.
+
+        Raises:
+            UserError: If the teacher is unknown, cannot be loaded, or has another class count.
+        """
+        if pretrained or self.kind not in ('timm', 'local-dir', 'hf-hub'):
+            self.check()
+        if self.kind == 'python':
+            return self._call_function()
+        if self.kind == 'checkpoint':
+            return TrainingCheckpoint.read(self.path or '', _known(self.name)).build(num_classes)
+        name = _known(self.name) if self.kind == 'timm' else str(self)
+        try:
+            if is_ensemble(self._architecture(name, cache_dir)):  # its arguments are for `create_ensemble`
+                kwargs = {'model_name': name, 'num_classes': num_classes, 'in_chans': in_chans, 'cache_dir': cache_dir}
+            else:
+                kwargs = self._model_arguments(name, num_classes, in_chans, img_size, pretrained, cache_dir)
+            model: nn.Module = create_model(pretrained=pretrained, **kwargs)
+        except UserError:
+            raise
+        except Exception as error:  # names, folders, config files and the network are the user's, whatever they raise
+            raise UserError(
+                f'{self} cannot be loaded: {one_line(error)} (a download needs the network; a file of yours is '
+                'NAME=PATH)'
+            ) from error
+        return model
+
+    def _architecture(self, name: str, cache_dir: str | Path | None) -> str:
+        if self.kind == 'local-dir':  # timm's own reader takes no config.json of an ensemble without 'pretrained_cfg'
+            config = Path(self.path or '', 'config.json')
+            return str(json.loads(config.read_text(encoding='utf-8'))['architecture'])
+        return str(load_model_config_from_hf(self.name, cache_dir)[1]) if self.kind == 'hf-hub' else name
+
+    def _model_arguments(
+        self,
+        name: str,
+        num_classes: int | None,
+        in_chans: int | None,
+        img_size: int | None,
+        pretrained: bool,
+        cache_dir: str | Path | None,
+    ) -> dict[str, Any]:
+        """Arguments for `timm.create_model`: a model with its own class count (`num_classes` without its weights)."""
+        resolved = resolve_model_input_args(name, {'img_size': img_size}, cache_dir=cache_dir)
+        cfg = resolved['pretrained_cfg']
+        kwargs = architecture_arguments(resolved)
+        if pretrained:
+            if kwargs.get('num_classes', cfg['num_classes']) != cfg['num_classes']:  # timm would make a new head
+                raise UserError(
+                    f"{self} contradicts itself: its config's model_args say {kwargs['num_classes']} classes, "
+                    f'its pretrained_cfg {cfg["num_classes"]}; export it again.'
+                )
+            _check_count(str(self), 'classes', cfg['num_classes'], num_classes)
+        elif num_classes is not None:
+            kwargs['num_classes'] = num_classes
+        own_chans = kwargs.get('in_chans', cfg['input_size'][0])
+        if in_chans not in (None, own_chans):
+            kwargs['in_chans'] = in_chans
+            _logger.info(f'{self}: the first convolution is adapted from {own_chans} to {in_chans} input channels.')
+        return {**kwargs, 'model_name': resolved['model_name'], 'pretrained_cfg': cfg, 'cache_dir': cache_dir}
+
+    def _call_function(self) -> nn.Module:
+        module_name, _, function = self.name.partition(':')
+        if os.getcwd() not in sys.path:  # an installed program has its own folder there, `python -m` the working one
+            sys.path.insert(0, os.getcwd())
+        try:
+            model = getattr(importlib.import_module(module_name), function)()
+        except UserError:
+            raise
+        except Exception as error:  # the user's code, which may raise anything
+            raise UserError(f'{self} cannot be made: {type(error).__name__}: {one_line(error)}') from error
+        if not isinstance(model, nn.Module):
+            raise UserError(f'{self} must return an nn.Module, got {type(model).__name__}.')
+        return model
+
+
+def read_classes(texts: Sequence[str]) -> dict[str, list[int]]:
+    """Read the files of texts `TEACHER=FILE`, split at the last `=`, as `create_ensemble` takes `classes`.
+
+    A file has one class index a line, but for blank lines and `#` comments.
+
+    Raises:
+        UserError: If a text is none of this kind, a teacher is there twice, or a file cannot be read or holds
+            anything else.
+    """
+    classes: dict[str, list[int]] = {}
+    for text in texts:
+        name, _, path = text.rpartition('=')
+        if not name or name in classes:
+            fault = 'the classes of this teacher are given twice' if name else 'must be TEACHER=FILE'
+            raise UserError(f'--teacher-classes {text}: {fault}.')
+        try:
+            lines = [line.partition('#')[0].strip() for line in Path(path).read_text(encoding='utf-8').splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f'--teacher-classes {text}: cannot read {path}: {error}') from error
+        for number, line in enumerate(lines, 1):
+            if line and not line.isdecimal():
+                raise UserError(f'--teacher-classes {text}: line {number} must be one class index, got {line!r}.')
+        classes[name] = [int(line) for line in lines if line]
+    return classes
+
+
+def create_ensemble(
+    teachers: str | TeacherSpec | nn.Module | Sequence[str | TeacherSpec | nn.Module],
+    *,
+    num_classes: int | None = None,
+    in_chans: int | None = None,
+    weights: Sequence[float] | None = None,
+    img_sizes: Sequence[int] | None = None,
+    classes: Mapping[str, Sequence[int]] | None = None,
+    autocast_dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    pretrained: bool = True,
+    cache_dir: str | Path | None = None,
+) -> EnsembleTeacher:
+    """Make an ensemble from modules and from texts that name teachers (see the head of this file).
+
+    No teacher's head is ever replaced: one whose class count is not `num_classes` is refused, unless `classes` says
+    which of its classes to take.
+
+    Args:
+        teachers: One or several modules, texts (`A,B` names two timm models) or parsed texts.
+        num_classes: The class count that all must have; not checked if None.
+        in_chans: Input channels; a named model whose weights have others gets timm's adapted first convolution.
+        weights: One per teacher; equal if None.
+        img_sizes: The image size that the teachers are to see, one for all or one per teacher. Named models of
+            fixed size are built for it.
+        classes: Teacher, as its text or name has it -> its class of each class of the ensemble; its probabilities are
+            renormalized over these.
+        autocast_dtype: Dtype of the teachers' autocast; None for none.
+        device: Where the teachers are put.
+        pretrained: False gives named models random weights and `num_classes` classes, for tests; checkpoints
+            (`NAME=PATH`) are loaded all the same.
+        cache_dir: Where downloads are kept; timm's place if None.
+
+    Raises:
+        UserError: If a teacher is unknown, cannot be loaded, or does not fit the others.
+    """
+    given = [teachers] if isinstance(teachers, str | TeacherSpec | nn.Module) else teachers
+    members = [
+        member
+        for teacher in given
+        for member in (TeacherSpec.parse_all([teacher]) if isinstance(teacher, str) else [teacher])
+    ]
+    sizes: list[int | None] = [None] * len(members) if img_sizes is None else list(img_sizes)
+    if len(sizes) == 1:
+        sizes *= len(members)
+    if len(sizes) != len(members):
+        raise UserError(f'img_sizes must be one for all or one per teacher ({len(members)}), got {len(sizes)}.')
+    names = [teacher_name(member) if isinstance(member, nn.Module) else str(member) for member in members]
+    classes = classes or {}
+    for name in classes:
+        if name not in names:
+            raise UserError(f'Classes are given for {name}, which is no teacher: name one of {", ".join(names)}.')
+    modules = []
+    for member, name, size in zip(members, names, sizes, strict=True):
+        module = (
+            member
+            if isinstance(member, nn.Module)
+            else member.build(
+                num_classes=None if name in classes else num_classes,
+                in_chans=in_chans,
+                img_size=size,
+                pretrained=pretrained,
+                cache_dir=cache_dir,
+            )
+        )
+        modules.append(_subset(module, name, classes[name], num_classes) if name in classes else module)
+    ensemble = EnsembleTeacher(modules, weights, names=names, img_sizes=sizes, autocast_dtype=autocast_dtype)
+    _check_count(ensemble.names[0], 'classes', ensemble.num_classes, num_classes)
+    _check_count(ensemble.names[0], 'input channels', ensemble.in_chans, in_chans)
+    return ensemble.to(device) if device is not None else ensemble
+
+
+def _subset(teacher: nn.Module, name: str, classes: Sequence[int], num_classes: int | None) -> nn.Module:
+    """The teacher, or each member of an ensemble, with these of its classes alone."""
+    if num_classes is not None and len(classes) != num_classes:
+        raise UserError(f'Teacher {name} must have one class for each of the {num_classes}, got {len(classes)}.')
+    inner = unwrap_model(teacher)
+    try:
+        if not isinstance(inner, EnsembleTeacher):
+            return ClassSubset(teacher, classes)
+        members = [ClassSubset(member, classes) for member in inner.teachers]
+    except UserError as error:
+        raise UserError(f'Teacher {name}: {error}') from error
+    return EnsembleTeacher(members, inner.weights, names=inner.names, img_sizes=inner.img_sizes)
+
+
+def _known(name: str) -> str:
+    """Return timm's present name for a model name, deprecated or not."""
+    name = get_deprecated_models().get(name) or name
+    if any(char in name for char in '/\\:') or not is_model(name):
+        close = difflib.get_close_matches(name, list_models(), 3) or difflib.get_close_matches(
+            get_arch_name(name), list_models(), 3, 0.4
+        )
+        raise UserError(
+            f'{name!r} is no timm model (nearest: {", ".join(close) or "none"}); '
+            'a teacher is NAME.TAG, NAME=PATH, hf-hub:USER/REPO, local-dir:FOLDER or python:MODULE:FUNCTION.'
+        )
+    tags = get_arch_pretrained_cfgs(name)
+    if name not in tags and name != get_arch_name(name):
+        close = difflib.get_close_matches(name, tags, 3, 0) or ['none']
+        raise UserError(f'{name!r} is no tag of {get_arch_name(name)} (nearest: {", ".join(close)}).')
+    return name
+
+
+def _check_count(name: str, what: str, received: int, expected: int | None) -> None:
+    if expected is not None and received != expected:
+        raise UserError(
+            f'Teacher {name} has {received} {what}, but {expected} are asked for: '
+            f'take a teacher that was trained with {expected} {what}.'
+        )
