@@ -1,5 +1,6 @@
 """Data sets of images, as timm opens them: what they are called, which classes they have, and one image of one."""
 
+import time
 from contextlib import closing
 from copy import copy
 from pathlib import Path
@@ -11,6 +12,9 @@ from timm.data import ImageDataset, create_dataset
 from torch.utils.data import Dataset, IterableDataset
 
 from timm_mealv2.errors import UserError
+
+RETRY_AFTER = (0.1, 0.5, 2.0)
+"""Seconds before each further attempt to read an image after an error of the file system."""
 
 
 def open_dataset(name: str, root: str | None, split: str, **kwargs: Any) -> Dataset:
@@ -71,7 +75,15 @@ def check_classes(train: Dataset, validation: Dataset | None, num_classes: int) 
 
 
 class UnreadableImage(Exception):
-    """An image that cannot be decoded: the message names it and says why."""
+    """An image that cannot be read: the message names it and says why.
+
+    Attributes:
+        index: Its place in the data set.
+    """
+
+    def __init__(self, message: str, index: int = -1) -> None:
+        super().__init__(message)
+        self.index = index
 
 
 def image_names(dataset: Dataset) -> list[str]:
@@ -89,7 +101,8 @@ def image_names(dataset: Dataset) -> list[str]:
 def read_image(dataset: Dataset, index: int, img_mode: str | None = None) -> tuple[Image.Image, int]:
     """Return an image of a data set, fully decoded and without its transform, and its label.
 
-    timm's own access would give the next image in place of one that cannot be read.
+    timm's own access would give the next image in place of one that cannot be read. An error of the file system, which
+    may be that of a network disk that is away for a moment, is met with a few more attempts (`RETRY_AFTER`).
 
     Args:
         dataset: timm's `ImageDataset`, or one whose items are (image, label) with its transform unset.
@@ -101,21 +114,37 @@ def read_image(dataset: Dataset, index: int, img_mode: str | None = None) -> tup
 
     Raises:
         UnreadableImage: If the image is missing, cut off or no image.
+        UserError: If its label is no number.
     """
+    for pause in (*RETRY_AFTER, None):
+        try:
+            image, target = _decode(dataset, index)
+            break
+        except MemoryError:
+            raise
+        except Exception as error:  # Pillow's decoders raise many kinds
+            # Pillow's own OSErrors, of files that are cut off or no image, have no number.
+            if pause is None or getattr(error, 'errno', None) is None:
+                text = ' '.join(str(error).split()) or type(error).__name__
+                raise UnreadableImage(f'{image_name(dataset, index)}: {text}', index) from error
+            time.sleep(pause)
+    if img_mode not in (None, image.mode):  # Pillow would copy it in any case
+        image = image.convert(img_mode)
     try:
-        if isinstance(dataset, ImageDataset):
-            file, target = dataset.reader[index][:2]
-            with closing(file):
-                image = Image.open(file).convert(dataset.input_img_mode or 'RGB')
-            if target is not None and dataset.target_transform is not None:
-                target = dataset.target_transform(target)
-        else:
-            image, target = dataset[index]
-        if img_mode not in (None, image.mode):  # Pillow would copy it in any case
-            image = image.convert(img_mode)
-    except Exception as error:  # Pillow's decoders raise many kinds
-        raise UnreadableImage(f'{_name(dataset, index)}: {" ".join(str(error).split())}') from error
-    return image, -1 if target is None else int(target)
+        return image, -1 if target is None else int(target)
+    except (TypeError, ValueError) as error:
+        raise UserError(f'the label of image {image_name(dataset, index)} is no class index: {error}.') from error
+
+
+def _decode(dataset: Dataset, index: int) -> tuple[Image.Image, Any]:
+    if not isinstance(dataset, ImageDataset):
+        return dataset[index]
+    file, target = dataset.reader[index][:2]
+    with closing(file):
+        image = Image.open(file).convert(dataset.input_img_mode or 'RGB')
+    if target is not None and dataset.target_transform is not None:
+        target = dataset.target_transform(target)
+    return image, target
 
 
 def keeping_no_file_open(dataset: Dataset) -> Dataset:
@@ -141,7 +170,8 @@ def image_size(dataset: Dataset, index: int) -> tuple[int, int] | None:
         return None
 
 
-def _name(dataset: Dataset, index: int) -> str:
+def image_name(dataset: Dataset, index: int) -> str:
+    """Path of an image, for messages."""
     try:
         return str(dataset.filename(index, absolute=True))  # type: ignore[attr-defined]
     except Exception:  # of a reader without names

@@ -17,13 +17,14 @@ class Stream(IntEnum):
 
     AUGMENTATION = 1  # (seed, epoch, data set index)
     MIXUP = 2  # (seed, epoch, batch, rank)
-    ERASING = 3  # (seed, epoch, batch, rank)
+    ERASING = 3  # (seed, epoch, data set index)
     UPDATE = 4  # (seed, rank, update, batch of the update): dropout, stochastic depth
     EMA_ROUNDING = 5  # (seed, update): the same on every process, which must hold the same average
     INITIALIZATION = 6  # (seed,): the same on every process
     STREAMING = 7  # (seed, rank, epoch): data sets that timm's own loader streams
     STORED_CROP = 8  # (seed, data set index, crop): the crops of a store of soft labels
     CROP_ORDER = 9  # (seed, block of epochs): which images a soft-label epoch visits, the same on every process
+    PAIR = 10  # (seed, epoch, pair): what two samples are mixed with
 
 
 def counted_seed(stream: Stream, *counters: int) -> int:

@@ -1,0 +1,454 @@
+"""Training samples as a function of counters: sample(epoch, image) gives the same pixels wherever and whenever.
+
+A sample is cropped and augmented with generators seeded by (seed, epoch, image), mixed with its partner by (seed,
+epoch, pair) and erased by (seed, epoch, image). So neither the number of processes, workers or images in a batch nor
+the point at which a run was resumed changes a pixel, and what teachers predict for a sample can be recorded and used
+later.
+"""
+
+import functools
+import math
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from itertools import islice
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import FastCollateMixup, create_transform
+from timm.data.distributed_sampler import RepeatAugSampler
+from timm.data.random_erasing import RandomErasing
+from timm.data.scheduled_sampler import ScheduledBatchSampler
+from torch.utils.data import Dataset, Sampler
+
+from timm_mealv2.data.dataset import image_name, read_image
+from timm_mealv2.data.seed import Stream, counted_seed, seed_cpu
+from timm_mealv2.errors import UserError
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Every setting that decides the pixels of a training sample, named as timm's options; plain values only.
+
+    The settings of mixing are those of `--mixup-mode pair`, where mixing belongs to the sample.
+
+    Attributes:
+        input_size: (channels, height, width).
+        input_img_mode: Pillow's mode of the images, 'RGB' or 'L'.
+        train_interpolation: An interpolation, or 'random'.
+        mean: Gray of what geometric augmentation uncovers and erasing fills in, one number (0..1) per channel.
+        std: Unit of the noise that erasing fills in.
+        aug_splits: Copies of each image, of which the first is clean (AugMix); 0 for one augmented image.
+        resplit: Do not erase the clean copy; without copies, halve the probability of erasing.
+    """
+
+    input_size: tuple[int, int, int]
+    input_img_mode: str = 'RGB'
+    no_aug: bool = False
+    train_crop_mode: str | None = None
+    scale: tuple[float, float] | None = (0.08, 1.0)
+    ratio: tuple[float, float] | None = (3 / 4, 4 / 3)
+    hflip: float = 0.5
+    vflip: float = 0.0
+    color_jitter: float | tuple[float, ...] | None = 0.4
+    color_jitter_prob: float | None = None
+    grayscale_prob: float = 0.0
+    gaussian_blur_prob: float = 0.0
+    aa: str | None = None
+    train_interpolation: str = 'random'
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    reprob: float = 0.0
+    remode: str = 'pixel'
+    recount: int = 1
+    aug_splits: int = 0
+    resplit: bool = False
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    cutmix_minmax: tuple[float, float] | None = None
+    mixup_prob: float = 1.0
+    mixup_switch_prob: float = 0.5
+    mixup_off_epoch: int = 0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):  # lists, as JSON gives them, would not compare equal
+            value = getattr(self, field.name)
+            if isinstance(value, list):
+                object.__setattr__(self, field.name, tuple(value))
+
+    @property
+    def mixes(self) -> bool:
+        """Whether pairs of samples are mixed."""
+        return self.mixup > 0 or self.cutmix > 0 or self.cutmix_minmax is not None
+
+    def transform(self, input_size: tuple[int, int, int] | None = None) -> Any:
+        """Return timm's transform from an image to uint8 pixels; three of them in turn with `aug_splits`."""
+        return create_transform(
+            input_size or self.input_size,
+            is_training=True,
+            no_aug=self.no_aug,
+            train_crop_mode=self.train_crop_mode,
+            scale=self.scale,
+            ratio=self.ratio,
+            hflip=self.hflip,
+            vflip=self.vflip,
+            color_jitter=self.color_jitter or None,  # a jitter of 0 only takes time
+            color_jitter_prob=self.color_jitter_prob,
+            grayscale_prob=self.grayscale_prob,
+            gaussian_blur_prob=self.gaussian_blur_prob,
+            auto_augment=self.aa,
+            interpolation=self.train_interpolation,
+            mean=self.mean,
+            std=self.std,
+            use_prefetcher=True,
+            separate=self.aug_splits > 0,
+        )
+
+
+class Sample(NamedTuple):
+    """One training sample.
+
+    Attributes:
+        pixels: uint8 [C, H, W], contiguous; [splits, C, H, W] with `aug_splits`.
+        target: Label of its image, -1 if unknown.
+        other: Label of the image that is mixed in; its own where nothing is.
+        share: Share of its own image.
+    """
+
+    pixels: np.ndarray
+    target: int
+    other: int
+    share: float = 1.0
+
+
+class Pair(NamedTuple):
+    """Two images that are mixed with each other; the last image of an odd number has no partner."""
+
+    number: int
+    first: int
+    second: int | None
+
+
+class Key(NamedTuple):
+    """What a worker is asked for: one sample.
+
+    Attributes:
+        epoch: Epoch of the sample.
+        index: Number of the image.
+        turn: With repeated augmentation, further counters that tell the repeats of an image apart.
+        size: Number of the image size, with sizes that change from batch to batch.
+        pair: The image's pair in this epoch; looked up if None.
+        label: A stored record.
+    """
+
+    epoch: int
+    index: int  # type: ignore[assignment]  # hides the method of tuples, which nobody calls
+    turn: tuple[int, ...] = ()
+    size: int = 0
+    pair: Pair | None = None
+    label: bytes | None = None
+
+
+class KeyBatch(NamedTuple):
+    """A batch's keys, and the counters that mixing within the batch depends on."""
+
+    epoch: int
+    number: int
+    keys: list[Key]
+
+
+class Erasing:
+    """timm's random erasing of uint8 pixels, in timm's distribution.
+
+    timm erases normalized pixels. Its fill is brought to pixels with `mean` and `std`, rounded, and clipped to 0..255:
+    noise of unit variance goes beyond white or black for a share of the pixels. The fill 'const' is the mean color.
+    """
+
+    def __init__(self, augmentation: Augmentation, seed: int) -> None:
+        self.seed = seed
+        self.probability = 0.0 if augmentation.no_aug else augmentation.reprob
+        self.first = 1 if augmentation.resplit and augmentation.aug_splits else 0
+        if augmentation.resplit and not augmentation.aug_splits:
+            self.probability /= 2  # timm spares one half of each batch; a sample knows of no batch
+        self.erasing = RandomErasing(1.0, mode=augmentation.remode, max_count=augmentation.recount, device='cpu')
+        self.mean = 255 * np.array(augmentation.mean, dtype=np.float32)[:, None, None]
+        self.std = 255 * np.array(augmentation.std, dtype=np.float32)[:, None, None]
+
+    def __call__(self, pixels: np.ndarray, *counters: int) -> None:
+        """Erase parts of a sample [C, H, W] or [splits, C, H, W] in place, drawn by (seed, *counters)."""
+        if not self.probability:
+            return
+        seed_cpu(counted_seed(Stream.ERASING, self.seed, *counters))
+        for image in pixels[self.first :] if pixels.ndim == 4 else [pixels]:
+            if random.random() < self.probability:
+                fill = self.erasing(torch.full(image.shape, torch.nan)).numpy()
+                erased = np.where(np.isnan(fill), image, np.rint(fill * self.std + self.mean).clip(0, 255))
+                image[:] = erased
+
+
+@functools.lru_cache(maxsize=2)
+def _order_of_epoch(count: int, seed: int, epoch: int) -> np.ndarray:
+    """The epoch's permutation of the images, as torch's DistributedSampler draws it."""
+    generator = torch.Generator()
+    generator.manual_seed(seed + epoch)
+    return torch.randperm(count, generator=generator).numpy()
+
+
+@functools.lru_cache(maxsize=2)
+def _places_of_images(count: int, seed: int, epoch: int) -> np.ndarray:
+    """Where each image stands in the epoch's permutation."""
+    places = np.empty(count, dtype=np.int64)
+    places[_order_of_epoch(count, seed, epoch)] = np.arange(count)
+    return places
+
+
+def _pair_at(order: np.ndarray, place: int) -> Pair:
+    number = place // 2
+    members = order[2 * number : 2 * number + 2].tolist()
+    return Pair(number, members[0], members[1] if len(members) == 2 else None)
+
+
+class Samples:
+    """The training samples of a data set.
+
+    Args:
+        dataset: Images with random access (`open_dataset` makes it), without a transform.
+        augmentation: What is done to them.
+        seed: The run's seed.
+        labels: The possible labels; None takes all.
+        input_sizes: (channels, height, width) of each size, for sizes that change from batch to batch.
+        positions: Place in the data set of each image, where the images are numbered otherwise.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        augmentation: Augmentation,
+        seed: int,
+        *,
+        labels: range | None = None,
+        input_sizes: Sequence[tuple[int, int, int]] | None = None,
+        positions: np.ndarray | None = None,
+    ) -> None:
+        self.dataset, self.augmentation, self.seed = dataset, augmentation, seed
+        self.labels, self.positions = labels, positions
+        self._transforms = [augmentation.transform(size) for size in input_sizes or [augmentation.input_size]]
+        self._erasing = Erasing(augmentation, seed)
+        self._mixing: FastCollateMixup | None = None
+        if augmentation.mixes:
+            self._mixing = FastCollateMixup(
+                mixup_alpha=augmentation.mixup,
+                cutmix_alpha=augmentation.cutmix,
+                cutmix_minmax=augmentation.cutmix_minmax,
+                prob=augmentation.mixup_prob,
+                switch_prob=augmentation.mixup_switch_prob,
+                mode='pair',
+                label_smoothing=0.0,
+                num_classes=2,
+            )
+        self._decoded: dict[int, tuple[Image.Image, int]] = {}  # the last image and its partner
+        self._mixed: tuple[Any, list[Sample]] | None = None  # the last pair
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.dataset if self.positions is None else self.positions)  # type: ignore[arg-type]
+
+    def sample(self, epoch: int, index: int) -> Sample:
+        """Return the sample of image `index` in `epoch`.
+
+        Seeds Python's, NumPy's and torch's CPU generators: a caller who draws from them wraps the call in
+        `preserved_generators`.
+
+        Raises:
+            UnreadableImage: If the image, or the one it is mixed with, cannot be read.
+            UserError: If the label is none of the possible ones.
+        """
+        return self[Key(epoch, index)]
+
+    def __getitem__(self, key: Key) -> Sample:
+        """Return the sample of a key; see `sample`."""
+        sample = self._mixed_or_not(key)
+        self._erasing(sample.pixels, key.epoch, key.index, *key.turn)
+        return sample
+
+    def pair(self, epoch: int, index: int) -> Pair:
+        """Return the pair of image `index`: neighbors 2q, 2q + 1 of the epoch's permutation are partners."""
+        drawn = len(self), self.seed, epoch
+        return _pair_at(_order_of_epoch(*drawn), int(_places_of_images(*drawn)[index]))
+
+    def _mixed_or_not(self, key: Key) -> Sample:
+        if self._mixing is None or 0 < self.augmentation.mixup_off_epoch <= key.epoch:
+            return self._augmented(key)
+        pair = key.pair or self.pair(key.epoch, key.index)
+        if pair.second is None:
+            return self._augmented(key)
+        made_from = key.epoch, pair, key.turn, key.size
+        if self._mixed is None or self._mixed[0] != made_from:
+            self._mixed = made_from, self._mix(self._mixing, key, pair.number, (pair.first, pair.second))
+        sample = self._mixed[1][key.index == pair.second]
+        return sample._replace(pixels=sample.pixels.copy())  # which erasing then changes
+
+    def _mix(self, mixing: FastCollateMixup, key: Key, number: int, images: tuple[int, int]) -> list[Sample]:
+        first, second = (self._augmented(key._replace(index=index)) for index in images)
+        seed_cpu(counted_seed(Stream.PAIR, self.seed, key.epoch, number, *key.turn))
+        # Labels of two classes come back as the shares of the two images.
+        pixels, shares = mixing([(first.pixels, 0), (second.pixels, 1)])
+        share = float(shares[0, 0])
+        return [
+            Sample(pixels[0].numpy(), first.target, second.target, share),
+            Sample(pixels[1].numpy(), second.target, first.target, share),
+        ]
+
+    def _augmented(self, key: Key) -> Sample:
+        image, target = self._read(key.index)
+        seed_cpu(counted_seed(Stream.AUGMENTATION, self.seed, key.epoch, key.index, *key.turn))
+        transform = self._transforms[key.size]
+        if not self.augmentation.aug_splits:
+            return Sample(np.ascontiguousarray(transform(image).numpy()), target, target)
+        crop, augment, finish = transform
+        image = crop(image)
+        copies = [finish(image)]
+        copies += [finish(augment(image)) for _ in range(self.augmentation.aug_splits - 1)]
+        return Sample(np.stack([copy.numpy() for copy in copies]), target, target)
+
+    def _read(self, index: int) -> tuple[Image.Image, int]:
+        position = index if self.positions is None else int(self.positions[index])
+        if index in self._decoded:
+            image, target = self._decoded.pop(index)
+        else:
+            image, target = read_image(self.dataset, position, self.augmentation.input_img_mode)
+            if self.labels is not None and target not in self.labels:
+                raise UserError(
+                    f'image {image_name(self.dataset, position)} has the label {target}, expected '
+                    f'{max(self.labels.start, 0)} to {self.labels.stop - 1}: set --num-classes, or map the labels '
+                    'with --class-map.'
+                )
+        while len(self._decoded) > 1:
+            del self._decoded[next(iter(self._decoded))]
+        self._decoded[index] = image, target
+        return image, target
+
+
+class EpochSampler(Sampler[KeyBatch]):
+    """The batches of an epoch, as keys, for one of several processes: all get the same number of batches.
+
+    The last batch is smaller, and is left out if it were a single sample: batch norm cannot train on one, which has no
+    variance. Another sample is left out in the next epoch.
+
+    With R samples a decode, R epochs make a block: epoch e = b R + part visits N / R images, each with the R samples of
+    the epochs b R to b R + R - 1. Each epoch still has N samples, and after the block each image has been visited once.
+    Where R does not divide N, the last image of an epoch gets fewer samples, and the last epoch of a block is filled up
+    from the beginning of the block's permutation.
+
+    Args:
+        count: Number of images.
+        batch_size: Samples a batch and process.
+        seed: The run's seed.
+        rank: Number of this process.
+        world_size: Number of processes.
+        samples_per_decode: R.
+        pairs: Keep neighbors of the permutation in one batch, to be mixed with each other.
+        repeats: Repeated augmentation: how often an image comes in turn, 0 for not.
+        sizes: Arguments of timm's `ScheduledBatchSampler`, for batches of changing image size; None for one size.
+
+    Raises:
+        UserError: If the settings exclude each other, or no batch is left.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        batch_size: int,
+        *,
+        seed: int = 42,
+        rank: int = 0,
+        world_size: int = 1,
+        samples_per_decode: int = 1,
+        pairs: bool = False,
+        repeats: float = 0,
+        sizes: dict[str, Any] | None = None,
+    ) -> None:
+        if samples_per_decode > 1:
+            for name, used in (('--mixup-mode pair', pairs), ('--aug-repeats', repeats), ('--train-img-sizes', sizes)):
+                if used:
+                    raise UserError(f'--samples-per-decode {samples_per_decode} cannot go with {name}.')
+        self.count, self.batch_size, self.seed = count, batch_size, seed
+        self.rank, self.world_size = rank, world_size
+        self.samples_per_decode, self.pairs = samples_per_decode, pairs
+        self.epoch = self.start = 0
+        self._repeated: RepeatAugSampler | None = None
+        self._scheduled: ScheduledBatchSampler | None = None
+        self._length = math.ceil(count / world_size)
+        if repeats:
+            self._repeated = RepeatAugSampler(range(count), num_replicas=world_size, rank=rank, num_repeats=repeats)
+            self._length = len(self._repeated)
+        elif pairs and world_size > 1:
+            self._length = 2 * math.ceil(math.ceil(count / 2) / world_size)
+        if sizes:
+            try:  # drop_last: what is left over would be a small batch in the middle of the epoch
+                self._scheduled = ScheduledBatchSampler(range(self._length), seed=seed, drop_last=True, **sizes)
+            except ValueError as error:
+                raise UserError(f'--train-img-sizes: {error}') from error
+
+    def __len__(self) -> int:
+        """Batches an epoch on every process."""
+        if self._scheduled is not None:
+            return len(self._scheduled)
+        whole, rest = divmod(self._length, self.batch_size)
+        lone = rest == 1 and whole > 0
+        return whole + (rest > 0 and not lone)
+
+    def set_position(self, epoch: int, start: int = 0) -> None:
+        """Choose the epoch and the first batch of the next iteration; what is skipped is not loaded."""
+        self.epoch, self.start = epoch, start
+
+    def samples(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return what this process takes in `epoch`, in turn: epochs of the samples int64 [n], images int64 [n]."""
+        if self._repeated is not None:
+            self._repeated.set_epoch(epoch)
+            images = np.fromiter(self._repeated, dtype=np.int64)
+            return np.full(len(images), epoch), images
+        if self.samples_per_decode == 1:
+            images = _order_of_epoch(self.count, self.seed, epoch)[self._places()]
+            return np.full(len(images), epoch), images
+        block, part = divmod(epoch, self.samples_per_decode)
+        visits = math.ceil(self.count / self.samples_per_decode)  # images an epoch, of all processes
+        visit, turn = np.divmod(np.arange(self._length), self.samples_per_decode)
+        visit = (visit * self.world_size + self.rank) % visits
+        images = _order_of_epoch(self.count, self.seed, block)[(part * visits + visit) % self.count]
+        return block * self.samples_per_decode + turn, images
+
+    def _places(self) -> np.ndarray:
+        """This process's places in an epoch's permutation: every world_size-th, or every world_size-th pair."""
+        if self.pairs and self.world_size > 1:
+            pairs = np.arange(self.rank, self._length // 2 * self.world_size, self.world_size)
+            first = 2 * (pairs % math.ceil(self.count / 2))
+            return np.stack([first, first + 1], axis=1).reshape(-1) % self.count
+        return np.arange(self.rank, self._length * self.world_size, self.world_size) % self.count
+
+    def _batches(self) -> Iterator[tuple[Sequence[int], int]]:
+        """Which of the process's samples make each batch, and the number of the batch's image size."""
+        if self._scheduled is None:
+            for batch in range(len(self)):
+                yield range(self._length)[batch * self.batch_size : (batch + 1) * self.batch_size], 0
+        else:
+            self._scheduled.set_epoch(self.epoch)
+            for entries in islice(self._scheduled, len(self)):
+                yield [entry[0] for entry in entries], entries[0][1]
+
+    def __iter__(self) -> Iterator[KeyBatch]:
+        epochs, images = self.samples(self.epoch)
+        paired = self.pairs and self._repeated is None
+        order, places = _order_of_epoch(self.count, self.seed, self.epoch), self._places() if paired else None
+        taken = 0
+        for number, (batch, size) in enumerate(self._batches()):
+            if number >= self.start:
+                keys = []
+                for turn, at in enumerate(batch, taken):
+                    repeat = () if self._repeated is None else (turn, self.rank)
+                    pair = None if places is None else _pair_at(order, int(places[at]))
+                    keys.append(Key(int(epochs[at]), int(images[at]), repeat, size, pair))
+                yield KeyBatch(self.epoch, number, keys)
+            taken += len(batch)
