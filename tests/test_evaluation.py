@@ -1,23 +1,17 @@
-"""Tests of timm_mealv2/evaluation.py: the metrics against plain NumPy, the program on real files."""
+"""Tests of timm_mealv2/evaluation.py: the metrics against plain NumPy."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import timm
 import torch
-from conftest import write_images
-from PIL import Image
-from timm.data import create_dataset, create_loader, resolve_model_data_config
 from timm.data.distributed_sampler import OrderedDistributedSampler
-from timm.models._hub import save_for_hf
 from torch import nn
 
-from timm_mealv2.cli.parser import run_cli
 from timm_mealv2.errors import UserError
-from timm_mealv2.evaluation import evaluate, main
+from timm_mealv2.evaluation import evaluate, member_names, metrics_as_json
+from timm_mealv2.models.ensemble import EnsembleTeacher
 
 CPU = torch.device('cpu')
 
@@ -109,14 +103,6 @@ def test_a_reference_that_is_sure_gives_a_finite_kl():
     assert result['model']['kl'] == pytest.approx(np.log(2))
 
 
-def test_the_criterion_is_the_loss_that_is_reported():
-    table = torch.tensor([[2.0, 0.0], [0.0, 2.0]])
-    batches = lookup_batches([0, 0], [2])
-    result = evaluate({'model': Lookup(table)}, batches, device=CPU, criterion=nn.MultiMarginLoss(), calibration=True)
-    assert result['model']['loss'] == pytest.approx((0 + 3 / 2) / 2)
-    assert result['model']['nll'] == pytest.approx(-np.log(softmax(table.numpy())[:, 0]).mean())
-
-
 def test_models_are_evaluated_in_eval_mode_and_get_their_own_modes_back():
     model = timm.create_model('test_resnet', num_classes=3, drop_rate=0.5)
     frozen = model.layer1.eval()
@@ -175,15 +161,68 @@ def test_each_model_gets_pixels_with_its_own_normalisation(in_chans):
     assert torch.equal(seen['imagenet'], imagenet.eval()(x).detach())
 
 
-def test_autocast_and_channels_last_reach_the_models():
+def test_it_runs_under_the_callers_autocast():
     class Probe(nn.Module):
         def forward(self, x):
             assert torch.is_autocast_enabled('cpu')
-            assert x.is_contiguous(memory_format=torch.channels_last)
-            return x.mean(dim=(2, 3))
+            return nn.functional.linear(x.mean(dim=(2, 3)), torch.eye(3))
 
-    batches = [(torch.rand(2, 3, 4, 4), torch.tensor([0, 1]))]
-    evaluate({'probe': Probe()}, batches, device=CPU, channels_last=True, autocast=lambda: torch.autocast('cpu'))
+    with torch.autocast('cpu'):
+        result = evaluate({'probe': Probe()}, [(torch.eye(3)[:, :, None, None], torch.arange(3))], calibration=True)
+    assert result['probe']['top1'] == 100
+
+
+@pytest.mark.parametrize('reference_fails', [False, True])
+def test_nan_stays_nan_and_is_null_in_json(reference_fails):
+    good, broken = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), torch.zeros(4, 3)
+    broken[2] = torch.nan
+    models = {'broken': Lookup(broken), 'good': Lookup(good)}
+    reference = 'broken' if reference_fails else 'good'
+    result = evaluate(models, lookup_batches([0, 0, 0, 1], [2, 2]), reference=reference, calibration=True)
+    labelled = {'loss', 'top1', 'top5', 'nll', 'ece'}
+    compared = set(result['good']) ^ set(result['broken'])
+    assert compared == {'agreement', 'kl'}
+    failed = {(name, key) for name, row in result.items() for key, value in row.items() if np.isnan(value)}
+    of_reference = {('good' if reference_fails else 'broken', key) for key in compared}
+    assert failed == {('broken', key) for key in labelled} | of_reference
+    text = metrics_as_json({**result, 'sure': {'loss': float('inf'), 'samples': 4, 'names': ['a']}})
+    rows = json.loads(text, parse_constant=pytest.fail)
+    assert (rows['broken']['loss'], rows['sure']['loss'], rows['broken']['samples']) == (None, None, 4)
+
+
+@pytest.mark.parametrize('weights', [(0.25, 0.75), (0, 1)])
+def test_members_are_evaluated_from_the_one_pass_that_makes_the_ensemble(weights):
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    runs, teachers = [], []
+    for name in ('test_resnet', 'test_vit'):
+        teacher = timm.create_model(name, num_classes=5)
+        teacher.pretrained_cfg.update(mean=(len(name) / 20,) * 3, std=(0.3,) * 3)
+        teacher.register_forward_hook(lambda module, args, output: runs.append(len(output)))
+        teachers.append(teacher)
+    ensemble = EnsembleTeacher(teachers, weights, names=['a', 'b'])
+    student = timm.create_model('test_efficientnet', num_classes=5)
+    batches = [(torch.randn(4, 3, 160, 160, generator=generator), torch.tensor([0, 1, 2, -1])) for _ in range(2)]
+    models = {'student': student, 'ensemble': ensemble}
+    config = {'mean': (0.5,) * 3, 'std': (0.5,) * 3}
+    plain = evaluate(models, batches, reference='ensemble', data_config=config)
+    runs.clear()
+    result = evaluate(models, batches, reference='ensemble', data_config=config, members=True)
+    assert runs == [4] * 4  # two teachers, two batches
+    assert list(result) == ['student', 'ensemble', 'ensemble/a', 'ensemble/b']
+    for name in models:
+        assert result[name] == pytest.approx(plain[name], rel=1e-5, abs=1e-6)
+    alone = {f'ensemble/{name}': EnsembleTeacher([ensemble.teachers[i]]) for i, name in enumerate(ensemble.names)}
+    expected = evaluate({**alone, 'ensemble': ensemble}, batches, reference='ensemble', data_config=config)
+    for name in alone:
+        assert result[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-6)
+    assert set(result['ensemble']) == {'loss', 'top1', 'top5', 'samples'}
+
+
+def test_members_of_one_name_are_numbered():
+    teachers = [timm.create_model('test_resnet', num_classes=2) for _ in range(2)]
+    assert member_names('e', EnsembleTeacher(teachers, names=['a', 'a'])) == ['e/a (1)', 'e/a (2)']
+    assert member_names('m', teachers[0]) == []
 
 
 def distributed_evaluation(rank, folder):
@@ -210,7 +249,7 @@ def test_two_processes_give_the_metrics_of_one_without_the_padding(tmp_path):
     logits, reference = (torch.randn(7, 4, generator=generator) for _ in range(2))
     labels = torch.tensor([0, 1, 2, 3, -1, 1, 2])
     torch.save({'logits': logits, 'reference': reference, 'labels': labels}, tmp_path / 'data.pt')
-    torch.multiprocessing.spawn(distributed_evaluation, args=(tmp_path,), nprocs=2)
+    torch.multiprocessing.start_processes(distributed_evaluation, args=(tmp_path,), nprocs=2, start_method='fork')
 
     expected = evaluate(
         {'model': Lookup(logits), 'ensemble': Lookup(reference)},
@@ -234,266 +273,3 @@ def test_what_cannot_be_evaluated_is_refused():
         evaluate({'three': three, 'four': four}, batches, device=CPU, reference='four')
     with pytest.raises(UserError, match='no image'):
         evaluate({'model': three}, [], device=CPU)
-
-
-# The program
-
-
-def run(capsys, *argv):
-    main([str(arg) for arg in argv])
-    lines = capsys.readouterr().out.splitlines()
-    heading, *rows = (line.split() for line in lines)
-    return {row[0]: dict(zip(heading[1:], row[1:], strict=True)) for row in rows}
-
-
-def refused(capsys, *argv):
-    """The one line that a program that exits with 2 says."""
-    with pytest.raises(SystemExit) as caught:
-        run_cli(main, [str(arg) for arg in argv])
-    assert caught.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    return line
-
-
-def save_model(path, name='test_resnet', num_classes=3, seed=0, **kwargs):
-    torch.manual_seed(seed)
-    model = timm.create_model(name, num_classes=num_classes, **kwargs)
-    torch.save(model.state_dict(), path)
-    return model.eval()
-
-
-def save_folder(path, seed=0, in_chans=3, **cfg):
-    """An exported model of three classes, as the hub functions of timm write it."""
-    torch.manual_seed(seed)
-    model = timm.create_model('test_efficientnet', num_classes=3, in_chans=in_chans)
-    model.pretrained_cfg.update(input_size=(in_chans, 32, 32), num_classes=3, crop_pct=1.0, **cfg)
-    save_for_hf(model, path, model_args={'in_chans': in_chans}, safe_serialization=True)
-    return model.eval()
-
-
-def outputs_by_hand(model, folder, mode='RGB'):
-    """Logits and labels of all images of a folder."""
-    config = resolve_model_data_config(model)
-    data = create_dataset('', root=folder, input_img_mode=mode)
-    config['input_size'] = (1 if mode == 'L' else 3, *config['input_size'][1:])
-    loader = create_loader(data, batch_size=5, num_workers=0, device=CPU, **config)
-    with torch.no_grad():
-        return tuple(torch.cat(parts) for parts in zip(*((model(x), target) for x, target in loader), strict=True))
-
-
-def accuracy_by_hand(model, folder, mode='RGB'):
-    output, target = outputs_by_hand(model, folder, mode)
-    return 100 * (output.argmax(1) == target).double().mean().item()
-
-
-def test_program_reports_models_of_every_kind_and_their_ensemble(tmp_path, image_folder, capsys):
-    bare = save_model(tmp_path / 'bare.pth')
-    folder = save_folder(
-        tmp_path / 'folder', seed=1, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), interpolation='bilinear'
-    )
-    names = [f'test_resnet={tmp_path}/bare.pth', f'local-dir:{tmp_path}/folder']
-    common = ['--data-dir', image_folder, '-j', 0, '-b', 5, '--device', 'cpu']
-    table = run(
-        capsys,
-        *names,
-        '--teachers',
-        *names,
-        '--teacher-weights',
-        1,
-        3,
-        *common,
-        '--calibration',
-        '--json',
-        tmp_path / 'r.json',
-    )
-
-    result = json.loads((tmp_path / 'r.json').read_text())
-    assert list(result) == list(table) == [*names, 'ensemble']
-    for name, model in zip(names, (bare, folder), strict=True):
-        assert result[name]['top1'] == pytest.approx(accuracy_by_hand(model, image_folder / 'validation'))
-        assert result[name]['top5'] == 100
-        assert result[name]['parameters'] == sum(p.numel() for p in model.parameters())
-        assert result[name]['data_config'] == json.loads(json.dumps(resolve_model_data_config(model)))
-        assert 0 <= result[name]['agreement'] <= 100
-        assert result[name]['kl'] > 0
-        assert table[name] == {
-            'images': '12',
-            'top-1': f'{result[name]["top1"]:.2f}',
-            'top-5': '100.00',
-            'loss': f'{result[name]["loss"]:.4f}',
-            'NLL': f'{result[name]["nll"]:.4f}',
-            'ECE': f'{result[name]["ece"]:.2f}',
-            'agreement': f'{result[name]["agreement"]:.2f}',
-            'KL': f'{result[name]["kl"]:.4f}',
-        }
-    # The ensemble's own pixels are those of its first teacher, whose row has been evaluated in the same pass.
-    assert result['ensemble']['data_config'] == result[names[0]]['data_config']
-    assert table['ensemble']['KL'] == '-'
-
-
-def test_each_student_is_measured_at_its_own_size_in_one_call(tmp_path, capsys):
-    write_images(tmp_path / 'data', 1, seed=1)
-    expected, names = {}, []
-    for tagged in ('mealv2_mobilenetv3_small_075.in1k', 'mealv2_resnet50.in1k_380'):
-        torch.manual_seed(0)
-        model = timm.create_model(tagged, num_classes=3)
-        torch.save(model.state_dict(), tmp_path / f'{tagged}.pth')
-        names.append(f'{tagged}={tmp_path / tagged}.pth')
-        expected[names[-1]] = nn.functional.cross_entropy(*outputs_by_hand(model.eval(), tmp_path / 'data')).item()
-    run(capsys, *names, '--data-dir', tmp_path / 'data', '-j', 0, '--json', tmp_path / 'r.json')
-    result = json.loads((tmp_path / 'r.json').read_text())
-    assert {name: row['loss'] for name, row in result.items()} == pytest.approx(expected, rel=1e-5)
-    assert [row['data_config']['input_size'] for row in result.values()] == [[3, 224, 224], [3, 380, 380]]
-    for row in result.values():
-        assert row['data_config'] | {'interpolation': 'bilinear', 'crop_pct': 0.875} == row['data_config']
-
-
-def test_a_teacher_with_more_classes_serves_those_of_the_models(tmp_path, image_folder, capsys):
-    wide = save_model(tmp_path / 'wide.pth', num_classes=5)
-    chosen = [4, 0, 2]
-    narrow = timm.create_model('test_resnet', num_classes=3)
-    state = {key: value[chosen] if key.startswith('fc.') else value for key, value in wide.state_dict().items()}
-    narrow.load_state_dict(state)
-    torch.save(narrow.state_dict(), tmp_path / 'narrow.pth')
-    (tmp_path / 'classes.txt').write_text('# of the five\n4  # cold\n\n0\n2\n')
-    model, teacher = (f'test_resnet={tmp_path}/{name}.pth' for name in ('narrow', 'wide'))
-    args = [model, '--data-dir', image_folder, '-j', 0]
-    classes = ['--teacher-classes', f'{teacher}={tmp_path}/classes.txt']
-    table = run(capsys, *args, '--teachers', teacher, *classes)
-    assert (table[model]['agreement'], table[model]['KL']) == ('100.00', '0.0000')
-    assert table['ensemble']['top-1'] == table[model]['top-1']
-
-    assert '3 classes, ensemble 5' in refused(capsys, *args, '--teachers', teacher)
-    assert 'needs --teachers' in refused(capsys, *args, *classes)
-    assert 'is no teacher' in refused(capsys, *args, '--teachers', model, *classes)
-    assert 'given twice' in refused(capsys, *args, '--teachers', teacher, *classes, classes[1])
-    assert 'must be TEACHER=FILE' in refused(capsys, *args, '--teachers', teacher, '--teacher-classes', 'classes.txt')
-    (tmp_path / 'classes.txt').write_text('4\nfour\n')
-    assert "line 2 must be one class index, got 'four'" in refused(capsys, *args, '--teachers', teacher, *classes)
-    (tmp_path / 'classes.txt').unlink()
-    assert 'cannot read' in refused(capsys, *args, '--teachers', teacher, *classes)
-
-
-def test_a_model_agrees_with_the_ensemble_of_itself_whatever_its_normalisation(tmp_path, image_folder, capsys):
-    save_folder(tmp_path / 'folder', mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
-    other = f'test_resnet={tmp_path}/other.pth'
-    save_model(tmp_path / 'other.pth')
-    name = f'local-dir:{tmp_path}/folder'
-    table = run(capsys, name, other, '--teachers', name, '--data-dir', image_folder, '-j', 0)
-    assert table[name]['agreement'] == '100.00'
-    assert table[name]['KL'] == '0.0000'
-    assert table[name]['loss'] == table['ensemble']['loss']
-    assert table[other]['KL'] > '0.0000'
-
-
-def test_grey_models_see_grey_pictures(tmp_path, capsys):
-    write_images(tmp_path / 'data', 4, seed=1, mode='L')
-    model = save_folder(tmp_path / 'folder', in_chans=1, mean=(0.3,), std=(0.2,))
-    run(capsys, f'local-dir:{tmp_path}/folder', '--data-dir', tmp_path / 'data', '-j', 0, '--json', tmp_path / 'r.json')
-    (result,) = json.loads((tmp_path / 'r.json').read_text()).values()
-    assert result['top1'] == pytest.approx(accuracy_by_hand(model, tmp_path / 'data', mode='L'))
-    assert result['data_config']['input_size'] == [1, 32, 32]
-
-
-def test_image_size_and_mixed_precision(tmp_path, image_folder, capsys):
-    save_model(tmp_path / 'resnet.pth')
-    resnet = f'test_resnet={tmp_path}/resnet.pth'
-    common = ['--data-dir', image_folder, '-j', 0, '--img-size', 48, '--json', tmp_path / 'r.json']
-    run(capsys, resnet, *common)
-    full = json.loads((tmp_path / 'r.json').read_text())[resnet]
-    run(capsys, resnet, *common, '--amp', '--amp-dtype', 'bfloat16')
-    mixed = json.loads((tmp_path / 'r.json').read_text())[resnet]
-    assert mixed['data_config']['input_size'] == [3, 48, 48]
-    assert mixed['loss'] != full['loss']
-    assert mixed['loss'] == pytest.approx(full['loss'], rel=0.05)
-
-
-def test_folders_of_imagenet_v2_are_class_numbers(tmp_path, capsys):
-    model = save_model(tmp_path / 'model.pth', num_classes=1000)
-    rng = np.random.default_rng(0)
-    for folder in ('999', '10', '2', '0'):
-        (tmp_path / 'data' / folder).mkdir(parents=True)
-        for i in range(3):
-            Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(
-                tmp_path / 'data' / folder / f'{i}.png'
-            )
-    with torch.no_grad():  # the model says 10 whatever it sees, then 2, then 999
-        for parameter in model.fc.parameters():
-            parameter.zero_()
-        model.fc.bias[[10, 2, 999]] = torch.tensor([3.0, 2.0, 1.0])
-    torch.save(model.state_dict(), tmp_path / 'model.pth')
-    args = [f'test_resnet={tmp_path}/model.pth', '--data-dir', tmp_path / 'data', '-j', 0, '--imagenet-v2']
-    run(capsys, *args, '--json', tmp_path / 'r.json')
-    (result,) = json.loads((tmp_path / 'r.json').read_text()).values()
-    logits = np.zeros(1000)
-    logits[[10, 2, 999]] = 3, 2, 1
-    log_p = logits - np.log(np.exp(logits).sum())
-    assert result['top1'] == 25
-    assert result['top5'] >= 75
-    assert result['loss'] == pytest.approx(-log_p[[999, 10, 2, 0]].mean())
-    assert result['samples'] == 12
-
-
-def test_real_labels_accept_any_of_an_images_labels(tmp_path, capsys):
-    model = save_model(tmp_path / 'model.pth', num_classes=10)
-    with torch.no_grad():  # the model says 7, then 6, 5, ...
-        model.fc.weight.zero_()
-        model.fc.bias.copy_(torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, -1, -2]))
-    torch.save(model.state_dict(), tmp_path / 'model.pth')
-    for i in range(4):
-        folder = tmp_path / 'data' / ('n1' if i % 2 else 'n0')
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.new('RGB', (32, 32)).save(folder / f'ILSVRC2012_val_{i + 1:08}.JPEG')
-    (tmp_path / 'real.json').write_text(json.dumps([[1, 7], [], [3], [9]]))
-    args = [f'test_resnet={tmp_path}/model.pth', '--data-dir', tmp_path / 'data', '-j', 0]
-    (row,) = run(capsys, *args, '--real-labels', tmp_path / 'real.json').values()
-    assert (row['ReaL-1'], row['ReaL-5']) == (f'{100 / 3:.2f}', f'{200 / 3:.2f}')  # the second image counts for nothing
-    assert row['images'] == '4'
-
-    (tmp_path / 'real.json').write_text('[[1]]')
-    assert 'as many images as labels' in refused(capsys, *args, '--real-labels', tmp_path / 'real.json')
-    (tmp_path / 'real.json').write_text('[[1]')
-    assert 'expects a JSON list' in refused(capsys, *args, '--real-labels', tmp_path / 'real.json')
-
-
-def test_unlabelled_pictures_give_agreement_alone(tmp_path, image_folder, capsys):
-    save_model(tmp_path / 'a.pth')
-    save_model(tmp_path / 'b.pth', seed=1)
-    a, b = f'test_resnet={tmp_path}/a.pth', f'test_resnet={tmp_path}/b.pth'
-    table = run(capsys, a, '--teachers', a, b, '--data-dir', image_folder / 'train', '-j', 0, '--unlabeled')
-    assert list(table[a]) == ['images', 'agreement', 'KL']
-    assert table[a]['images'] == '21'
-
-
-def test_mistakes_are_one_line(tmp_path, image_folder, capsys):
-    save_model(tmp_path / 'm.pth')
-    save_model(tmp_path / 'two.pth', num_classes=2)
-    good, two = f'test_resnet={tmp_path}/m.pth', f'test_resnet={tmp_path}/two.pth'
-    data = ['--data-dir', image_folder, '-j', 0]
-    assert "'resnet5o' is no timm model" in refused(capsys, 'resnet5o', *data)
-    assert 'no such file' in refused(capsys, f'test_resnet={tmp_path}/none.pth', *data)
-    assert 'data is missing' in refused(capsys, good)
-    assert 'does not exist' in refused(capsys, good, '--data-dir', tmp_path / 'none')
-    assert 'Found 0 images' in refused(capsys, good, *data, '--imagenet-v2')
-    assert 'Cannot locate specified class map' in refused(capsys, good, *data, '--class-map', 'none.txt')
-    assert '2 classes' in refused(capsys, two, *data)
-    assert '3 classes, ensemble 2' in refused(capsys, good, *data, '--teachers', two)
-    assert 'needs --teachers' in refused(capsys, good, *data, '--teacher-weights', 1)
-    assert 'without --teachers' in refused(capsys, good, *data, '--unlabeled')
-    assert 'there is no folder' in refused(capsys, good, *data, '--json', tmp_path / 'none' / 'r.json')
-    assert 'is a folder' in refused(capsys, good, *data, '--json', tmp_path)
-    assert '--split test: there is no such folder' in refused(capsys, good, *data, '--split', 'test')
-    assert '--batch-size must be' in refused(capsys, good, *data, '-b', 0)
-    assert '--workers must be 0 or more' in refused(capsys, good, *data, '-j', -1)
-    assert '--device abc' in refused(capsys, good, *data, '--device', 'abc')
-    assert 'not allowed with' in refused(capsys, good, *data, '--unlabeled', '--imagenet-v2')
-
-
-def test_it_runs_as_a_module(tmp_path, image_folder):
-    save_model(tmp_path / 'm.pth')
-    command = [sys.executable, '-m', 'timm_mealv2.evaluation', f'test_resnet={tmp_path}/m.pth']
-    result = subprocess.run(
-        [*command, '--data-dir', image_folder, '-j', '1'], capture_output=True, text=True, check=False
-    )
-    assert (result.returncode, result.stderr) == (0, '')
-    assert result.stdout.startswith('model')

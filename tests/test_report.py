@@ -104,18 +104,6 @@ def test_a_run_without_labels_is_drawn_and_its_best_epoch_is_that_of_agreement(t
     report.draw_runs({'run': tmp_path}, tmp_path / 'curves.png', panels=['eval_agreement', 'kl'])
 
 
-def test_the_command_draws_one_run_into_its_folder_and_several_into_another(run: Path, tmp_path: Path) -> None:
-    report.main([str(run)])
-    assert (run / 'curves.png').is_file()
-    assert (run / 'report.html').is_file()
-    other = tmp_path / 'second'
-    other.mkdir()
-    (other / 'summary.csv').write_text((run / 'summary.csv').read_text())
-    report.main([str(run), str(other), '--out', str(tmp_path / 'both')])
-    assert {path.name for path in (tmp_path / 'both').iterdir()} == {'curves.png', 'report.html'}
-    assert '<th>second</th>' in (tmp_path / 'both/report.html').read_text()
-
-
 @pytest.mark.parametrize(
     ('content', 'message'),
     [
@@ -126,20 +114,11 @@ def test_the_command_draws_one_run_into_its_folder_and_several_into_another(run:
         ('epoch,loss\n0,high\n', 'expected a column epoch and numbers'),
     ],
 )
-def test_what_is_no_run_is_refused_and_nothing_is_written(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str | None, message: str
-) -> None:
-    folder = tmp_path / 'run'
-    folder.mkdir()
+def test_what_is_no_run_is_refused(tmp_path: Path, content: str | None, message: str) -> None:
     if content is not None:
-        (folder / 'summary.csv').write_text(content)
+        (tmp_path / 'summary.csv').write_text(content)
     with pytest.raises(UserError, match=message):
-        report.read_run(folder)
-    with pytest.raises(SystemExit) as exit_info:
-        report.run_cli(report.main, [str(folder), '--out', str(tmp_path / 'out')])
-    assert exit_info.value.code == 2
-    assert capsys.readouterr().err.count('\n') == 1
-    assert not (tmp_path / 'out').exists()
+        report.read_run(tmp_path)
 
 
 def test_drawing_leaves_pyplot_alone(run: Path) -> None:

@@ -1,6 +1,5 @@
 """A run folder drawn: curves of `summary.csv` as PNG, and one HTML file with curves, results and settings in it."""
 
-import argparse
 import base64
 import csv
 import html
@@ -17,7 +16,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from timm_mealv2.cli.parser import OneLineParser, run_cli
 from timm_mealv2.errors import UserError
 from timm_mealv2.files import replacing
 
@@ -307,36 +305,3 @@ def _table(corner: str, heads: Sequence[str], rows: Sequence[tuple[str, list[str
         cells_html = ''.join(f'<td{kind}>{html.escape(cell)}</td>' for cell in cells)
         lines.append(f'<tr{row_kind}><td>{html.escape(name)}</td>{cells_html}</tr>')
     return '<div class="wide"><table>\n' + '\n'.join(lines) + '\n</table></div>'
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Return a fresh parser of the command line."""
-    parser = OneLineParser(prog='mealv2-report', description='Draw run folders: curves.png and report.html.')
-    parser.add_argument('runs', nargs='+', metavar='RUN', help='run folder; several are drawn together')
-    parser.add_argument(
-        '--out', type=Path, metavar='DIR', help='folder to write to (default: the run folder; of several, their parent)'
-    )
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line `argv`, that of the process if None."""
-    args = build_parser().parse_args(argv)
-    folders = [Path(run).resolve() for run in dict.fromkeys(args.runs)]
-    out = args.out or Path(os.path.commonpath(folders))
-    common = Path(os.path.commonpath([folder.parent for folder in folders]))
-    runs = {str(folder.relative_to(common)): folder for folder in folders}
-    for folder in folders:
-        read_run(folder)  # before anything is written
-    out.mkdir(parents=True, exist_ok=True)
-    print(draw_runs(runs, out / 'curves.png'))
-    print(write_report(runs, out / 'report.html'))
-
-
-def cli() -> None:
-    """Run the command `mealv2-report`."""
-    run_cli(main)
-
-
-if __name__ == '__main__':
-    cli()

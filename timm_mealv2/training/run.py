@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils.data import Dataset
 from torchvision.utils import save_image
+from tqdm import tqdm
 
 from timm_mealv2.cli.parser import run_cli
 from timm_mealv2.data.bad_images import BadImages
@@ -400,14 +401,11 @@ class _Run:
 
     def _preflight(self, teachers: EnsembleTeacher) -> None:
         """Evaluate ensemble, teachers and the student's start, so that a wrong teacher is seen in time."""
-        models: dict[str, nn.Module] = {'ensemble': teachers}
-        for name, teacher, size in zip(teachers.names, teachers.teachers, teachers.img_sizes, strict=True):
-            options: dict[str, Any] = {'names': [name], 'img_sizes': [size], 'autocast_dtype': teachers.autocast_dtype}
-            models[f'teacher {name}'] = EnsembleTeacher([teacher], **options)
-        models['student (start)'] = self._eval_student()
-        rows = self._evaluate(models, reference='ensemble')
+        models = {'ensemble': teachers, 'student (start)': self._eval_student()}
+        rows = self._evaluate(models, reference='ensemble', members=True)
         self.bad.check()
         if self.primary:
+            rows = {name.replace('ensemble/', 'teacher '): row for name, row in rows.items()}
             width = max(map(len, rows))
             _logger.info(f'Before the first step, on {rows["ensemble"]["samples"]:.0f} images:')
             for name, metrics in rows.items():
@@ -473,19 +471,23 @@ class _Run:
     def _eval_student(self, ema: bool = False) -> nn.Module:
         return self.task.get_eval_model(ema=ema)
 
-    def _evaluate(self, models: dict[str, nn.Module], reference: str | None = None) -> dict[str, dict[str, float]]:
+    def _evaluate(
+        self, models: dict[str, nn.Module], reference: str | None = None, members: bool = False
+    ) -> dict[str, dict[str, float]]:
         assert self.validation is not None, 'there is nothing to judge by'
-        return evaluate(
-            models,
-            self.watch.until_stopped(self.validation.loader),
-            device=self.device,
-            reference=reference,
-            data_config=self.data_config,
-            autocast=self.stepper.autocast,
-            distributed=self.args.distributed,
-            channels_last=self.args.channels_last,
-            progress=self.primary,
-        )
+        batches = self.watch.until_stopped(self.validation.loader)
+        # None shows the bar on a terminal alone.
+        loader = tqdm(batches, desc='evaluating', leave=False, disable=None if self.primary else True)
+        with self.stepper.autocast():
+            return evaluate(
+                models,
+                loader,
+                device=self.device,
+                reference=reference,
+                members=members,
+                data_config=self.data_config,
+                distributed=self.args.distributed,
+            )
 
     def _validate(self) -> dict[str, float] | None:
         """Metrics of the student, of its average (EMA) where that is evaluated; None with nothing to judge by."""
