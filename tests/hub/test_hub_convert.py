@@ -54,16 +54,16 @@ def test_the_card_calls_the_authors_accuracy_their_claim(released: Path, convert
     assert '## Accuracy\n' not in card.text
     header = card.data.to_dict()
     assert not {'model-index', 'metrics', 'license', 'base_model'} & header.keys()
-    assert 'gave it no licence' in card.text
+    assert 'gave it no license' in card.text
     assert hashlib.sha256(released.read_bytes()).hexdigest() in card.text
     assert "'hf-hub:me/small'" in card.text
 
 
-def test_the_command_says_that_there_is_no_licence(
+def test_the_command_says_that_there_is_no_license(
     released: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     hub.main(['convert', str(released), '--student', f'{STUDENT}.in1k', '--out', str(tmp_path / 'out')])
-    assert 'no licence' in caplog.text
+    assert 'no license' in caplog.text
 
 
 def test_a_push_needs_the_permission_whatever_became_of_the_folder(converted: Path, tmp_path: Path) -> None:

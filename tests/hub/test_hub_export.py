@@ -177,13 +177,13 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_earlier_export_alone(
     state = {key: value for key, value in model.state_dict().items() if key != 'fc.bias'}
     wrong = torch.load(checkpoint, weights_only=False)
     torch.save({**wrong, 'state_dict': state}, tmp_path / 'wrong.pth.tar')
-    (tmp_path / 'torn.pth.tar').write_bytes(checkpoint.read_bytes()[:2000])
+    (tmp_path / 'corrupt.pth.tar').write_bytes(checkpoint.read_bytes()[:2000])
     torch.save(model.state_dict(), tmp_path / 'bare.pth')
     for name, message in (
         ('wrong.pth.tar', 'fc.bias'),
-        ('torn.pth.tar', 'no whole training checkpoint'),
+        ('corrupt.pth.tar', 'is not a readable checkpoint'),
         ('bare.pth', 'does not tell its model'),
-        ('absent.pth.tar', 'no checkpoint at'),
+        ('absent.pth.tar', 'there is no such file'),
     ):
         with pytest.raises(SystemExit) as exit_info:
             hub.run_cli(hub.main, ['export', str(tmp_path / name), '--out', str(out)])
@@ -203,6 +203,39 @@ def test_the_classes_of_imagenet_are_described(tmp_path: Path) -> None:
     assert config['label_names'] == names
     assert config['label_descriptions']['n01440764'] == 'tench, Tinca tinca'
     assert Classifier(tmp_path / 'out').names == ['tench, Tinca tinca', 'crane (n02012849)', 'crane (n03126707)']
+
+
+def test_what_a_file_says_of_places_reaches_neither_the_network_nor_the_export(tmp_path: Path) -> None:
+    model = randomised(timm.create_model('test_resnet', num_classes=2, stem_width=24))
+    with HubServer() as server:
+        attack = {
+            'pretrained_cfg_overlay': {'url': f'{server.url}/weights.pth'},
+            'pretrained': True,
+            'checkpoint_path': str(tmp_path / 'other.pth'),
+            'cache_dir': str(tmp_path / 'cache'),
+        }
+        args = {'num_classes': 2, 'model_kwargs': {'stem_width': 24, **attack}}
+        path = save(tmp_path / 'last.pth.tar', 'test_resnet', model, args)
+        folder = hub.export_model(path, tmp_path / 'out')
+        assert server.requests == []
+    assert not (tmp_path / 'cache').exists()
+    config = json.loads((folder / 'config.json').read_text())
+    assert config['model_args']['stem_width'] == 24
+    assert not attack.keys() & {*config['model_args'], *config['pretrained_cfg']}
+
+    # A folder that was changed, or that somebody else made, is not pushed either.
+    config['model_args'].update(attack)
+    (folder / 'config.json').write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r'cache_dir, checkpoint_path, pretrained, pretrained_cfg_overlay\) say where'):
+        hub.push_model(folder, 'me/x')
+
+
+def test_the_batch_norm_of_the_training_is_that_of_the_export(tmp_path: Path) -> None:
+    model = randomised(timm.create_model('test_efficientnet', num_classes=2, bn_eps=0.1))
+    path = save(tmp_path / 'last.pth.tar', 'test_efficientnet', model, {'num_classes': 2, 'bn_eps': 0.1})
+    loaded = timm.create_model(f'local-dir:{hub.export_model(path, tmp_path / "out")}', pretrained=True).eval()
+    images = torch.randn(1, 3, 64, 64)
+    assert torch.equal(loaded(images), model(images))
 
 
 # The demo

@@ -183,7 +183,7 @@ def test_the_settings_in_the_card_are_those_of_the_run(run_folder: Path, tmp_pat
     assert first['seed'] == 7
 
 
-def test_teachers_and_start_come_with_the_licences_that_timm_knows(run_folder: Path, tmp_path: Path) -> None:
+def test_teachers_and_start_come_with_the_licenses_that_timm_knows(run_folder: Path, tmp_path: Path) -> None:
     teachers = [
         'senet154.gluon_in1k',
         'hf-hub:me/x',
@@ -205,7 +205,7 @@ def test_teachers_and_start_come_with_the_licences_that_timm_knows(run_folder: P
         '| `resnet18=a.pth` | 0.125 | not known |',
         '| `local-dir:b` | 0.125 | not known |',
         '| `python:m:f` | 0.125 | not known |',
-        'https://huggingface.co/timm/test_resnet.r160_in1k) (licence: apache-2.0)',
+        'https://huggingface.co/timm/test_resnet.r160_in1k) (license: apache-2.0)',
     ):
         assert line in card.text
     assert card.data.base_model == 'timm/test_resnet.r160_in1k'
@@ -231,11 +231,11 @@ def test_stored_labels_tell_their_teachers(run_folder: Path, teacher: str, image
     path = changed(run_folder / 'last.pth.tar', tmp_path / 'last.pth.tar', **args)
     card = card_of(path, tmp_path / 'out')
     assert '| `test_efficientnet=teacher.pth` | 1 | not known |' in card.text
-    assert 'from the stored answers of 1 teacher ' in card.text
+    assert 'from the stored predictions of 1 teacher ' in card.text
     shutil.rmtree(tmp_path / 'store')
     card = card_of(path, tmp_path / 'out')
     assert '## Teachers' not in card.text
-    assert 'from the stored answers of teachers ' in card.text
+    assert 'from the stored predictions of teachers ' in card.text
 
 
 def test_a_template_of_ones_own(run_folder: Path, tmp_path: Path) -> None:

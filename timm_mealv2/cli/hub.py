@@ -49,13 +49,13 @@ def push_model(
         revision: Branch; the main one if None.
         message: Message of the commit.
         create_pr: Open a pull request with the commit.
-        has_permission: The owners of weights without a licence allowed it.
+        has_permission: The owners of weights without a license allowed it.
 
     Returns:
         URL of the commit or the pull request.
 
     Raises:
-        UserError: If `source` is neither, its weights have no licence, others cannot reach its teachers, or the Hub
+        UserError: If `source` is neither, its weights have no license, others cannot reach its teachers, or the Hub
             does not take it.
     """
     source = Path(source)
@@ -69,7 +69,7 @@ def push_model(
     config = read_config(source)
     if config.get('pretrained_cfg', {}).get('license') == NO_LICENSE and not has_permission:
         raise UserError(
-            f'the weights in {source} are of others, who gave them no licence: get their permission, then push with '
+            f'the weights in {source} are of others, who gave them no license: get their permission, then push with '
             '--i-have-permission.'
         )
     for teacher in config.get('model_args', {}).get('teachers', ()):
@@ -122,7 +122,7 @@ def build_parser() -> argparse.ArgumentParser:
     push.add_argument(
         '--i-have-permission',
         action='store_true',
-        help='the owners of weights without a licence (those of `convert`) allowed it',
+        help='the owners of weights without a license (those of `convert`) allowed it',
     )
 
     pull = commands.add_parser('pull', help='get a folder from the Hugging Face Hub, verified')
@@ -138,7 +138,7 @@ def _add_folder_options(parser: argparse.ArgumentParser, has_license: bool = Tru
     parser.add_argument('--card', metavar='FILE', help='Jinja template of the card, in place of the own one')
     if has_license:
         parser.add_argument(
-            '--license', metavar='ID', help="its licence by the Hub's name, as in apache-2.0; left out if not given"
+            '--license', metavar='ID', help="its license by the Hub's name, as in apache-2.0; left out if not given"
         )
 
 
@@ -185,10 +185,10 @@ def _make_folder(args: argparse.Namespace) -> Path:
         )
     if args.command == 'convert':
         folder = convert_released(args.file, args.student, args.out, card=card)
-        _logger.warning('The authors gave this file no licence: to push the folder needs their permission.')
+        _logger.warning('The authors gave this file no license: to push the folder needs their permission.')
         return folder
     if not card.license:
-        _logger.info('The card names no licence, and others may then not use the model: --license ID names one.')
+        _logger.info('The card names no license, and others may then not use the model: --license ID names one.')
     return export_model(
         args.checkpoint, args.out, use_ema=not args.no_ema, card=card, demo=args.demo, examples=args.examples
     )

@@ -1,6 +1,8 @@
-"""Model cards (README.md): what a run folder, a checkpoint and timm know about a model, and no other figure."""
+"""Model cards (README.md): what a run folder, a checkpoint and timm know about a model, and no other figure.
 
-import argparse
+The sentences are those of the template, card.md.
+"""
+
 import logging
 import math
 import os
@@ -18,7 +20,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from timm.models import get_pretrained_cfg
 
 from timm_mealv2.errors import UserError
-from timm_mealv2.hub.folder import CARD_FILE, CURVES_FILE
+from timm_mealv2.hub.folder import CARD_FILE, CURVES_FILE, read_config
+from timm_mealv2.models.checkpoint import TrainingCheckpoint
+from timm_mealv2.models.factory import TeacherSpec
 from timm_mealv2.soft_labels.store import StoreMeta
 
 if TYPE_CHECKING:
@@ -26,29 +30,21 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger(__name__)
 
-_PAPER = """@misc{shen2020mealv2,
-  title = {{MEAL V2}: Boosting Vanilla {ResNet-50} to 80\\%+ Top-1 Accuracy on {ImageNet} without Tricks},
-  author = {Shen, Zhiqiang and Savvides, Marios},
-  year = {2020},
-  eprint = {2009.08453},
-  archivePrefix = {arXiv}
-}"""
-_TIMM = """@misc{rw2019timm,
-  title = {{PyTorch} Image Models},
-  author = {Wightman, Ross},
-  year = {2019},
-  publisher = {GitHub},
-  doi = {10.5281/zenodo.4414861},
-  howpublished = {\\url{https://github.com/huggingface/pytorch-image-models}}
-}"""
-
-_METRICS = {
+METRICS = {
     'top1': 'top-1 accuracy, %',
     'top5': 'top-5 accuracy, %',
     'loss': 'loss, nats',
     'agreement': 'same top-1 as the teachers, %',
     'kl': 'KL divergence from the teachers, nats',
 }
+"""Metrics of a card in their order, and what they are called there."""
+
+# Variables of the template that are empty where they are not known.
+_LISTS = ('teachers', 'results', 'examples', 'claims')
+_OF_ONE_KIND = (
+    *('method', 'stored', 'hard_label_weight', 'dataset', 'split', 'epochs', 'ema_decay', 'start', 'own_weights'),
+    *('curves', 'recipe', 'program', 'settings', 'student', 'sha256'),
+)
 _PREPROCESSING = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
 # Settings about the machine or an account there, not about the training.
 _PRIVATE = ('output', 'experiment', 'resume', 'wandb_')
@@ -62,7 +58,7 @@ class CardOptions:
 
     Attributes:
         repo_id: Its repository on the Hub (USER/NAME), for the name and the usage; the folder's name if None.
-        license: Its licence by the Hub's identifier (apache-2.0, cc-by-nc-4.0, ...); left out if None.
+        license: Its license by the Hub's identifier (apache-2.0, cc-by-nc-4.0, ...); left out if None.
         dataset_id: The Hub's name of the data set; left out if None.
         template: A Jinja template in place of `timm_mealv2/hub/card.md`, which lists the variables.
     """
@@ -72,18 +68,66 @@ class CardOptions:
     dataset_id: str | None = None
     template: str | os.PathLike[str] | None = None
 
+    def model_name(self, folder: str) -> str:
+        """Return the name of the model in the folder of that name."""
+        return self.repo_id.rpartition('/')[2] if self.repo_id else folder
+
+
+def write_card(
+    folder: Path,
+    name: str,
+    options: CardOptions,
+    *,
+    tags: Sequence[str] = (),
+    header: Mapping[str, Any] | None = None,
+    **variables: Any,
+) -> None:
+    """Write the card of an exported folder.
+
+    Args:
+        folder: The folder, with its config.json.
+        name: Name of the model where `options` names no repository.
+        options: What the user says.
+        tags: Tags beside those of every card.
+        header: Further entries of the YAML header; None leaves one out.
+        **variables: Variables of the template, for those that it does not have empty by itself.
+
+    Raises:
+        UserError: If `options.template` is no template of a card.
+    """
+    config = read_config(folder)
+    cfg = config['pretrained_cfg']
+    data = ModelCardData(
+        license=options.license,
+        library_name='timm',
+        pipeline_tag='image-classification',
+        tags=['image-classification', 'timm', *tags],
+        **(header or {}),
+    )
+    everything: dict[str, Any] = {
+        'name': options.model_name(name),
+        'source': f'hf-hub:{options.repo_id}' if options.repo_id else f'local-dir:{name}',
+        'architecture': config['architecture'],
+        'num_classes': config['num_classes'],
+        'image_mode': 'L' if cfg['input_size'][0] == 1 else 'RGB',
+        'pixels': {key: cfg[key] for key in _PREPROCESSING if cfg.get(key) is not None},
+        'origin_url': cfg.get('origin_url', ''),
+        **{key: [] for key in _LISTS},
+        **dict.fromkeys(_OF_ONE_KIND, ''),
+        **variables,
+    }
+    _render(data, everything, options.template).save(folder / CARD_FILE)
+
 
 def write_trained_card(
     folder: Path,
     name: str,
-    config: Mapping[str, Any],
-    saved: Mapping[str, Any],
-    run_folder: Path,
+    checkpoint: TrainingCheckpoint,
+    options: CardOptions,
     *,
     averaged: bool,
-    examples: Mapping[str, Mapping[str, float]] | None = None,
+    predictions: Mapping[str, Mapping[str, float]] | None = None,
     app: bool = False,
-    options: CardOptions,
 ) -> None:
     """Write the card and, where the run folder has a summary, the picture of its curves into an exported folder.
 
@@ -94,131 +138,103 @@ def write_trained_card(
     Args:
         folder: The exported folder.
         name: Name of the model where `options` names no repository.
-        config: Its config.json.
-        saved: The training checkpoint, without need of its tensors.
-        run_folder: The folder beside the checkpoint, with `summary.csv` and `args.yaml` if it is a run's.
-        averaged: The average (EMA) was exported.
-        examples: File name in `folder` -> the probabilities that the exported model gives for that image.
-        app: The folder has an app.py that a Space can run.
+        checkpoint: The training checkpoint; `summary.csv` and `args.yaml` lie beside it if its folder is a run's.
         options: What the user says.
+        averaged: The average (EMA) was exported.
+        predictions: Image's file name in `folder` -> the exported model's probability of each class.
+        app: The folder has an app.py that a Space can run.
 
     Raises:
         UserError: If `options.template` is no template of a card.
     """
-    args = _as_dict(saved.get('args'))
-    run = _draw_run(run_folder, name, folder / CURVES_FILE)
-    measured = _measured(saved, args, run, averaged) if run else {}
-    if config['num_classes'] <= 5:
+    args = checkpoint.args
+    run = _draw_run(checkpoint.path.resolve().parent, name, folder / CURVES_FILE)
+    measured = _measured(checkpoint, run, averaged) if run else {}
+    if read_config(folder)['num_classes'] <= 5:
         measured.pop('top5', None)  # always 100
     teachers = _teachers(args)
+    stored = bool(args.get('soft_labels'))
+    method = args.get('kd_distill_type') or 'logit' if teachers or stored else ''
     dataset_id = options.dataset_id or _hub_dataset(args)
     dataset = dataset_id or _dataset_name(args)
-    distilled = bool(teachers or args.get('soft_labels'))
-    eval_results = _eval_results(measured, dataset_id, dataset, args)
-    data = _header(
-        options,
-        ['knowledge-distillation'] if distilled else [],
-        model_name=_name(name, options) if eval_results else None,
-        datasets=[dataset_id] if dataset_id else None,
-        base_model=_base_model(args),
-        metrics=['accuracy'] if 'top1' in measured else None,
-        eval_results=eval_results or None,
-    )
+    eval_results = [
+        EvalResult(
+            task_type='image-classification',
+            task_name='Image Classification',
+            dataset_type=dataset_id or 'imagefolder',
+            dataset_name=dataset or 'imagefolder',
+            dataset_split=args.get('val_split'),
+            metric_type='accuracy',
+            metric_name=METRICS[key],
+            metric_value=measured[key],
+        )
+        for key in ('top1', 'top5')
+        if key in measured
+    ]
+    own_weights = args.get('initial_checkpoint') or args.get('pretrained_path')
+    start = weights_row(args['model']) if args.get('pretrained') and not own_weights else None
+    header = {
+        'model_name': options.model_name(name) if eval_results else None,
+        'datasets': [dataset_id] if dataset_id else None,
+        'base_model': start['hub_id'] if start and start['hub_id'] else None,
+        'metrics': ['accuracy'] if 'top1' in measured else None,
+        'eval_results': eval_results or None,
+    }
     if app:  # what a Space reads in its README.md
-        data['title'], data['sdk'], data['app_file'] = _name(name, options), 'gradio', 'app.py'
-    settings = _settings(args, run.settings) if run else ''
-    _write(
+        header |= {'title': options.model_name(name), 'sdk': 'gradio', 'app_file': 'app.py'}
+    write_card(
         folder,
         name,
-        config,
-        data,
         options,
-        description=_description(config['architecture'], args, teachers, dataset),
-        start=_start(args),
+        tags=['knowledge-distillation'] if method else [],
+        header=header,
+        kind='trained',
+        method=method,
+        stored=stored,
+        hard_label_weight=args.get('hard_label_weight') or 0,
+        dataset=dataset,
+        split=args.get('val_split') if 'top1' in measured else '',
+        epochs=(checkpoint.contents.get('epoch') or 0) + 1,
+        ema_decay=args.get('model_ema_decay') if averaged else '',
+        start=start,
+        own_weights=_without_folders(own_weights) if own_weights else '',
         teachers=teachers,
-        results=[{'metric': _METRICS[key], 'value': measured[key]} for key in _METRICS if key in measured],
-        results_of=_results_of(measured, args, saved, dataset, averaged),
-        examples=_examples(examples or {}),
+        results=[{'metric': METRICS[key], 'value': measured[key]} for key in METRICS if key in measured],
+        examples=[
+            {'file': file, 'classes': sorted(classes.items(), key=lambda item: -item[1])[:3]}
+            for file, classes in (predictions or {}).items()
+        ],
         curves=CURVES_FILE if run else '',
         recipe=args.get('recipe') or '',
-        command=_command(args) if settings else '',
-        settings=settings,
-        citations=[_PAPER, _TIMM] if _is_mealv2(args) and distilled else [_TIMM],
+        program='mealv2-train' if 'discriminator_mode' in args else 'python train.py',
+        settings=_settings(args, run.settings) if run else '',
     )
 
 
-def write_ensemble_card(
-    folder: Path,
-    name: str,
-    config: Mapping[str, Any],
-    teachers: Sequence[str],
-    weights: Sequence[float],
-    options: CardOptions,
-) -> None:
-    """Write the card of an ensemble: its teachers with their weights and licences.
+def weights_row(text: str, weight: float = 1.0) -> dict[str, Any]:
+    """Return what is known of weights, such as a teacher's: name, weight in the ensemble, license, url, hub_id.
 
-    Raises:
-        UserError: If `options.template` is no template of a card.
+    Only of its own pretrained weights does timm know the license.
     """
-    _write(
-        folder,
-        name,
-        config,
-        _header(options, ['ensemble']),
-        options,
-        description=f'An ensemble of {len(teachers)} teachers for knowledge distillation: it answers with the log of '
-        'their mean probability. The folder only names them; their weights are where they have always been.',
-        needs_package=True,
-        teachers=[_teacher(teacher, weight) for teacher, weight in zip(teachers, weights, strict=True)],
-        citations=[_PAPER, _TIMM],
-    )
-
-
-def write_released_card(
-    folder: Path,
-    name: str,
-    config: Mapping[str, Any],
-    student: str,
-    claims: Mapping[str, float],
-    sha256: str,
-    options: CardOptions,
-) -> None:
-    """Write the card of a converted released file: what its authors state is told as their claim.
-
-    Args:
-        folder: The converted folder.
-        name: Name of the model where `options` names no repository.
-        config: Its config.json.
-        student: timm name and tag of the student.
-        claims: 'top1' and 'top5' as the paper has them, in percent.
-        sha256: Digest of the file that was converted.
-        options: What the user says.
-
-    Raises:
-        UserError: If `options.template` is no template of a card.
-    """
-    datasets = [options.dataset_id] if options.dataset_id else None
-    source = config['pretrained_cfg']['origin_url']
-    _write(
-        folder,
-        name,
-        config,
-        _header(options, ['knowledge-distillation'], datasets=datasets),
-        options,
-        description=f'`{config["architecture"]}` with the weights that the authors of MEAL (arXiv 2009.08453) released '
-        f'as `{student}`, converted for timm; no weight was changed.',
-        origin=f'The SHA-256 of the file was `{sha256}`; [the release]({source}) tells no digest to compare it with. '
-        '**The authors gave it no licence**: to pass it on needs their permission.',
-        claims=[{'metric': _METRICS[key], 'value': value} for key, value in claims.items()],
-        citations=[_PAPER, _TIMM],
-    )
+    spec = TeacherSpec.parse(text)
+    cfg = None
+    if spec.kind == 'timm':
+        try:
+            cfg = get_pretrained_cfg(text, allow_unregistered=True)
+        except RuntimeError:  # a tag that this timm does not have
+            cfg = None
+    if cfg is None or not cfg.has_weights:
+        hub_id = spec.name.partition('@')[0] if spec.kind == 'hf-hub' else None
+        name, license, url = _without_folders(text), '', ''
+    else:
+        # The tag that a name without one stands for today may be another one tomorrow.
+        name = f'{cfg.architecture}.{cfg.tag}' if cfg.tag else text
+        hub_id, license, url = cfg.hf_hub_id, cfg.license or '', cfg.origin_url or ''
+    url = f'https://huggingface.co/{hub_id}' if hub_id else url
+    return {'name': name, 'weight': weight, 'license': license, 'url': url, 'hub_id': hub_id}
 
 
 # What the checkpoint and its run tell
-
-
-def _as_dict(args: Any) -> dict[str, Any]:
-    return dict(vars(args) if isinstance(args, argparse.Namespace) else args or {})
 
 
 def _draw_run(run_folder: Path, name: str, picture: Path) -> 'Run | None':
@@ -234,10 +250,11 @@ def _draw_run(run_folder: Path, name: str, picture: Path) -> 'Run | None':
     return run
 
 
-def _measured(saved: Mapping[str, Any], args: Mapping[str, Any], run: 'Run', averaged: bool) -> dict[str, float]:
+def _measured(checkpoint: TrainingCheckpoint, run: 'Run', averaged: bool) -> dict[str, float]:
     """The metrics that summary.csv has of exactly the exported weights; none, with a warning, if it has none."""
+    saved = checkpoint.contents
     epoch, metric = saved.get('epoch'), saved.get('metric')
-    average_measured = bool(saved.get('state_dict_ema')) and not args.get('model_ema_force_cpu')
+    average_measured = bool(saved.get('state_dict_ema')) and not checkpoint.args.get('model_ema_force_cpu')
     values: dict[str, float] = {}
     if epoch in run.epochs:
         row = run.epochs.index(epoch)
@@ -257,60 +274,18 @@ def _measured(saved: Mapping[str, Any], args: Mapping[str, Any], run: 'Run', ave
     return {}
 
 
-def _is_mealv2(args: Mapping[str, Any]) -> bool:
-    return args.get('kd_distill_type') == 'mealv2'
-
-
 def _teachers(args: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The teachers as rows of the card's table; their weights sum to 1."""
-    names = list(args.get('teachers') or [])
     if args.get('soft_labels'):
         try:
             recorded = StoreMeta.read(Path(args['soft_labels'])).teachers
         except UserError:  # the store is not on this machine
             return []
-        return [_teacher(teacher['name'], teacher['weight']) for teacher in recorded]
-    if not names and args.get('kd_model_name'):  # of timm's train.py
-        names = [args['kd_model_name']]
+        return [weights_row(teacher['name'], teacher['weight']) for teacher in recorded]
+    of_timm = args.get('kd_model_name')  # of timm's train.py
+    names = list(args.get('teachers') or ([of_timm] if of_timm else []))
     weights = args.get('teacher_weights') or [1.0] * len(names)
-    return [_teacher(name, weight / sum(weights)) for name, weight in zip(names, weights, strict=True)]
-
-
-def _teacher(text: str, weight: float) -> dict[str, Any]:
-    """A row of the card's table of teachers; timm knows the licence of its own pretrained weights alone."""
-    cfg = _known_weights(text)
-    hub_id = (cfg and cfg.hf_hub_id) or (text.partition(':')[2] if text.startswith(('hf-hub:', 'hf_hub:')) else None)
-    url = f'https://huggingface.co/{hub_id.partition("@")[0]}' if hub_id else (cfg and cfg.origin_url) or ''
-    # The tag that a name without one stands for today may be another one tomorrow.
-    name = f'{cfg.architecture}.{cfg.tag}' if cfg and cfg.tag else _without_folders(text)
-    return {'name': name, 'weight': weight, 'license': (cfg and cfg.license) or '', 'url': url}
-
-
-def _known_weights(name: str) -> Any:
-    """Return timm's pretrained config of a model name, None for what is no name of timm's or has no weights."""
-    if '=' in name or ':' in name:
-        return None
-    try:
-        cfg = get_pretrained_cfg(name, allow_unregistered=True)
-    except RuntimeError:  # a tag that this timm does not have
-        return None
-    return cfg if cfg and cfg.has_weights else None
-
-
-def _start(args: Mapping[str, Any]) -> str:
-    if own := args.get('initial_checkpoint') or args.get('pretrained_path'):
-        return f'a checkpoint, `{_without_folders(own)}`'
-    if not args.get('pretrained'):
-        return ''
-    row = _teacher(args['model'], 1.0)
-    name = f'[`{row["name"]}`]({row["url"]})' if row['url'] else f'`{row["name"]}`'
-    return f'the weights {name} (licence: {row["license"] or "not known"})'
-
-
-def _base_model(args: Mapping[str, Any]) -> str | None:
-    own = args.get('initial_checkpoint') or args.get('pretrained_path')
-    cfg = _known_weights(args['model']) if args.get('pretrained') and not own else None
-    return cfg.hf_hub_id if cfg else None
+    return [weights_row(name, weight / sum(weights)) for name, weight in zip(names, weights, strict=True)]
 
 
 def _hub_dataset(args: Mapping[str, Any]) -> str | None:
@@ -327,75 +302,17 @@ def _dataset_name(args: Mapping[str, Any]) -> str:
     return Path(path).resolve().name if path else ''
 
 
-def _description(
-    architecture: str, args: Mapping[str, Any], teachers: Sequence[Mapping[str, Any]], dataset: str
-) -> str:
-    count = f'{len(teachers)} teacher{"" if len(teachers) == 1 else "s"}'
-    images = f' on {dataset}' if dataset else ''
-    if not teachers and not args.get('soft_labels'):
-        return f'`{architecture}`, trained{images} with the labels.'
-    if not _is_mealv2(args):
-        kind = args.get('kd_distill_type') or 'logit'
-        return f'`{architecture}`, distilled{images} from {count} with the {kind} distillation of timm.'
-    method = '[MEAL V2](https://arxiv.org/abs/2009.08453)'
-    source = f'from {count}'
-    if args.get('soft_labels'):
-        source = f'from the stored answers of {count if teachers else "teachers"}'
-    target = 'the mean probability of the teachers for the same pixels'
-    if weight := args.get('hard_label_weight'):
-        target = f'{target} and, with weight {weight:g}, the labels'
-        return f'`{architecture}`, distilled{images} {source} with {method}: it learns {target}.'
-    return f'`{architecture}`, distilled{images} {source} with {method}: its only target is {target}, no label.'
-
-
-def _results_of(
-    measured: Mapping[str, float], args: Mapping[str, Any], saved: Mapping[str, Any], dataset: str, averaged: bool
-) -> str:
-    if not measured:
-        return ''
-    weights = f'the moving average (decay {args.get("model_ema_decay")})' if averaged else 'the weights'
-    images = 'the images that the run evaluated on'
-    if 'top1' in measured and args.get('val_split'):
-        images = f'split `{args["val_split"]}`' + (f' of {dataset}' if dataset else '')
-    return f'Of {weights} after {saved["epoch"] + 1} epochs, as the training measured it on {images}.'
-
-
-def _eval_results(
-    measured: Mapping[str, float], dataset_id: str | None, dataset: str, args: Mapping[str, Any]
-) -> list[EvalResult]:
-    return [
-        EvalResult(
-            task_type='image-classification',
-            task_name='Image Classification',
-            dataset_type=dataset_id or 'imagefolder',
-            dataset_name=dataset or 'imagefolder',
-            dataset_split=args.get('val_split'),
-            metric_type='accuracy',
-            metric_name=_METRICS[key],
-            metric_value=measured[key],
-        )
-        for key in ('top1', 'top5')
-        if key in measured
-    ]
-
-
 def _settings(args: Mapping[str, Any], written: Mapping[str, Any]) -> str:
     """The options in the run folder's args.yaml, with the checkpoint's own values, as YAML; '' without that file."""
-    if not written:
-        return ''
-    unused = _PRIVATE + (_UNUSED if _is_mealv2(args) else ())
+    unused = _PRIVATE + (_UNUSED if args.get('kd_distill_type') == 'mealv2' else ())
     values = {key: args.get(key, value) for key, value in written.items() if not key.startswith(unused)}
     # Every option that can be off is so by default, but for --dist-bn.
-    kept = {key: _plain(value) for key, value in values.items() if key == 'dist_bn' or not _is_off(value)}
-    return yaml.safe_dump(kept, sort_keys=False).strip()
-
-
-def _is_off(value: Any) -> bool:
-    return value is None or value is False or value in ('', [], {})
-
-
-def _command(args: Mapping[str, Any]) -> str:
-    return 'mealv2-train -c args.yaml' if 'discriminator_mode' in args else 'python train.py -c args.yaml'
+    kept = {
+        key: _plain(value)
+        for key, value in values.items()
+        if key == 'dist_bn' or not (value is None or value is False or value in ('', [], {}))
+    }
+    return yaml.safe_dump(kept, sort_keys=False).strip() if kept else ''
 
 
 def _plain(value: Any) -> Any:
@@ -417,55 +334,6 @@ def _without_folders(text: str) -> str:
             break
     shown = os.path.basename(text.rstrip('/')) if os.path.isabs(text) or text.startswith('~') else text
     return head + shown
-
-
-# The text
-
-
-def _header(options: CardOptions, tags: Sequence[str], **more: Any) -> ModelCardData:
-    """The YAML header; `tags` beside those of every card."""
-    return ModelCardData(
-        license=options.license,
-        library_name='timm',
-        pipeline_tag='image-classification',
-        tags=['image-classification', 'timm', *tags],
-        **more,
-    )
-
-
-def _name(name: str, options: CardOptions) -> str:
-    return options.repo_id.rpartition('/')[2] if options.repo_id else name
-
-
-def _examples(examples: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
-    rows = []
-    for file, probabilities in examples.items():
-        best = sorted(probabilities.items(), key=lambda item: -item[1])[:3]
-        rows.append({'file': file, 'classes': [{'name': name, 'probability': value} for name, value in best]})
-    return rows
-
-
-def _write(
-    folder: Path, name: str, config: Mapping[str, Any], data: ModelCardData, options: CardOptions, **variables: Any
-) -> None:
-    cfg = config['pretrained_cfg']
-    everything: dict[str, Any] = {
-        'name': _name(name, options),
-        'source': f'hf-hub:{options.repo_id}' if options.repo_id else f'local-dir:{name}',
-        'architecture': config['architecture'],
-        'num_classes': config['num_classes'],
-        'image_mode': 'L' if cfg['input_size'][0] == 1 else 'RGB',
-        'pixels': {key: cfg[key] for key in _PREPROCESSING if cfg.get(key) is not None},
-        'needs_package': False,
-        'claims': [],
-        'teachers': [],
-        'results': [],
-        'examples': [],
-        'citations': [],
-        **dict.fromkeys(('start', 'results_of', 'origin', 'curves', 'recipe', 'command', 'settings'), ''),
-        **variables,
-    }
-    _render(data, everything, options.template).save(folder / CARD_FILE)
 
 
 def _render(data: ModelCardData, variables: Mapping[str, Any], template: str | os.PathLike[str] | None) -> ModelCard:

@@ -3,7 +3,6 @@
 Such a folder is made from a training checkpoint, from an ensemble's teachers or from a file that the authors released.
 """
 
-import argparse
 import hashlib
 import json
 import logging
@@ -17,20 +16,15 @@ from typing import Any
 import timm
 import torch
 from PIL import Image
-from timm.data import ImageNetInfo, resolve_input_data_config, resolve_model_data_config
+from timm.data import ImageNetInfo, resolve_model_data_config
 from timm.models import (
-    clean_state_dict,
     get_pretrained_cfg,
-    parse_model_name,
-    resolve_model_input_args,
     save_for_hf,
-    split_model_name_tag,
 )
-from timm.utils import load_checkpoint_metadata
 from torch import nn
 
 from timm_mealv2.errors import UserError
-from timm_mealv2.hub.card import CardOptions, write_ensemble_card, write_released_card, write_trained_card
+from timm_mealv2.hub.card import METRICS, CardOptions, weights_row, write_card, write_trained_card
 from timm_mealv2.hub.demo import Classifier
 from timm_mealv2.hub.folder import (
     APP_FILE,
@@ -39,9 +33,9 @@ from timm_mealv2.hub.folder import (
     EXAMPLES_FOLDER,
     REQUIREMENTS_FILE,
     WEIGHTS_FILE,
-    read_config,
     replacing_export,
 )
+from timm_mealv2.models.checkpoint import TrainingCheckpoint
 from timm_mealv2.models.factory import TeacherSpec, create_ensemble
 from timm_mealv2.models.mealv2_students import VANILLA_ARCHITECTURE
 
@@ -51,7 +45,7 @@ _logger = logging.getLogger(__name__)
 _ARCHITECTURE_KEYS = ('architecture', 'first_conv', 'classifier', 'fixed_input_size', 'min_input_size')
 
 NO_LICENSE = 'unknown'
-"""Licence in the config.json of weights that were given none; timm keeps it there when it loads and saves them."""
+"""License in the config.json of weights that were given none; timm keeps it there when it loads and saves them."""
 
 PAPER_ACCURACY: dict[str, tuple[float, float]] = {
     'mealv1_resnet50.in1k': (78.21, 94.01),
@@ -96,32 +90,31 @@ def export_model(
     Raises:
         UserError: If the checkpoint cannot be read or does not tell its model, or `out` is something else.
     """
-    checkpoint, out = Path(checkpoint), Path(out)
-    saved = _read_checkpoint(checkpoint)
-    averaged = bool(use_ema and saved.get('state_dict_ema'))
-    model, data_config = _rebuild(saved, averaged)
-    names = saved.get('class_names') or ()  # the folders' names, which tell no class where there are no labels
-    model_config = _labels(names) if len(names) == model.num_classes else {}
+    out = Path(out)
+    trained = TrainingCheckpoint.read(checkpoint)
+    has_average = bool(trained.contents.get('state_dict_ema'))
+    averaged = use_ema and has_average
+    model: Any = trained.build(ema=averaged)
+    data_config = resolve_model_data_config(model)
+    _describe(model, data_config)
+    names = trained.class_names  # the folders' names, which tell no class where there are no labels
     with replacing_export(out) as folder:
-        _save(model, folder, model_config, data_config)
+        _save(model, folder, _labels(names) if len(names) == model.num_classes else {}, data_config)
         if demo:
-            _add_app(folder)
+            app = resources.files('timm_mealv2') / 'hub' / 'demo.py'
+            (folder / APP_FILE).write_bytes(app.read_bytes())
+            (folder / REQUIREMENTS_FILE).write_text(f'gradio\ntimm>={timm.__version__}\n')
         write_trained_card(
             folder,
             out.resolve().name,
-            read_config(folder),
-            saved,
-            checkpoint.resolve().parent,
+            trained,
+            card or CardOptions(),
             averaged=averaged,
-            examples=_add_examples(folder, examples),
+            predictions=_add_examples(folder, examples),
             app=demo,
-            options=card or CardOptions(),
         )
-    if averaged:
-        kind = 'the moving average of the weights (EMA)'
-    else:
-        kind = 'the weights, not their moving average' if saved.get('state_dict_ema') else 'the weights'
-    _logger.info(f'{checkpoint}: exported {kind}.')
+    kind = 'the weights, not their moving average' if has_average else 'the weights'
+    _logger.info(f'{checkpoint}: exported {"the moving average of the weights (EMA)" if averaged else kind}.')
     return out
 
 
@@ -169,9 +162,8 @@ def export_ensemble(
     with replacing_export(out) as folder:
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2))
         _check_equal(ensemble, data_config, timm.create_model(f'local-dir:{folder}', pretrained=True))
-        write_ensemble_card(
-            folder, out.resolve().name, read_config(folder), ensemble.names, ensemble.weights, card or CardOptions()
-        )
+        rows = [weights_row(name, weight) for name, weight in zip(ensemble.names, ensemble.weights, strict=True)]
+        write_card(folder, out.resolve().name, card or CardOptions(), tags=['ensemble'], kind='ensemble', teachers=rows)
     return out
 
 
@@ -180,7 +172,7 @@ def convert_released(
 ) -> Path:
     """Make an exported folder from a file of the authors' release page.
 
-    The authors gave their files no licence. config.json says so, and `push_model` then asks for their permission.
+    The authors gave their files no license. config.json says so, and `push_model` then asks for their permission.
 
     Args:
         file: The released file; it must fit the student exactly.
@@ -202,66 +194,35 @@ def convert_released(
     model = timm.create_model(tagged, pretrained=True, pretrained_cfg_overlay={'file': str(file)})
     data_config = resolve_model_data_config(model)
     about = {key: getattr(cfg, key) for key in ('origin_url', 'paper_name', 'paper_ids')}
-    vanilla = VANILLA_ARCHITECTURE[cfg.architecture]
-    _describe(model, data_config, architecture=vanilla, license=NO_LICENSE, **about)
+    _describe(model, data_config, license=NO_LICENSE, **about)
     with file.open('rb') as opened:
         digest = hashlib.file_digest(opened, 'sha256').hexdigest()
-    claims = dict(zip(('top1', 'top5'), PAPER_ACCURACY[tagged], strict=True))
+    options = card or CardOptions()
     with replacing_export(out) as folder:
         _save(model, folder, _labels(ImageNetInfo().label_names()), data_config)
-        config = read_config(folder)
-        write_released_card(folder, out.resolve().name, config, tagged, claims, digest, card or CardOptions())
+        write_card(
+            folder,
+            out.resolve().name,
+            options,
+            tags=['knowledge-distillation'],
+            header={'datasets': [options.dataset_id]} if options.dataset_id else None,
+            kind='released',
+            student=tagged,
+            sha256=digest,
+            claims=[
+                {'metric': METRICS[key], 'value': value}
+                for key, value in zip(('top1', 'top5'), PAPER_ACCURACY[tagged], strict=True)
+            ],
+        )
     return out
 
 
-# What a folder is made from
-
-
-def _read_checkpoint(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(f'no checkpoint at {path}: expected a .pth.tar file of a run folder.')
-    try:
-        saved = load_checkpoint_metadata(os.fspath(path))
-    except Exception as error:  # torch raises half a dozen kinds for a torn or foreign file
-        raise UserError(f'{path} is no whole training checkpoint: {str(error).splitlines()[0]}') from error
-    if not isinstance(saved, dict) or 'state_dict' not in saved or 'args' not in saved:
-        raise UserError(f'{path} does not tell its model: expected a training checkpoint with state_dict and args.')
-    return saved
-
-
-def _rebuild(saved: Mapping[str, Any], averaged: bool) -> tuple[nn.Module, dict[str, Any]]:
-    """The checkpoint's model, of timm's own architecture and without other weights' config, and its data config."""
-    args = saved['args']
-    options = dict(vars(args) if isinstance(args, argparse.Namespace) else args)
-    name = options['model']
-    if parse_model_name(name)[0] is None:
-        architecture = split_model_name_tag(name)[0]
-        name = VANILLA_ARCHITECTURE.get(architecture, architecture)
-    # A model of fixed size is built for the size it was trained with.
-    pixels = saved.get('data_config') or options
-    size = {key: pixels.get(key) for key in ('input_size', 'img_size', 'in_chans')}
-    arguments = {
-        'num_classes': options.get('num_classes'),
-        'global_pool': options.get('gp'),
-        'bn_eps': options.get('bn_eps'),
-        **(options.get('model_kwargs') or {}),
-    }
-    state = saved['state_dict_ema' if averaged else 'state_dict']
-    try:
-        model = timm.create_model(**resolve_model_input_args(name, size, **arguments))
-        model.load_state_dict(clean_state_dict(state))
-    except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f'the weights do not fit {name} with {arguments}: {error}') from error
-    data_config = saved.get('data_config') or resolve_input_data_config(model, args=options)
-    _describe(model, data_config)
-    return model, data_config
-
-
 def _describe(model: Any, data_config: Mapping[str, Any], **about: Any) -> None:
-    """Give a model a pretrained config of its architecture and pixels, and of its weights only what `about` says."""
+    """Give a model a pretrained config of timm's own architecture, its pixels, and what `about` says of its weights."""
     cfg = model.pretrained_cfg
-    architecture = {key: cfg[key] for key in _ARCHITECTURE_KEYS if key in cfg}
-    model.pretrained_cfg = {**architecture, **data_config, **about}
+    kept = {key: cfg[key] for key in _ARCHITECTURE_KEYS if key in cfg}
+    kept['architecture'] = VANILLA_ARCHITECTURE.get(kept['architecture'], kept['architecture'])
+    model.pretrained_cfg = {**kept, **data_config, **about}
 
 
 def _labels(names: Sequence[str]) -> dict[str, Any]:
@@ -270,9 +231,6 @@ def _labels(names: Sequence[str]) -> dict[str, Any]:
     known = set(names) <= set(imagenet.label_names())
     descriptions = {'label_descriptions': {n: imagenet.label_name_to_description(n) for n in names}} if known else {}
     return {'label_names': list(names), **descriptions}
-
-
-# What a folder holds
 
 
 def _save(model: nn.Module, folder: Path, model_config: dict[str, Any], data_config: Mapping[str, Any]) -> None:
@@ -298,17 +256,11 @@ def _tuples(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
 
 
-def _add_app(folder: Path) -> None:
-    app = resources.files('timm_mealv2') / 'hub' / 'demo.py'
-    (folder / APP_FILE).write_bytes(app.read_bytes())
-    (folder / REQUIREMENTS_FILE).write_text(f'gradio\ntimm>={timm.__version__}\n')
-
-
 def _add_examples(folder: Path, images: Sequence[str | os.PathLike[str]]) -> dict[str, dict[str, float]]:
-    """Copy images into the folder; return what its model answers by their names there."""
-    answers: dict[str, dict[str, float]] = {}
+    """Copy images into the folder; return the probabilities that its model gives by their names there."""
+    predictions: dict[str, dict[str, float]] = {}
     if not images:
-        return answers
+        return predictions
     (folder / EXAMPLES_FOLDER).mkdir()
     classify = Classifier(folder)
     for number, path in enumerate(map(Path, images), 1):
@@ -316,7 +268,7 @@ def _add_examples(folder: Path, images: Sequence[str | os.PathLike[str]]) -> dic
         try:
             shutil.copyfile(path, folder / name)
             with Image.open(path) as image:
-                answers[name] = classify(image)
+                predictions[name] = classify(image)
         except OSError as error:
             raise UserError(f'{path} is no readable image: {error}') from error
-    return answers
+    return predictions

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from timm_mealv2.errors import UserError
+from timm_mealv2.models.checkpoint import architecture_arguments
 
 WEIGHTS_FILE, CONFIG_FILE, CARD_FILE, CURVES_FILE = 'model.safetensors', 'config.json', 'README.md', 'curves.png'
 APP_FILE, REQUIREMENTS_FILE, EXAMPLES_FOLDER = 'app.py', 'requirements.txt', 'examples'
@@ -27,7 +28,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Return what the `config.json` of `folder` holds.
 
     Raises:
-        UserError: If it cannot be read or is no object.
+        UserError: If it cannot be read, is no object, or says which weights to fetch: only arguments of an architecture
+            may come from a file.
     """
     try:
         config = json.loads((folder / CONFIG_FILE).read_text())
@@ -35,6 +37,12 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f'{folder / CONFIG_FILE} cannot be read: {error}') from error
     if not isinstance(config, dict):
         raise UserError(f'{folder / CONFIG_FILE} must hold an object, got {type(config).__name__}.')
+    model_args = config.get('model_args') or {}
+    if refused := sorted(model_args.keys() - architecture_arguments(model_args).keys() - {'teachers'}):
+        raise UserError(
+            f'{folder / CONFIG_FILE} is refused: its model_args ({", ".join(refused)}) say where weights come from, '
+            'which is not for a file to say.'
+        )
     return config
 
 
