@@ -1,3 +1,4 @@
+# mypy: ignore-errors
 """What stored labels cost and save: training throughput, and peak memory against the size of the store.
 
     python benchmarks/stored_labels.py loading --photos FOLDER

@@ -1,6 +1,7 @@
 """What several test files share: a small data set with something to learn, and a quiet, offline environment."""
 
 import os
+import shutil
 from pathlib import Path
 
 os.environ['HF_HUB_OFFLINE'] = '1'  # huggingface_hub reads it when it is imported
@@ -46,3 +47,15 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_images(root / 'train', 7, seed=0)
     write_images(root / 'validation', 4, seed=1)
     return root
+
+
+@pytest.fixture
+def spoilt(image_folder: Path, tmp_path: Path) -> Path:
+    """A copy of the sample images, to spoil."""
+    return Path(shutil.copytree(image_folder, tmp_path / 'spoilt'))
+
+
+def cut_off(path: Path) -> str:
+    """Cut off a file, and return its path."""
+    path.write_bytes(path.read_bytes()[:200])
+    return str(path)

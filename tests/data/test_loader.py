@@ -1,38 +1,57 @@
-"""The training loader: what a batch holds depends on (seed, epoch, batch) alone."""
+"""The loaders: what a batch holds depends on its counters alone, and what cannot be read is left out."""
 
-import tarfile
-from collections.abc import Callable
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from timm.data import create_dataset
+from conftest import cut_off
+from timm.data import create_loader
 from torch import Tensor
 
-from timm_mealv2.data.dataset import check_classes, class_names, open_dataset
-from timm_mealv2.data.loader import TrainLoader, eval_loader
+from timm_mealv2.data.bad_images import BadImages
+from timm_mealv2.data.dataset import open_dataset, unlabeled
+from timm_mealv2.data.deterministic import Augmentation, EpochSampler, Erasing, Samples
+from timm_mealv2.data.loader import CollateMixed, CollatePairs, TrainLoader, collate_labels, eval_loader
 from timm_mealv2.errors import UserError
 
-TRANSFORM: dict[str, Any] = {
-    'scale': (0.3, 1.0),
-    'hflip': 0.5,
-    'color_jitter': 0.4,
-    'interpolation': 'random',
-    'mean': (0.5, 0.5, 0.5),
-    'std': (0.5, 0.5, 0.5),
-}
+AUGMENTATION = Augmentation((3, 16, 16), scale=(0.3, 1.0), mean=(0.5,) * 3, std=(0.5,) * 3)
 MIXUP = {'mixup_alpha': 0.8, 'cutmix_alpha': 1.0, 'label_smoothing': 0.1, 'num_classes': 3}
+ERASED = {'reprob': 0.5, 'remode': 'pixel'}
+EVALUATED: dict[str, Any] = {'input_size': (3, 16, 16), 'interpolation': 'bilinear', 'crop_pct': 1.0}
+EVALUATED |= {'crop_mode': 'center', 'mean': (0.5,) * 3, 'std': (0.5,) * 3}
 
 
-@pytest.fixture
-def make(image_folder: Path) -> Callable[..., TrainLoader]:
-    def make_loader(transform: dict[str, Any] | None = None, **kwargs: Any) -> TrainLoader:
-        dataset = create_dataset('', root=image_folder, split='train')
-        kwargs = {'input_size': (3, 16, 16), 'batch_size': 4, 'seed': 7, **kwargs}
-        return TrainLoader(dataset, transform={**TRANSFORM, **(transform or {})}, **kwargs)
-
-    return make_loader
+def make(
+    folder: Path,
+    *,
+    seed: int = 7,
+    mode: str = '',
+    off_epoch: int = 0,
+    batch_size: int = 4,
+    sampler: dict[str, Any] | None = None,
+    sizes: tuple[int, ...] = (),
+    labels: range | None = None,
+    without_labels: bool = False,
+    augmentation: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> TrainLoader:
+    """A loader of the sample images, put together as training does it."""
+    settings = dataclasses.replace(AUGMENTATION, **augmentation or {})
+    collate: Any = collate_labels
+    if mode == 'pair':
+        settings = dataclasses.replace(settings, mixup=0.8, cutmix=1.0, mixup_off_epoch=off_epoch)
+        collate = CollatePairs(3, smoothing=0.1)
+    elif mode:
+        collate = CollateMixed({**MIXUP, 'mode': mode}, Erasing(settings, seed), seed=seed, off_epoch=off_epoch)
+        settings = dataclasses.replace(settings, reprob=0.0)
+    dataset = open_dataset('', str(folder), 'train')
+    dataset = unlabeled(dataset) if without_labels else dataset
+    input_sizes = [(3, size, size) for size in sizes] or None
+    samples = Samples(dataset, settings, seed, labels=labels, input_sizes=input_sizes)
+    order = EpochSampler(21, batch_size, seed=seed, pairs=mode == 'pair', **sampler or {})
+    return TrainLoader(samples, order, collate, normalization=((0.5,) * 3, (0.5,) * 3), **kwargs)
 
 
 def images_of(loader: TrainLoader, epoch: int = 0, start: int = 0) -> list[Tensor]:
@@ -44,131 +63,218 @@ def assert_same(a: list[Tensor], b: list[Tensor]) -> None:
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-@pytest.mark.parametrize('prefetch', [True, False])
-@pytest.mark.parametrize('workers', [0, 2])
-def test_an_epoch_entered_in_the_middle_goes_on_as_the_unbroken_one(
-    make: Callable[..., TrainLoader], workers: int, prefetch: bool
-) -> None:
-    options = {'mixup': MIXUP, 'transform': {'re_prob': 0.5, 're_mode': 'pixel'}, 'prefetch': prefetch}
-    whole = images_of(make(workers=0, **options), epoch=3)
-    loader = make(workers=workers, **options)
+@pytest.mark.parametrize('mode', ['', 'batch', 'pair'])
+def test_workers_and_resuming_change_no_pixel(image_folder: Path, mode: str) -> None:
+    whole = images_of(make(image_folder, mode=mode, augmentation=ERASED), epoch=3)
+    loader = make(image_folder, mode=mode, augmentation=ERASED, workers=2)
     images_of(loader, epoch=1)
     assert_same(images_of(loader, epoch=3, start=2), whole[2:])
     assert_same(images_of(loader, epoch=3), whole)
+    others = images_of(make(image_folder, mode=mode, augmentation=ERASED, prefetch=False), epoch=3)
+    assert_same(others, whole)
+    assert not torch.equal(images_of(make(image_folder, mode=mode, seed=8), epoch=3)[0], whole[0])
 
 
-def test_epochs_and_seeds_differ(make: Callable[..., TrainLoader]) -> None:
-    loader = make()
-    assert not torch.equal(images_of(loader, epoch=0)[0], images_of(loader, epoch=1)[0])
-    assert not torch.equal(images_of(loader)[0], images_of(make(seed=8))[0])
+@pytest.mark.parametrize('mode', ['', 'pair'])
+def test_processes_and_batch_sizes_change_no_pixel(image_folder: Path, mode: str) -> None:
+    """Erased and mixed samples too: sets of pixels are compared, the last processes are filled up."""
+
+    def pixels(batch_size: int, rank: int = 0, world_size: int = 1) -> set[bytes]:
+        order = {'rank': rank, 'world_size': world_size}
+        loader = make(image_folder, mode=mode, batch_size=batch_size, sampler=order, augmentation=ERASED)
+        return {image.numpy().tobytes() for batch in images_of(loader, epoch=2) for image in batch}
+
+    whole = pixels(21)
+    assert len(whole) == 21
+    assert pixels(6) == pixels(3) == whole
+    assert pixels(6, 0, 2) | pixels(6, 1, 2) == whole
 
 
-def test_every_image_comes_once_and_the_last_batch_is_kept(make: Callable[..., TrainLoader]) -> None:
-    loader = make(batch_size=8, transform={'no_aug': True})
+def test_every_image_comes_once_and_the_last_batch_is_kept(image_folder: Path) -> None:
+    loader = make(image_folder, batch_size=8, augmentation={'no_aug': True})
     batches = images_of(loader)
     assert [len(batch) for batch in batches] == [8, 8, 5]
     assert len(loader) == 3
     assert len({image.numpy().tobytes() for batch in batches for image in batch}) == 21
 
 
-def test_a_last_batch_of_one_image_is_left_out(make: Callable[..., TrainLoader]) -> None:
-    assert [len(batch) for batch in images_of(make(batch_size=5))] == [5, 5, 5, 5]
-    assert [len(batch) for batch in images_of(make(batch_size=1))] == [1] * 21
-
-
-def test_two_processes_share_the_batch_of_one(make: Callable[..., TrainLoader]) -> None:
-    whole = images_of(make(batch_size=6), epoch=2)
-    ranks = [images_of(make(batch_size=3, rank=rank, world_size=2), epoch=2) for rank in range(2)]
-    for batch, first, second in zip(whole[:3], *(rank[:3] for rank in ranks), strict=True):
-        assert sorted(x.sum().item() for x in batch) == sorted(x.sum().item() for x in torch.cat([first, second]))
-
-
-@pytest.mark.parametrize('prefetch', [True, False])
 @pytest.mark.parametrize('mode', ['batch', 'pair', 'elem'])
-def test_mixing_keeps_an_odd_last_batch(make: Callable[..., TrainLoader], mode: str, prefetch: bool) -> None:
-    loader = make(batch_size=8, mixup={**MIXUP, 'mode': mode}, prefetch=prefetch)
-    batches = list(loader.batches(0))
-    assert [len(images) for images, _ in batches] == [8, 8, 5]
-    for images, target in batches:
-        assert target.shape == (len(images), 3)
-        torch.testing.assert_close(target.sum(dim=1), torch.ones(len(images)))
-    odd = batches[-1][1][-1].sort().values  # unmixed: one class and the smoothing
-    torch.testing.assert_close(odd, torch.tensor([0.1 / 3, 0.1 / 3, 0.9 + 0.1 / 3]))
+def test_mixing_keeps_an_odd_last_batch_and_ends_with_its_epoch(image_folder: Path, mode: str) -> None:
+    loader = make(image_folder, batch_size=8, mode=mode, off_epoch=2)
+    for epoch in range(3):
+        batches = list(loader.batches(epoch))
+        assert [len(images) for images, _ in batches] == [8, 8, 5]
+        for images, target in batches:
+            assert target.shape == (len(images), 3)
+            torch.testing.assert_close(target.sum(dim=1), torch.ones(len(images)))
+        odd = batches[-1][1][-1].sort().values  # unmixed: one class and the smoothing
+        torch.testing.assert_close(odd, torch.tensor([0.1 / 3, 0.1 / 3, 0.9 + 0.1 / 3]))
+        mixed = any((target.max(dim=1).values < 0.9).any() for _, target in batches)
+        assert mixed == (epoch < 2)
 
 
-@pytest.mark.parametrize('prefetch', [True, False])
-def test_mixing_ends_with_its_epoch(make: Callable[..., TrainLoader], prefetch: bool) -> None:
-    loader = make(mixup=MIXUP, mixup_off_epoch=2, workers=1, prefetch=prefetch)
-    mixed = [any((target.max(dim=1).values < 0.9).any() for _, target in loader.batches(e)) for e in range(3)]
-    assert mixed == [True, True, False]
+def test_a_batch_is_mixed_before_it_is_erased(image_folder: Path) -> None:
+    """What is erased is the gray of the mean; an image mixed afterwards would show it through."""
+    plain = images_of(make(image_folder, mode='batch'))
+    erased = images_of(make(image_folder, mode='batch', augmentation={'reprob': 1.0, 'remode': 'const'}))
+    for before, after in zip(torch.cat(plain), torch.cat(erased), strict=True):
+        box = before != after
+        assert box.any()
+        assert (after[box].abs() < 0.01).all()
 
 
-@pytest.mark.parametrize('mixup', [None, MIXUP])
-@pytest.mark.parametrize('prefetch', [True, False])
-def test_without_labels_the_pixels_are_the_same(
-    make: Callable[..., TrainLoader], prefetch: bool, mixup: dict[str, Any] | None
-) -> None:
-    labelled, unlabelled = (make(unlabeled=flag, mixup=mixup, prefetch=prefetch) for flag in (False, True))
-    assert_same(images_of(labelled), images_of(unlabelled))
-    assert all((target == -1).all() and target.ndim == 1 for _, target in unlabelled.batches(0))
+def test_targets_of_pairs_follow_their_shares(image_folder: Path) -> None:
+    samples: Any = make(image_folder, mode='pair').loader.loader.loader.dataset.samples
+    loader = make(image_folder, mode='pair', batch_size=20)
+    _, target = next(loader.batches(0))
+    loader.sampler.set_position(0)
+    for key, row in zip(next(iter(loader.sampler)).keys, target, strict=True):
+        sample = samples[key]
+        expected = torch.full((3,), 0.1 / 3)
+        expected[sample.target] += 0.9 * sample.share
+        expected[sample.other] += 0.9 * (1 - sample.share)
+        torch.testing.assert_close(row, expected)
 
 
-def test_repeats_of_an_image_are_augmented_differently(make: Callable[..., TrainLoader]) -> None:
-    batches = images_of(make(repeats=3))
+@pytest.mark.parametrize('mode', ['', 'batch', 'pair'])
+def test_without_labels_the_pixels_are_the_same(image_folder: Path, mode: str) -> None:
+    labeled, without = (make(image_folder, without_labels=flag, mode=mode) for flag in (False, True))
+    assert_same(images_of(labeled), images_of(without))
+    assert all((target == -1).all() and target.ndim == 1 for _, target in without.batches(0))
+
+
+def test_repeats_of_an_image_are_augmented_differently(image_folder: Path) -> None:
+    batches = images_of(make(image_folder, sampler={'repeats': 3}))
     views = {image.numpy().tobytes() for batch in batches for image in batch}
     assert len(views) == sum(len(batch) for batch in batches)
 
 
-def test_batches_of_scheduled_sizes(make: Callable[..., TrainLoader]) -> None:
-    sizes = {'input_sizes': [(3, 16, 16), (3, 24, 24)], 'batch_sizes': [4, 2], 'choice_weights': None}
-    loader = make(sizes=sizes)
+def test_batches_of_scheduled_sizes(image_folder: Path) -> None:
+    loader = make(image_folder, sizes=(16, 24), sampler={'sizes': {'batch_sizes': [4, 2], 'choice_weights': None}})
     whole = images_of(loader, epoch=1)
     assert {(len(b), b.shape[-1]) for b in whole} == {(4, 16), (2, 24)}
     assert sum(map(len, whole)) == 20
     assert_same(images_of(loader, epoch=1, start=3), whole[3:])
 
 
-def test_augmentation_splits_give_a_clean_and_an_augmented_copy(make: Callable[..., TrainLoader]) -> None:
-    images, target = next(iter(make(splits=2, transform={'auto_augment': 'augmix-m5-w2'}).batches(0)))
+def test_augmentation_splits_give_a_clean_and_an_augmented_copy(image_folder: Path) -> None:
+    loader = make(image_folder, augmentation={'aug_splits': 2, 'aa': 'augmix-m5-w2', 'no_aug': False})
+    images, target = next(loader.batches(0))
     assert images.shape == (8, 3, 16, 16)
     assert torch.equal(target[:4], target[4:])
     assert not torch.equal(images[:4], images[4:])
 
 
-def test_evaluation_sees_the_whole_split_in_order(image_folder: Path) -> None:
+def test_several_samples_a_decode_are_those_of_one_a_decode(image_folder: Path) -> None:
+    reads = []
+
+    def pixels(per_decode: int) -> set[bytes]:
+        loader = make(image_folder, sampler={'samples_per_decode': per_decode}, batch_size=6)
+        dataset: Any = loader.loader.loader.loader.dataset
+        reader = dataset.samples.dataset.reader
+        dataset.samples.dataset.reader = Counting(reader)
+        batches = [images for epoch in range(3) for images in images_of(loader, epoch)]
+        reads.append(dataset.samples.dataset.reader.count)
+        assert sum(map(len, batches)) == 63
+        return {image.numpy().tobytes() for batch in batches for image in batch}
+
+    assert pixels(3) == pixels(1)  # the samples of the three epochs, in another order
+    assert reads[0] == 21
+    assert reads[1] >= 60  # but for an image that ends one epoch and begins the next
+
+
+class Counting:
+    def __init__(self, reader: Any) -> None:
+        self.reader, self.count = reader, 0
+
+    def __getitem__(self, index: int) -> Any:
+        self.count += 1
+        return self.reader[index]
+
+
+@pytest.mark.parametrize('prefetch', [True, False])
+def test_evaluation_sees_the_whole_split_in_order(image_folder: Path, prefetch: bool) -> None:
     dataset = open_dataset('', str(image_folder), 'validation')
-    config = {'input_size': (3, 16, 16), 'interpolation': 'bilinear', 'crop_pct': 1.0, 'crop_mode': 'center'}
-    config |= {'mean': (0.5,) * 3, 'std': (0.5,) * 3}
-    loader = eval_loader(dataset, config, batch_size=5, device=torch.device('cpu'), num_workers=0)
-    assert torch.cat([target for _, target in loader]).tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    options: dict[str, Any] = {'batch_size': 5, 'device': torch.device('cpu'), 'num_workers': 0}
+    batches = list(eval_loader(dataset, EVALUATED, use_prefetcher=prefetch, **options))
+    assert torch.cat([target for _, target in batches]).tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    theirs = create_loader(dataset, is_training=False, **EVALUATED, **options)
+    assert torch.equal(torch.cat([images for images, _ in batches]), torch.cat([images for images, _ in theirs]))
 
 
-def test_what_cannot_be_opened_is_said_in_one_line(tmp_path: Path) -> None:
-    (tmp_path / 'empty').mkdir()
-    for root, text in (('absent', 'no data set at'), ('empty', 'cannot open')):
-        with pytest.raises(UserError, match=text):
-            open_dataset('', str(tmp_path / root), 'train')
-    with pytest.raises(UserError, match='--data-dir'):
-        open_dataset('', None, 'train')
+@pytest.mark.parametrize('workers', [0, 1])
+def test_evaluation_leaves_an_unreadable_image_out(spoilt: Path, workers: int) -> None:
+    options: dict[str, Any] = {'batch_size': 3, 'device': torch.device('cpu'), 'num_workers': workers}
+    whole = torch.cat([x for x, _ in eval_loader(open_dataset('', str(spoilt), 'validation'), EVALUATED, **options)])
+    for name in ('cold/001.png', 'plain/002.png', 'plain/003.png', 'warm/000.png'):
+        cut_off(spoilt / 'validation' / name)
+    bad = BadImages()
+    batches = list(eval_loader(open_dataset('', str(spoilt), 'validation'), EVALUATED, bad=bad, **options))
+    assert torch.cat([target for _, target in batches]).tolist() == [0] * 3 + [1] * 2 + [2] * 3
+    assert torch.equal(torch.cat([x for x, _ in batches]), whole[[0, 2, 3, 4, 5, 9, 10, 11]])
+    assert len(bad.found) == 4
 
 
-def test_classes_of_a_tar_are_compared_too(image_folder: Path, tmp_path: Path) -> None:
-    with tarfile.open(tmp_path / 'train.tar', 'w') as tar:
-        tar.add(image_folder / 'train', 'train')
-    dataset = open_dataset('', str(tmp_path), 'train.tar')
-    assert class_names(dataset) == ['cold', 'plain', 'warm']
-    with pytest.raises(UserError, match='3 classes, the model 10'):
-        check_classes(dataset, None, 10)
+def pixels_of(batches: list[tuple[Tensor, Tensor]]) -> list[bytes]:
+    return [image.numpy().tobytes() for images, _ in batches for image in images]
 
 
-def test_class_counts_and_names_are_compared(image_folder: Path, tmp_path: Path) -> None:
-    train = open_dataset('', str(image_folder), 'train')
-    check_classes(train, open_dataset('', str(image_folder), 'validation'), 3)
-    with pytest.raises(UserError, match='3 classes, the model 10'):
-        check_classes(train, None, 10)
-    other = tmp_path / 'validation'
-    other.mkdir()
-    for name in ('cold', 'plain', 'wet'):
-        (other / name).symlink_to(image_folder / 'validation' / 'cold')
-    with pytest.raises(UserError, match='warm, wet'):
-        check_classes(train, open_dataset('', str(tmp_path), 'validation'), 3)
+@pytest.mark.parametrize('workers', [0, 2])
+def test_an_unreadable_image_is_left_out_and_nothing_else_changes(spoilt: Path, workers: int) -> None:
+    whole = list(make(spoilt, batch_size=3).batches(1))
+    broken = [cut_off(spoilt / 'train' / name) for name in ('cold/002.png', 'warm/005.png')]
+    bad = BadImages()
+    rest = list(make(spoilt, batch_size=3, workers=workers, bad=bad).batches(1))
+    assert len(rest) == len(whole)
+    assert sum(len(images) for images, _ in rest) == 19
+    assert set(pixels_of(rest)) < set(pixels_of(whole))
+    assert sorted(text.split(': ')[0] for text in bad.found.values()) == sorted(broken)
+
+
+@pytest.mark.parametrize(
+    ('options', 'copies'),
+    [
+        ({'mode': 'batch'}, 1),
+        ({'mode': 'pair', 'batch_size': 4}, 1),
+        ({'augmentation': {'aug_splits': 2, 'aa': 'augmix-m5-w2', 'reprob': 1.0}}, 2),
+        ({'sizes': (16, 24), 'sampler': {'sizes': {'batch_sizes': [3, 3], 'choice_weights': None}}}, 1),
+        ({'without_labels': True}, 1),
+    ],
+)
+def test_every_way_of_loading_leaves_it_out(spoilt: Path, options: dict[str, Any], copies: int) -> None:
+    for index in range(3):
+        cut_off(spoilt / 'train' / 'cold' / f'{index:03}.png')
+    bad = BadImages()
+    loader = make(spoilt, bad=bad, **{'batch_size': 3, **options})
+    batches = list(loader.batches(0))
+    assert len(bad.found) == 3
+    for images, target in batches:
+        assert len(images) == len(target) >= 2 * copies
+        assert images.isfinite().all()
+    assert sum(len(images) for images, _ in batches) < 21 * copies
+
+
+def test_a_batch_of_which_nothing_is_left_takes_the_next_images(spoilt: Path) -> None:
+    for path in (spoilt / 'train').rglob('00[0-5].png'):
+        cut_off(path)
+    batches = list(make(spoilt, batch_size=2).batches(0))
+    assert [len(images) for images, _ in batches] == [2] * 10
+    assert len(set(pixels_of(batches))) == 3
+
+
+def test_a_split_without_one_readable_image_is_refused(spoilt: Path) -> None:
+    for path in (spoilt / 'train').rglob('*.png'):
+        cut_off(path)
+    with pytest.raises(UserError, match='no image of the training split can be read'):
+        list(make(spoilt).batches(0))
+    bad = BadImages(5)
+    with pytest.raises(UserError, match='--max-bad-images allows 5'):
+        list(make(spoilt, bad=bad).batches(0))
+    assert len(bad.found) < 21  # the folder is not searched to its end
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_a_label_beyond_the_classes_is_named_with_its_image(image_folder: Path, workers: int) -> None:
+    with pytest.raises(UserError, match=r'warm/00\d.png has the label 2, expected 0 to 1: set') as error:
+        list(make(image_folder, labels=range(2), workers=workers).batches(0))
+    assert 'Traceback' not in str(error.value)

@@ -18,19 +18,12 @@ from timm.task import ClassificationTask
 from timm.utils import NativeScaler
 from torch import Tensor
 
-from timm_mealv2.data.bad_images import BadImages
-from timm_mealv2.data.dataset import open_dataset
-from timm_mealv2.data.loader import TrainLoader, eval_loader
 from timm_mealv2.errors import UserError
 from timm_mealv2.training.checkpoint_saver import read_checkpoint
 from timm_mealv2.training.loop import Stepper
 from timm_mealv2.training.run import main
 
 REPOSITORY = Path(__file__).parents[2]
-CONFIG: dict[str, Any] = {'input_size': (3, 16, 16), 'interpolation': 'bilinear', 'crop_pct': 1.0}
-CONFIG |= {'crop_mode': 'center', 'mean': (0.5,) * 3, 'std': (0.5,) * 3}
-TRANSFORM = {'hflip': 0.5, 'color_jitter': 0.4, 'interpolation': 'random', 'mean': (0.5,) * 3, 'std': (0.5,) * 3}
-MIXUP = {'mixup_alpha': 0.8, 'cutmix_alpha': 1.0, 'label_smoothing': 0.1, 'num_classes': 3}
 
 
 @pytest.fixture
@@ -42,94 +35,6 @@ def data(image_folder: Path, tmp_path: Path) -> Path:
 def cut_off(path: Path) -> str:
     path.write_bytes(path.read_bytes()[:200])
     return str(path)
-
-
-def make_loader(data: Path, **kwargs: Any) -> TrainLoader:
-    dataset = open_dataset('', str(data), 'train')
-    kwargs = {'transform': TRANSFORM, 'input_size': (3, 16, 16), 'batch_size': 3, 'seed': 7, **kwargs}
-    return TrainLoader(dataset, **kwargs)
-
-
-def pixels(batches: list[tuple[Tensor, Tensor]]) -> list[bytes]:
-    return [image.numpy().tobytes() for images, _ in batches for image in images]
-
-
-# Images
-
-
-@pytest.mark.parametrize('workers', [0, 2])
-def test_an_image_that_cannot_be_read_is_left_out_and_nothing_else_changes(data: Path, workers: int) -> None:
-    whole = list(make_loader(data).batches(1))
-    broken = [cut_off(data / 'train' / name) for name in ('cold/002.png', 'warm/005.png')]
-    bad = BadImages()
-    rest = list(make_loader(data, workers=workers, bad=bad).batches(1))
-    assert len(rest) == len(whole)
-    assert sum(len(images) for images, _ in rest) == 19
-    assert set(pixels(rest)) < set(pixels(whole))
-    assert sorted(text.split(': ')[0] for text in bad.found.values()) == sorted(broken)
-
-
-@pytest.mark.parametrize(
-    ('options', 'copies'),
-    [
-        ({'mixup': MIXUP}, 1),
-        ({'mixup': MIXUP, 'prefetch': False}, 1),
-        ({'splits': 2, 'transform': {**TRANSFORM, 'auto_augment': 'augmix-m5-w2', 're_prob': 1.0}}, 2),
-        ({'sizes': {'input_sizes': [(3, 16, 16), (3, 24, 24)], 'batch_sizes': [3, 3], 'choice_weights': None}}, 1),
-        ({'unlabeled': True}, 1),
-    ],
-)
-def test_every_way_of_loading_leaves_it_out(data: Path, options: dict[str, Any], copies: int) -> None:
-    for index in range(3):
-        cut_off(data / 'train' / 'cold' / f'{index:03}.png')
-    bad = BadImages()
-    batches = list(make_loader(data, bad=bad, **options).batches(0))
-    assert len(bad.found) == 3
-    for images, target in batches:
-        assert len(images) == len(target) >= 2 * copies
-        assert images.isfinite().all()
-    assert any(len(images) < 3 * copies for images, _ in batches)
-
-
-def test_a_batch_of_which_nothing_is_left_takes_the_next_images(data: Path) -> None:
-    for path in (data / 'train').rglob('00[0-5].png'):
-        cut_off(path)
-    batches = list(make_loader(data, batch_size=2, bad=BadImages()).batches(0))
-    assert [len(images) for images, _ in batches] == [2] * 10
-    assert len(set(pixels(batches))) == 3
-
-
-def test_a_split_without_one_readable_image_is_refused(data: Path) -> None:
-    for path in (data / 'train').rglob('*.png'):
-        cut_off(path)
-    with pytest.raises(UserError, match='no image of the training split can be read'):
-        list(make_loader(data).batches(0))
-    bad = BadImages(5)
-    with pytest.raises(UserError, match='--max-bad-images allows 5'):
-        list(make_loader(data, bad=bad).batches(0))
-    assert len(bad.found) < 21  # the folder is not searched to its end
-
-
-@pytest.mark.parametrize('workers', [0, 1])
-def test_a_label_beyond_the_classes_is_named_with_its_image(data: Path, workers: int) -> None:
-    with pytest.raises(UserError, match=r'warm/00\d.png has the label 2, expected 0 to 1: set') as error:
-        list(make_loader(data, labels=range(2), workers=workers).batches(0))
-    assert 'Traceback' not in str(error.value)
-
-
-@pytest.mark.parametrize('workers', [0, 1])
-@pytest.mark.parametrize('prefetch', [True, False])
-def test_evaluation_leaves_it_out(data: Path, prefetch: bool, workers: int) -> None:
-    options: dict[str, Any] = {'batch_size': 3, 'device': torch.device('cpu'), 'num_workers': workers}
-    options['use_prefetcher'] = prefetch
-    whole = torch.cat([x for x, _ in eval_loader(open_dataset('', str(data), 'validation'), CONFIG, **options)])
-    for name in ('cold/001.png', 'plain/002.png', 'plain/003.png', 'warm/000.png'):
-        cut_off(data / 'validation' / name)
-    bad = BadImages()
-    batches = list(eval_loader(open_dataset('', str(data), 'validation'), CONFIG, bad=bad, **options))
-    assert torch.cat([target for _, target in batches]).tolist() == [0] * 3 + [1] * 2 + [2] * 3
-    assert torch.equal(torch.cat([x for x, _ in batches]), whole[[0, 2, 3, 4, 5, 9, 10, 11]])
-    assert len(bad.found) == 4
 
 
 # Signals

@@ -1,21 +1,19 @@
 """Images read for a loader: one that cannot be read is left out of its batch, named and counted.
 
 timm's own access takes the next image in its place, which nobody is told of. A user's mistake that a worker process
-finds is handed on as a value: torch would add the worker's traceback to its text.
+finds is handed on as a value.
 """
 
 import logging
-import os
-import signal
-import threading
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
-from timm.data.loader import PrefetchLoader
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from timm_mealv2.data.dataset import UnreadableImage, image_names, read_image
+from timm_mealv2.data.dataset import UnreadableImage, read_image
+from timm_mealv2.data.deterministic import Key, KeyBatch, Sample
+from timm_mealv2.data.seed import preserved_generators
 from timm_mealv2.errors import UserError
 
 _logger = logging.getLogger(__name__)
@@ -43,6 +41,24 @@ class BadImages:
             if key not in self.found:
                 self.found[key] = self._unshared[key] = text
                 _logger.warning(f'Left out, an image that cannot be read: {text}')
+
+    def restore(self, found: Mapping[str, str], splits: Mapping[str, Dataset]) -> None:
+        """Take over the images that could not be read before a run was resumed, without those that can be read now.
+
+        Args:
+            found: As `found` was saved.
+            splits: The data sets by the names that they were reported with; what is of another is taken over untested.
+        """
+        for key, text in found.items():
+            split, _, index = key.partition(' #')
+            if split in splits:
+                try:
+                    read_image(splits[split], int(index))
+                    _logger.info(f'Can be read again: {text.split(": ")[0]}')
+                    continue
+                except UnreadableImage as error:
+                    text = str(error)
+            self.found[key] = self._unshared[key] = text
 
     @property
     def news(self) -> bool:
@@ -73,73 +89,73 @@ class BadImages:
             )
 
 
-class Images(Dataset):
-    """The images of a data set, transformed. One that cannot be read is an error, where timm takes the next one."""
+class SampleSource(Protocol):
+    """Makes samples from keys; the keys' images are numbered from 0."""
 
-    def __init__(self, dataset: Dataset, labels: range | None = None) -> None:
-        self.dataset = dataset
-        self.labels = labels
-        self.transform: Any = None
-        dataset.transform = None  # type: ignore[attr-defined]
+    def __len__(self) -> int: ...
 
-    def __len__(self) -> int:
-        return len(self.dataset)  # type: ignore[arg-type]
+    def __getitem__(self, key: Key) -> Sample: ...
 
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        try:
-            image, target = read_image(self.dataset, index)
-        except (TypeError, ValueError) as error:
-            raise UserError(f'the label of image {self._name(index)} is no class index: {error}.') from error
-        if self.labels is not None and target not in self.labels:
-            raise UserError(
-                f'image {self._name(index)} has the label {target}, expected {max(self.labels.start, 0)} to '
-                f'{self.labels.stop - 1}: set --num-classes, or map the labels with --class-map.'
-            )
-        return image if self.transform is None else self.transform(image), target
 
-    def _name(self, index: int) -> str:
-        return image_names(self.dataset)[index]
+Collate = Callable[[KeyBatch, list[Sample]], Batch]
+"""Makes a batch of the samples that could be read; the keys are those of the samples."""
 
 
 class Fetched(NamedTuple):
-    """What a worker read: the samples, and which images it could not read (index -> path and reason)."""
+    """A batch, None if no image of it can be read, and what could not be read (index -> path and reason)."""
 
-    samples: list[tuple[Any, Any]]
+    batch: Batch | None
     unreadable: dict[int, str]
-    key: Any = None  # of the first sample asked for
 
 
-class ReadableDataset(Dataset):
-    """Fetches whole batches of a data set for evaluation, without what cannot be read."""
+class ReadableBatches(Dataset):
+    """Makes whole batches, in a worker: what cannot be read is left out.
 
-    def __init__(self, dataset: Dataset) -> None:
-        self.dataset = dataset
+    Args:
+        samples: Makes the samples.
+        collate: Makes a batch of them.
+        fill: Fill up a batch of which less than two images are left: every process has something to train on, and
+            batch norm a variance. The next images of the data set take the place, or, where the labels are stored,
+            copies of what is left.
+        limit: Images that may be unreadable: beyond that, a folder that is gone is not searched to its end.
+    """
 
-    def __getitems__(self, indices: list[int]) -> Fetched | UserError:
-        fetched = Fetched([], {})
-        for index in indices:
-            try:
-                fetched.samples.append(self.dataset[index])
-            except UnreadableImage as error:
-                fetched.unreadable[index] = str(error)
-            except UserError as error:  # as in _CountedDataset
-                return error
-        return fetched
+    def __init__(self, samples: SampleSource, collate: Collate, *, fill: bool = False, limit: int = 0) -> None:
+        self.samples, self.collate, self.fill, self.limit = samples, collate, fill, limit
 
+    def __getitem__(self, batch: KeyBatch) -> Fetched | UserError:
+        read: list[tuple[Key, Sample]] = []
+        unreadable: dict[int, str] = {}
+        try:
+            with preserved_generators():
+                for key in batch.keys:
+                    self._add(key, read, unreadable)
+                if self.fill and len(read) < min(2, len(batch.keys)):
+                    self._fill_up(batch.keys, read, unreadable)
+                if not read:
+                    return Fetched(None, unreadable)
+                keys, samples = zip(*read, strict=True)
+                return Fetched(self.collate(batch._replace(keys=list(keys)), list(samples)), unreadable)
+        except UserError as error:  # torch would add the worker's traceback to its text
+            return error
 
-class Collate:
-    """Collates what a worker read; what it could not read goes on beside the batch, which is None if nothing is."""
+    def _add(self, key: Key, read: list[tuple[Key, Sample]], unreadable: dict[int, str]) -> None:
+        try:
+            read.append((key, self.samples[key]))
+        except UnreadableImage as error:
+            unreadable[error.index] = str(error)
 
-    def __init__(self, collate: Callable[[Any], Batch]) -> None:
-        self.collate = collate
-
-    def __call__(self, fetched: Fetched | UserError) -> tuple[Batch | None, dict[int, str]] | UserError:
-        if isinstance(fetched, UserError):
-            return fetched
-        return self.collate_fetched(fetched) if fetched.samples else None, fetched.unreadable
-
-    def collate_fetched(self, fetched: Fetched) -> Batch:
-        return self.collate(fetched.samples)
+    def _fill_up(self, keys: list[Key], read: list[tuple[Key, Sample]], unreadable: dict[int, str]) -> None:
+        if keys[-1].label is not None:
+            read += read[:1]
+            return
+        asked = {key.index for key in keys}
+        for step in range(1, len(self.samples)):
+            index = (keys[-1].index + step) % len(self.samples)
+            if index not in asked:
+                self._add(keys[-1]._replace(index=index, pair=None), read, unreadable)
+            if len(read) >= min(2, len(keys)) or len(unreadable) > self.limit:
+                return
 
 
 class ReportingLoader:
@@ -158,43 +174,9 @@ class ReportingLoader:
         for fetched in self.loader:
             if isinstance(fetched, UserError):
                 raise fetched
-            batch, unreadable = fetched
-            self.bad.report(self.split, unreadable)
-            if batch is not None:
-                yield batch
+            self.bad.report(self.split, fetched.unreadable)
+            if fetched.batch is not None:
+                yield fetched.batch
             elif not self.skip_empty:
                 self.bad.check()
                 raise UserError('no image of the training split can be read: look at the log for the reasons.')
-
-
-def ignore_signals(worker: int) -> None:
-    """Let a worker process leave Ctrl-C and a cluster's SIGTERM, which reach every process, to the training process.
-
-    That one finishes its step first, and ends its workers with a SIGTERM of its own.
-    """
-    signal.set_wakeup_fd(-1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_leave_when_told, daemon=True).start()
-
-
-def _leave_when_told() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)
-
-
-def keep_signals_from_workers(loader: PrefetchLoader | DataLoader) -> None:
-    """Let the workers of a loader of timm's ignore signals, beside what timm does when they start."""
-    inner = loader.loader if isinstance(loader, PrefetchLoader) else loader
-    inner.worker_init_fn = _WorkerStart(inner.worker_init_fn)
-
-
-class _WorkerStart:
-    def __init__(self, former: Callable[[int], None] | None) -> None:
-        self.former = former
-
-    def __call__(self, worker: int) -> None:
-        ignore_signals(worker)
-        if self.former is not None:
-            self.former(worker)

@@ -36,6 +36,17 @@ def open_dataset(name: str, root: str | None, split: str, **kwargs: Any) -> Data
     return dataset
 
 
+def unlabeled(dataset: Dataset) -> Dataset:
+    """Return a data set of timm or torchvision with all its labels -1: unknown."""
+    dataset = copy(dataset)
+    dataset.target_transform = _no_label  # type: ignore[attr-defined]
+    return dataset
+
+
+def _no_label(_: Any) -> int:
+    return -1
+
+
 def dataset_root(dataset: Dataset) -> Path | None:
     """Folder or tar file that a data set of images reads, None for other kinds."""
     root = getattr(getattr(dataset, 'reader', None), 'root', None)

@@ -83,28 +83,30 @@ class Augmentation:
         """Whether pairs of samples are mixed."""
         return self.mixup > 0 or self.cutmix > 0 or self.cutmix_minmax is not None
 
+    def transform_options(self) -> dict[str, Any]:
+        """Return the settings as arguments of timm's `create_transform` and `create_loader`."""
+        return {
+            'input_size': self.input_size,
+            'no_aug': self.no_aug,
+            'train_crop_mode': self.train_crop_mode,
+            'scale': self.scale,
+            'ratio': self.ratio,
+            'hflip': self.hflip,
+            'vflip': self.vflip,
+            'color_jitter': self.color_jitter or None,  # a jitter of 0 only takes time
+            'color_jitter_prob': self.color_jitter_prob,
+            'grayscale_prob': self.grayscale_prob,
+            'gaussian_blur_prob': self.gaussian_blur_prob,
+            'auto_augment': self.aa,
+            'interpolation': self.train_interpolation,
+            'mean': self.mean,
+            'std': self.std,
+        }
+
     def transform(self, input_size: tuple[int, int, int] | None = None) -> Any:
         """Return timm's transform from an image to uint8 pixels; three of them in turn with `aug_splits`."""
-        return create_transform(
-            input_size or self.input_size,
-            is_training=True,
-            no_aug=self.no_aug,
-            train_crop_mode=self.train_crop_mode,
-            scale=self.scale,
-            ratio=self.ratio,
-            hflip=self.hflip,
-            vflip=self.vflip,
-            color_jitter=self.color_jitter or None,  # a jitter of 0 only takes time
-            color_jitter_prob=self.color_jitter_prob,
-            grayscale_prob=self.grayscale_prob,
-            gaussian_blur_prob=self.gaussian_blur_prob,
-            auto_augment=self.aa,
-            interpolation=self.train_interpolation,
-            mean=self.mean,
-            std=self.std,
-            use_prefetcher=True,
-            separate=self.aug_splits > 0,
-        )
+        options = self.transform_options() | ({'input_size': input_size} if input_size else {})
+        return create_transform(**options, is_training=True, use_prefetcher=True, separate=self.aug_splits > 0)
 
 
 class Sample(NamedTuple):

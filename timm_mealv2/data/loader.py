@@ -1,373 +1,175 @@
-"""Data sets, and a training loader that can start at any batch of any epoch.
+"""The loaders: training batches from any batch of any epoch, batches of a stream, and evaluation batches.
 
-What a sample looks like is a function of (seed, epoch, data set index), and what a batch is mixed with of (seed, epoch,
-batch): the sampler hands these counters to the worker processes together with the indices, and the generators are
-seeded from them there. So neither the number of workers nor the point at which a run was continued changes a pixel.
+What a batch holds is decided by the keys that the sampler hands to the worker processes, so neither their number nor
+the point at which a run was resumed changes a pixel.
 
 An image that cannot be read is left out of its batch and named; which ones are is a function of the data alone.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from timm.data import (
-    AugMixDataset,
-    FastCollateMixup,
-    Mixup,
-    create_loader,
-    create_transform,
-)
-from timm.data.distributed_sampler import RepeatAugSampler
-from timm.data.loader import PrefetchLoader, fast_collate
-from timm.data.scheduled_sampler import ScheduledBatchSampler, ScheduledTransformDataset
+from timm.data import FastCollateMixup, create_loader, create_transform
+from timm.data.loader import PrefetchLoader
+from timm.data.mixup import one_hot
 from torch import Tensor
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    Dataset,
-    DistributedSampler,
-    IterableDataset,
-    Sampler,
-    default_collate,
-)
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
-from timm_mealv2.data.bad_images import (
-    BadImages,
-    Batch,
-    Collate,
-    Fetched,
-    Images,
-    ReadableDataset,
-    ReportingLoader,
-    ignore_signals,
-    keep_signals_from_workers,
-)
-from timm_mealv2.data.dataset import UnreadableImage
-from timm_mealv2.data.seed import Stream, counted_seed, preserved_generators, seed_all, seed_cpu, seeded
-from timm_mealv2.errors import UserError
-from timm_mealv2.soft_labels.dataset import CropSampler, MixCrops, SoftLabelDataset, collate_crops
+from timm_mealv2.data.bad_images import BadImages, Batch, Collate, ReadableBatches, ReportingLoader, SampleSource
+from timm_mealv2.data.dataset import read_image
+from timm_mealv2.data.deterministic import EpochSampler, Erasing, Key, KeyBatch, Sample
+from timm_mealv2.data.seed import Stream, counted_seed, seed_all, seed_cpu
+from timm_mealv2.data.workers import ignore_signals, keep_signals_from_workers
 
 
-class _Key(NamedTuple):
-    """What a worker is asked for: one sample and the counters that its randomness depends on."""
+def stack_pixels(samples: list[Sample]) -> Tensor:
+    """Return the pixels of samples as one batch uint8 [B, C, H, W]; with clean copies [splits * B, C, H, W]."""
+    first = samples[0].pixels
+    copies = first.shape[:-3]
+    batch = np.empty((*copies, len(samples), *first.shape[-3:]), dtype=np.uint8)
+    for number, sample in enumerate(samples):
+        batch[..., number, :, :, :] = sample.pixels
+    return torch.from_numpy(batch.reshape(-1, *first.shape[-3:]))
 
-    index: Any  # data set index, or (index, number of the transform) with scheduled sizes
-    epoch: int
-    batch: int
-    turn: int | None  # with repeated augmentation, tells the repeats of one image apart
+
+def collate_labels(batch: KeyBatch, samples: list[Sample]) -> Batch:
+    """Collate samples with their labels int64 [B], or [splits * B] as `stack_pixels`."""
+    images = stack_pixels(samples)
+    labels = torch.tensor([sample.target for sample in samples])
+    return images, labels.repeat(len(images) // len(samples))
 
 
-class _CountedBatches(Sampler[list[_Key]]):
-    """Batches of an epoch as keys, from a given batch on; what is skipped is not loaded."""
+class CollatePairs:
+    """Collates samples that are mixed with each other: soft targets [B, num_classes] as timm's Mixup makes them.
+
+    Where all labels are unknown (-1), they stay so: [B].
+    """
+
+    def __init__(self, num_classes: int, smoothing: float) -> None:
+        self.num_classes = num_classes
+        off = smoothing / num_classes
+        self.values = {'off_value': off, 'on_value': 1.0 - smoothing + off}
+
+    def __call__(self, batch: KeyBatch, samples: list[Sample]) -> Batch:
+        images, labels = collate_labels(batch, samples)
+        if (labels < 0).all():
+            return images, labels
+        others = torch.tensor([sample.other for sample in samples])
+        shares = torch.tensor([[sample.share] for sample in samples])
+        own, other = (one_hot(classes, self.num_classes, **self.values) for classes in (labels, others))
+        return images, own * shares + other * (1 - shares)
+
+
+class CollateMixed:
+    """Mixes the images of a batch with each other as timm does, by (seed, epoch, batch, rank), then erases.
+
+    Where all labels are unknown (-1), they stay so: [B]; otherwise the targets are soft: [B, num_classes].
+
+    Args:
+        mixing: Arguments of timm's `Mixup`.
+        erasing: Erases a mixed image, with the counters of its own sample.
+        seed: The run's seed.
+        rank: Number of this process.
+        off_epoch: First epoch without mixing, 0 for never.
+    """
 
     def __init__(
-        self,
-        batches: BatchSampler | ScheduledBatchSampler,
-        indices: DistributedSampler[int] | RepeatAugSampler | CropSampler,
-        repeats: bool,
+        self, mixing: dict[str, Any], erasing: Erasing, *, seed: int, rank: int = 0, off_epoch: int = 0
     ) -> None:
-        self.batches = batches
-        self.indices = indices
-        self.repeats = repeats
-        self.epoch = 0
-        self.start = 0
+        self.mixing = FastCollateMixup(**mixing)
+        self.erasing, self.seed, self.rank, self.off_epoch = erasing, seed, rank, off_epoch
 
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def set_position(self, epoch: int, start: int) -> None:
-        self.epoch, self.start = epoch, start
-        (self.batches if isinstance(self.batches, ScheduledBatchSampler) else self.indices).set_epoch(epoch)
-
-    def __iter__(self) -> Iterator[list[_Key]]:
-        place = 0
-        for batch, indices in enumerate(islice(self.batches, len(self))):
-            if batch >= self.start:
-                yield [
-                    _Key(index, self.epoch, batch, place + i if self.repeats else None)
-                    for i, index in enumerate(indices)
-                ]
-            place += len(indices)
-
-
-class _WholeBatches(BatchSampler):
-    """Batches of which the last, smaller one is kept, unless it is a single sample.
-
-    Batch normalisation cannot train on one sample: it has no variance. Another sample is left out in the next epoch.
-    """
-
-    def __init__(self, sampler: Sampler, batch_size: int) -> None:
-        lone = len(sampler) > batch_size > 1 and len(sampler) % batch_size == 1  # type: ignore[arg-type]
-        super().__init__(sampler, batch_size, drop_last=lone)
-
-
-class _CountedDataset(Dataset):
-    """Fetches whole batches of samples, each with the generators seeded from its key.
-
-    An image that cannot be read is left out. A batch of which less than two images are left is filled up to two with
-    the next ones of the data set: every process has something to train on, and batch normalisation a variance.
-    """
-
-    def __init__(self, dataset: Dataset, seed: int, rank: int, unlabeled: bool, limit: int) -> None:
-        self.dataset = dataset
-        self.seed = seed
-        self.rank = rank
-        self.unlabeled = unlabeled
-        self.limit = limit
-
-    def __len__(self) -> int:
-        return len(self.dataset)  # type: ignore[arg-type]
-
-    def __getitems__(self, keys: list[_Key]) -> Fetched | UserError:
-        fetched = Fetched([], {}, keys[0])
-        try:
-            with preserved_generators():
-                for key in keys:
-                    self._add(key, fetched)
-                for key in self._substitutes(keys):
-                    # Too many to go on: a folder that is gone would be searched to its end.
-                    if len(fetched.samples) >= min(2, len(keys)) or len(fetched.unreadable) > self.limit:
-                        break
-                    self._add(key, fetched)
-        except UserError as error:  # torch would add the worker's traceback to its text
-            return error
-        return fetched
-
-    def _substitutes(self, keys: list[_Key]) -> Iterator[_Key]:
-        asked = {_index(key) for key in keys}
-        for step in range(1, len(self)):
-            index = (_index(keys[-1]) + step) % len(self)
-            if index not in asked:
-                last = keys[-1].index
-                yield keys[-1]._replace(index=(index, *last[1:]) if isinstance(last, tuple) else index)
-
-    def _add(self, key: _Key, fetched: Fetched) -> None:
-        index = _index(key)
-        # The process makes only the repeats of an image differ: otherwise a sample is the same wherever it is made.
-        counters = (self.seed, key.epoch, index, *(() if key.turn is None else (key.turn, self.rank)))
-        seed_cpu(counted_seed(Stream.AUGMENTATION, *counters))
-        try:
-            image, target = self.dataset[key.index]
-        except UnreadableImage as error:
-            fetched.unreadable[index] = str(error)
-        else:
-            fetched.samples.append((image, 0 if self.unlabeled else target))
-
-
-def _index(key: _Key) -> int:
-    return key.index[0] if isinstance(key.index, tuple) else key.index
-
-
-class _CountedCollate(Collate):
-    """Collates a batch, mixed with numbers that depend on (seed, epoch, batch, rank)."""
-
-    def __init__(self, collate: Callable, seed: int, rank: int, mixup_off_epoch: int, unlabeled: bool) -> None:
-        super().__init__(collate)
-        self.seed = seed
-        self.rank = rank
-        self.mixup_off_epoch = mixup_off_epoch
-        self.unlabeled = unlabeled
-
-    def collate_fetched(self, fetched: Fetched) -> Batch:
-        key = fetched.key
-        if isinstance(self.collate, FastCollateMixup):
-            self.collate.mixup_enabled = not 0 < self.mixup_off_epoch <= key.epoch
-        with seeded(counted_seed(Stream.MIXUP, self.seed, key.epoch, key.batch, self.rank)):
-            images, target = self._mix(fetched.samples)
-        if self.unlabeled:
-            target = torch.full((len(images),), -1)
+    def __call__(self, batch: KeyBatch, samples: list[Sample]) -> Batch:
+        self.mixing.mixup_enabled = not 0 < self.off_epoch <= batch.epoch
+        seed_cpu(counted_seed(Stream.MIXUP, self.seed, batch.epoch, batch.number, self.rank))
+        labeled = [(sample.pixels, max(sample.target, 0)) for sample in samples]
+        if len(samples) % 2 == 0:
+            images, target = self.mixing(labeled)
+        else:  # timm mixes pairs: the odd one of a last batch is paired, and thus mixed, with itself
+            images, target = (part[:1] for part in self.mixing([labeled[-1]] * 2))
+            if len(samples) > 1:
+                others = self.mixing(labeled[:-1])
+                images, target = torch.cat([others[0], images]), torch.cat([others[1], target])
+        for key, image in zip(batch.keys, images.numpy(), strict=True):
+            self.erasing(image, key.epoch, key.index, *key.turn)
+        if all(sample.target < 0 for sample in samples):
+            target = torch.full((len(samples),), -1)
         return images, target
 
-    def _mix(self, samples: list[tuple[Any, Any]]) -> Batch:
-        if not isinstance(self.collate, FastCollateMixup) or len(samples) % 2 == 0:
-            return self.collate(samples)
-        # timm mixes pairs: the odd one of a last batch is paired, and thus mixed, with itself.
-        images, target = self.collate([samples[-1], samples[-1]])
-        if len(samples) > 1:
-            others = self.collate(samples[:-1])
-            return torch.cat([others[0], images[:1]]), torch.cat([others[1], target[:1]])
-        return images[:1], target[:1]
 
-
-class _CountedErasing:
-    """timm's RandomErasing on the device, with numbers that depend on (seed, epoch, batch, rank)."""
-
-    def __init__(self, erasing: Callable[[Tensor], Tensor], seed: int, rank: int) -> None:
-        self.erasing = erasing
-        self.seed = seed
-        self.rank = rank
-        self.epoch = 0
-        self.batch = 0
-
-    def __call__(self, images: Tensor) -> Tensor:
-        seed = counted_seed(Stream.ERASING, self.seed, self.epoch, self.batch, self.rank)
-        self.batch += 1
-        with seeded(seed):
-            if images.is_cuda:
-                torch.cuda.manual_seed(seed)  # the training loop seeds it anew before every forward pass
-            return self.erasing(images)
+def _normalizing(
+    loader: ReportingLoader, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device, dtype: torch.dtype
+) -> PrefetchLoader:
+    """Bring uint8 batches to `device` and normalize them there, in timm's arithmetic."""
+    return PrefetchLoader(loader, mean=mean, std=std, channels=len(mean), device=device, img_dtype=dtype)
 
 
 class TrainLoader:
-    """Training batches on the device, from any batch of any epoch; the last batch of an epoch is kept.
+    """Training batches on the device, from any batch of any epoch.
 
     Args:
-        dataset: A data set with random access, without a transform; or one of stored labels, whose crops are given as
-            they were recorded (`transform` then says how they are normalised, and no more).
-        input_size: (channels, height, width) of an image.
-        batch_size: Images a batch and process.
-        transform: Arguments of timm's `create_transform` for training, `interpolation`, `mean` and `std` among them.
-        mixup: Arguments of timm's `Mixup`; None does not mix.
-        mixup_off_epoch: First epoch without mixing, 0 for never.
-        crops_per_decode: With stored labels, crops of an image each time it is decoded.
-        repeats: Repeated augmentation: how often an image comes in turn, 0 for not.
-        splits: Augmentation splits (AugMix), 0 for none.
-        sizes: Arguments of timm's `ScheduledBatchSampler` and 'input_sizes', for batches of changing image size.
-        unlabeled: Discard the targets; they come as -1.
-        labels: The possible targets; None takes all.
+        samples: Makes the samples.
+        sampler: Says which make each batch.
+        collate: Makes a batch of them.
+        normalization: Mean and std of the pixels (0..1), one number per channel each.
         bad: Told of the images that cannot be read.
-        seed: The run's seed.
-        rank: Number of this process.
-        world_size: Number of processes.
         workers: Worker processes.
         pin_memory: Pin the workers' batches in memory.
-        prefetch: Normalise on the device (timm's `PrefetchLoader`), otherwise in the workers.
+        prefetch: Normalize on the device and ahead of the training, otherwise on the CPU.
         device: Where batches go, the CPU if None.
         dtype: Floating point type of the images.
     """
 
+    resumable = True
+    """An epoch can be entered in the middle."""
+
     def __init__(
         self,
-        dataset: Dataset,
+        samples: SampleSource,
+        sampler: EpochSampler,
+        collate: Collate = collate_labels,
         *,
-        input_size: tuple[int, int, int],
-        batch_size: int,
-        transform: dict[str, Any],
-        mixup: dict[str, Any] | None = None,
-        mixup_off_epoch: int = 0,
-        crops_per_decode: int = 1,
-        repeats: float = 0,
-        splits: int = 0,
-        sizes: dict[str, Any] | None = None,
-        unlabeled: bool = False,
-        labels: range | None = None,
+        normalization: tuple[tuple[float, ...], tuple[float, ...]],
         bad: BadImages | None = None,
-        seed: int = 42,
-        rank: int = 0,
-        world_size: int = 1,
         workers: int = 0,
         pin_memory: bool = False,
         prefetch: bool = True,
         device: torch.device | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        device = device or torch.device('cpu')
-        self.seed, self.rank, self.device, self.dtype = seed, rank, device, dtype
-        self.mixup_off_epoch = mixup_off_epoch
-        self.unlabeled = unlabeled
+        self.sampler = sampler
+        self.device = device or torch.device('cpu')
         bad = bad or BadImages()
-        transform = dict(transform, is_training=True, use_prefetcher=prefetch, separate=splits > 0)
-        stored = dataset if isinstance(dataset, SoftLabelDataset) else None
-        unlabeled = unlabeled and stored is None  # stored labels stay, without hard ones
-        if stored is None:
-            dataset = Images(dataset, None if unlabeled else labels)
-        if splits:
-            dataset = AugMixDataset(dataset, num_splits=splits)
-        if sizes:
-            choices = [create_transform(size, **transform) for size in sizes['input_sizes']]
-            dataset = ScheduledTransformDataset(dataset, choices)
-        elif stored is None:
-            dataset.transform = create_transform(input_size, **transform)  # type: ignore[attr-defined]
-
-        indices: DistributedSampler[int] | RepeatAugSampler | CropSampler
-        if stored is not None:
-            options = {'per_decode': crops_per_decode, 'seed': seed, 'rank': rank, 'world_size': world_size}
-            indices = CropSampler(stored.images, stored.store.meta.crops, **options)
-        elif repeats:
-            indices = RepeatAugSampler(dataset, num_replicas=world_size, rank=rank, num_repeats=repeats)
-        else:
-            indices = DistributedSampler(dataset, num_replicas=world_size, rank=rank, seed=seed)
-        batches: BatchSampler | ScheduledBatchSampler
-        if sizes:
-            schedule = {key: value for key, value in sizes.items() if key != 'input_sizes'}
-            # As timm does it: what is left over would be a small batch in the middle of the epoch.
-            try:
-                batches = ScheduledBatchSampler(indices, seed=seed, drop_last=True, **schedule)
-            except ValueError as error:
-                raise UserError(f'--train-img-sizes: {error}') from error
-        else:
-            batches = _WholeBatches(indices, batch_size)
-        self.batch_sampler = _CountedBatches(batches, indices, repeats=bool(repeats))
-
-        collate: Callable = collate_crops if stored is not None else fast_collate if prefetch else default_collate
-        self.mixup: Mixup | None = None
-        if mixup and prefetch:
-            collate = FastCollateMixup(**mixup) if stored is None else MixCrops(mixup)
-        elif mixup:
-            self.mixup = Mixup(**mixup)
         loader = DataLoader(
-            _CountedDataset(dataset, seed, rank, unlabeled, bad.limit),
-            batch_sampler=self.batch_sampler,
-            collate_fn=_CountedCollate(collate, seed, rank, mixup_off_epoch, unlabeled),  # type: ignore[arg-type]
+            ReadableBatches(samples, collate, fill=True, limit=bad.limit),
+            batch_size=None,
+            sampler=sampler,
+            collate_fn=_unchanged,
             num_workers=workers,
             pin_memory=pin_memory,
             persistent_workers=workers > 0,
             worker_init_fn=ignore_signals,
             generator=torch.Generator(),  # the workers' own seed, which nothing uses, comes out of no shared generator
         )
-        self.loader: ReportingLoader | PrefetchLoader = ReportingLoader(loader, bad, 'train')
-        self.erasing: _CountedErasing | None = None
-        if prefetch:
-            self.loader = PrefetchLoader(
-                self.loader,
-                mean=transform['mean'],
-                std=transform['std'],
-                channels=input_size[0],
-                device=device,
-                img_dtype=dtype,
-                re_prob=0.0 if transform.get('no_aug') else transform.get('re_prob', 0.0),
-                re_mode=transform.get('re_mode', 'const'),
-                re_count=transform.get('re_count', 1),
-                re_num_splits=transform.get('re_num_splits', 0),
-            )
-            if self.loader.random_erasing is not None:
-                self.erasing = self.loader.random_erasing = _CountedErasing(self.loader.random_erasing, seed, rank)
+        where = self.device if prefetch else torch.device('cpu')
+        self.loader = _normalizing(ReportingLoader(loader, bad, 'train'), *normalization, where, dtype)
 
     def __len__(self) -> int:
         """Batches an epoch on every process."""
-        return len(self.batch_sampler)
-
-    @property
-    def resumable(self) -> bool:
-        """Whether an epoch can be entered in the middle."""
-        return True
+        return len(self.sampler)
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """Yield (images [B, chans, H, W] normalised, targets) of `epoch` from batch `start` on."""
-        self.batch_sampler.set_position(epoch, start)
-        if self.erasing is not None:
-            self.erasing.epoch, self.erasing.batch = epoch, start
-        for batch, (images, target) in enumerate(self.loader, start):
-            if not isinstance(self.loader, PrefetchLoader):
-                images, target = images.to(self.device, self.dtype), target.to(self.device)
-                if self.mixup is not None:
-                    images, target = self._mix(self.mixup, images, target, epoch, batch)
-            yield images, target
+        """Yield (images [B, chans, H, W] normalized, targets) of `epoch` from batch `start` on."""
+        self.sampler.set_position(epoch, start)
+        for images, target in self.loader:
+            yield images.to(self.device), target.to(self.device)
 
-    def _mix(self, mixup: Mixup, images: Tensor, target: Tensor, epoch: int, batch: int) -> Batch:
-        mixup.mixup_enabled = not 0 < self.mixup_off_epoch <= epoch
-        classes = target.clamp(min=0)
-        with seeded(counted_seed(Stream.MIXUP, self.seed, epoch, batch, self.rank)):
-            if len(images) % 2:  # as in _CountedCollate
-                last = mixup(images[-1:].repeat(2, 1, 1, 1), classes[-1:].repeat(2))
-                others = mixup(images[:-1], classes[:-1]) if len(images) > 1 else (images[:0], last[1][:0])
-                images, mixed = torch.cat([others[0], last[0][:1]]), torch.cat([others[1], last[1][:1]])
-            else:
-                images, mixed = mixup(images, classes)
-        return images, target if self.unlabeled else mixed
+
+def _unchanged(fetched: Any) -> Any:
+    return fetched
 
 
 class StreamLoader:
@@ -381,7 +183,6 @@ class StreamLoader:
         seed: The run's seed.
         rank: Number of this process.
         device: Where batches go.
-        unlabeled: Discard the targets; they come as -1.
         **loader: Arguments of timm's `create_loader`.
     """
 
@@ -392,10 +193,9 @@ class StreamLoader:
         seed: int,
         rank: int,
         device: torch.device,
-        unlabeled: bool = False,
         **loader: Any,
     ) -> None:
-        self.seed, self.rank, self.device, self.unlabeled = seed, rank, device, unlabeled
+        self.seed, self.rank, self.device = seed, rank, device
         self.dataset = dataset
         self.loader = create_loader(dataset, is_training=True, device=device, persistent_workers=False, **loader)
         keep_signals_from_workers(self.loader)
@@ -415,11 +215,7 @@ class StreamLoader:
         self.dataset.set_epoch(epoch)  # type: ignore[attr-defined]
         seed_all(counted_seed(Stream.STREAMING, self.seed, self.rank, epoch))
         for images, target in self.loader:
-            images = images.to(self.device)
-            yield (
-                images,
-                torch.full((len(images),), -1, device=self.device) if self.unlabeled else target.to(self.device),
-            )
+            yield images.to(self.device), target.to(self.device)
 
 
 def eval_loader(
@@ -456,30 +252,42 @@ def eval_loader(
         return loader
     prefetch = kwargs.pop('use_prefetcher', True)
     dtype = kwargs.pop('img_dtype', torch.float32)
-    images = Images(dataset)
-    images.transform = create_transform(**config, is_training=False, use_prefetcher=prefetch)
+    samples = _EvalSamples(dataset, create_transform(**config, is_training=False, use_prefetcher=True))
     rank, processes = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
-    loader = DataLoader(
-        ReadableDataset(images),
-        batch_size=batch_size,
-        sampler=range(rank, len(images), processes),
-        collate_fn=Collate(fast_collate if prefetch else default_collate),  # type: ignore[arg-type]
+    inner = DataLoader(
+        ReadableBatches(samples, collate_labels),
+        batch_size=None,
+        sampler=_EvalBatches(range(rank, len(samples), processes), batch_size),
+        collate_fn=_unchanged,
         worker_init_fn=ignore_signals,
+        generator=torch.Generator(),
         **kwargs,
     )
-    reporting = ReportingLoader(loader, bad or BadImages(), 'validation', skip_empty=True)
-    if not prefetch:
-        return reporting
-    return PrefetchLoader(
-        reporting,
-        mean=config['mean'],
-        std=config['std'],
-        channels=config['input_size'][0],
-        device=device,
-        img_dtype=dtype,
-    )
+    reporting = ReportingLoader(inner, bad or BadImages(), 'validation', skip_empty=True)
+    where = device if prefetch else torch.device('cpu')
+    return _normalizing(reporting, tuple(config['mean']), tuple(config['std']), where, dtype)
 
 
-def image_sizes(sizes: Sequence[int], channels: int) -> list[tuple[int, int, int]]:
-    """Square image sizes as (channels, height, width)."""
-    return [(channels, size, size) for size in sizes]
+class _EvalSamples:
+    def __init__(self, dataset: Dataset, transform: Any) -> None:
+        self.dataset, self.transform = dataset, transform
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, key: Key) -> Sample:
+        image, target = read_image(self.dataset, key.index)
+        return Sample(self.transform(image).numpy(), target, target)
+
+
+class _EvalBatches(Sampler[KeyBatch]):
+    def __init__(self, indices: range, batch_size: int) -> None:
+        self.indices, self.batch_size = indices, batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.indices) // self.batch_size)
+
+    def __iter__(self) -> Iterator[KeyBatch]:
+        for number in range(len(self)):
+            some = self.indices[number * self.batch_size : (number + 1) * self.batch_size]
+            yield KeyBatch(0, number, [Key(0, index) for index in some])

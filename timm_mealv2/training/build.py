@@ -4,10 +4,10 @@ import argparse
 import functools
 import importlib
 import logging
-import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import fields, replace
 from typing import Any
 
 import timm
@@ -33,17 +33,23 @@ from torch.distributed import PrefixStore, Store
 from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 from torch.utils.data import Dataset, IterableDataset
 
-from timm_mealv2.data.bad_images import BadImages
-from timm_mealv2.data.dataset import check_classes, dataset_root, open_dataset
-from timm_mealv2.data.loader import StreamLoader, TrainLoader, eval_loader, image_sizes
+from timm_mealv2.data.bad_images import BadImages, Collate
+from timm_mealv2.data.dataset import check_classes, dataset_root, open_dataset, unlabeled
+from timm_mealv2.data.deterministic import Augmentation, EpochSampler, Erasing, Samples
+from timm_mealv2.data.loader import (
+    CollateMixed,
+    CollatePairs,
+    StreamLoader,
+    TrainLoader,
+    collate_labels,
+    eval_loader,
+)
 from timm_mealv2.data.seed import Stream, counted_seed, seed_all
 from timm_mealv2.errors import UserError
 from timm_mealv2.models.ensemble import EnsembleTeacher
 from timm_mealv2.models.factory import create_ensemble, read_classes
-from timm_mealv2.soft_labels.dataset import SoftLabelDataset
-from timm_mealv2.soft_labels.store import SoftLabelStore
 from timm_mealv2.task import MealV2Task, scale_discriminator_lr
-from timm_mealv2.training.checks import mixes, option
+from timm_mealv2.training.checks import mixes
 from timm_mealv2.training.loop import Stepper, updates_per_epoch
 
 _logger = logging.getLogger(__name__)
@@ -365,105 +371,43 @@ def build_datasets(args: argparse.Namespace, channels: int) -> tuple[Dataset, Da
     return train, validation
 
 
-def build_soft_labels(args: argparse.Namespace, dataset: Dataset, data_config: dict[str, Any]) -> SoftLabelDataset:
-    """Open the store of --soft-labels and put the training images together with its labels.
-
-    Crop geometry that was not given becomes that of the store.
-    """
-    store = SoftLabelStore(args.soft_labels)
-    meta = store.meta
-    if isinstance(dataset, IterableDataset):
-        raise UserError('--soft-labels needs a data set with random access: a streaming one is none.')
-    names = [teacher['name'] for teacher in meta.teachers]
-    if args.teachers and sorted(args.teachers) != sorted(names):
-        raise UserError(
-            f'--soft-labels {args.soft_labels}: recorded with the teachers {" + ".join(names)}, not '
-            f'{" + ".join(args.teachers)}.'
-        )
-    mode = args.input_img_mode or ('L' if data_config['input_size'][0] == 1 else 'RGB')
-    crops: dict[str, tuple[Any, Any]] = {
-        'classes': (meta.num_classes, args.num_classes),
-        'image size (height, width)': (tuple(meta.image_size), tuple(data_config['input_size'][1:])),
-        'image mode': (meta.img_mode, mode),
+def build_augmentation(args: argparse.Namespace, data_config: dict[str, Any]) -> Augmentation:
+    """Collect every setting that decides the pixels of a training sample."""
+    interpolation = args.train_interpolation
+    if args.no_aug or not interpolation:
+        interpolation = data_config['interpolation']
+    input_size = data_config['input_size']
+    mixing = ('mixup', 'cutmix', 'cutmix_minmax', 'mixup_prob', 'mixup_switch_prob', 'mixup_off_epoch')
+    names = [field.name for field in fields(Augmentation) if field.name not in mixing and hasattr(args, field.name)]
+    if args.mixup_mode == 'pair' and mixes(args):
+        names += mixing
+    own = {
+        'input_size': input_size,
+        'input_img_mode': args.input_img_mode or ('L' if input_size[0] == 1 else 'RGB'),
+        'train_interpolation': interpolation,
+        'mean': data_config['mean'],
+        'std': data_config['std'],
+        'grayscale_prob': args.grayscale_prob or 0.0,
+        'gaussian_blur_prob': args.gaussian_blur_prob or 0.0,
     }
-    for name, stored in (
-        ('scale', list(meta.scale)),
-        ('ratio', list(meta.ratio)),
-        ('hflip', meta.hflip),
-        ('train_interpolation', meta.interpolation),
-    ):
-        if name in args.explicit:
-            crops[option(name)] = (stored, getattr(args, name))
-        setattr(args, name, stored)
-    for what, (stored, asked) in crops.items():
-        if stored != asked:
-            raise UserError(
-                f'--soft-labels {args.soft_labels}: {what} was {stored} when it was recorded and is {asked} here.'
-            )
-    if args.crops_per_decode > meta.crops:
-        raise UserError(f'--crops-per-decode {args.crops_per_decode}: the store has {meta.crops} crops of each image.')
-    rounds = math.ceil(args.epochs / args.crops_per_decode) * args.crops_per_decode / meta.crops
-    if rounds > 1:
-        _logger.warning(
-            f'{args.epochs} epochs take more crops than the {meta.crops} that are stored of each image: they come '
-            f'again in the same order, each up to {math.ceil(rounds)} times.'
-        )
-    return SoftLabelDataset(dataset, store, unlabeled=args.unlabeled, allow_decoder_change=args.allow_decoder_change)
+    return Augmentation(**{**{name: getattr(args, name) for name in names}, **own})
 
 
 def build_train_loader(
     args: argparse.Namespace, dataset: Dataset, data_config: dict[str, Any], device: torch.device, bad: BadImages
 ) -> TrainLoader | StreamLoader:
-    """Create the training loader, over the stored crops with --soft-labels."""
-    if args.soft_labels:
-        dataset = build_soft_labels(args, dataset, data_config)
-    interpolation = args.train_interpolation
-    if args.no_aug or not interpolation:
-        interpolation = data_config['interpolation']
+    """Create the training loader."""
+    augmentation = build_augmentation(args, data_config)
+    if args.unlabeled:
+        dataset = unlabeled(dataset)
     dtype = _FLOAT_TYPES[args.model_dtype or 'float32']
-    transform = {
-        'no_aug': args.no_aug,
-        'train_crop_mode': args.train_crop_mode,
-        'scale': args.scale,
-        'ratio': args.ratio,
-        'hflip': args.hflip,
-        'vflip': args.vflip,
-        'color_jitter': args.color_jitter or None,  # timm applies a jitter of 0 too, which only takes time
-        'color_jitter_prob': args.color_jitter_prob,
-        'grayscale_prob': args.grayscale_prob or 0.0,
-        'gaussian_blur_prob': args.gaussian_blur_prob or 0.0,
-        'auto_augment': args.aa,
-        'interpolation': interpolation,
-        'mean': data_config['mean'],
-        'std': data_config['std'],
-        're_prob': args.reprob,
-        're_mode': args.remode,
-        're_count': args.recount,
-    }
-    where = {'seed': args.seed, 'rank': args.rank, 'device': device, 'unlabeled': args.unlabeled}
+    mixing = _mixing(args)
     if isinstance(dataset, IterableDataset):
-        if _mixing(args) and (args.no_prefetcher or args.unlabeled or args.batch_size % 2):
-            raise UserError('a streaming data set is mixed by the prefetcher, in even batches and with labels only.')
-        _logger.info('Streaming data set: a broken-off run continues at the start of its epoch.')
-        return StreamLoader(
-            dataset,
-            **where,
-            input_size=data_config['input_size'],
-            batch_size=args.batch_size,
-            re_split=args.resplit,
-            num_aug_splits=args.aug_splits,
-            collate_fn=_fast_mixup(args),
-            num_workers=args.workers,
-            distributed=args.distributed,
-            pin_memory=args.pin_mem,
-            use_prefetcher=not args.no_prefetcher,
-            img_dtype=dtype,
-            **transform,
-        )
-    sizes = None
+        return _build_stream_loader(args, dataset, augmentation, device, dtype)
+    sizes = input_sizes = None
     if args.train_img_sizes:
+        input_sizes = [(data_config['input_size'][0], size, size) for size in args.train_img_sizes]
         sizes = {
-            'input_sizes': image_sizes(args.train_img_sizes, data_config['input_size'][0]),
             'batch_sizes': args.train_batch_sizes or [args.batch_size] * len(args.train_img_sizes),
             'choice_weights': args.train_size_probs,
             'num_batches': args.train_batches_per_epoch,
@@ -472,29 +416,71 @@ def build_train_loader(
             'schedule_spread': args.train_size_schedule_spread,
             'schedule_random_mix': args.train_size_random_mix,
         }
+    collate: Collate = collate_labels
+    if mixing and augmentation.mixes:
+        collate = CollatePairs(args.num_classes, args.smoothing)
+    elif mixing:
+        erasing, augmentation = Erasing(augmentation, args.seed), replace(augmentation, reprob=0.0)
+        collate = CollateMixed(mixing, erasing, seed=args.seed, rank=args.rank, off_epoch=args.mixup_off_epoch)
     # MEAL V2 does not look at labels, or not at unknown ones (-1); mixing does.
-    unknown = args.kd_distill_type == 'mealv2' and bool(args.teachers) and not mixes(args)
-    if args.resplit:
-        transform['re_num_splits'] = args.aug_splits or 2
-    return TrainLoader(
-        dataset,
-        **where,
-        input_size=data_config['input_size'],
-        batch_size=args.batch_size,
-        transform=transform,
-        mixup=_mixing(args),
-        mixup_off_epoch=args.mixup_off_epoch,
-        crops_per_decode=args.crops_per_decode,
-        repeats=args.aug_repeats,
-        splits=args.aug_splits,
-        sizes=sizes,
-        labels=range(-1 if unknown else 0, args.num_classes),
-        bad=bad,
+    unknown = args.kd_distill_type == 'mealv2' and bool(args.teachers) and not mixing
+    labels = None if args.unlabeled else range(-1 if unknown else 0, args.num_classes)
+    samples = Samples(dataset, augmentation, args.seed, labels=labels, input_sizes=input_sizes)
+    sampler = EpochSampler(
+        len(samples),
+        args.batch_size,
+        seed=args.seed,
+        rank=args.rank,
         world_size=args.world_size,
+        samples_per_decode=args.crops_per_decode,
+        pairs=augmentation.mixes,
+        repeats=args.aug_repeats,
+        sizes=sizes,
+    )
+    if args.soft_labels:
+        raise UserError('--soft-labels: stored labels are being rebuilt.')
+    return TrainLoader(
+        samples,
+        sampler,
+        collate,
+        normalization=(tuple(data_config['mean']), tuple(data_config['std'])),
+        bad=bad,
         workers=args.workers,
         pin_memory=args.pin_mem,
         prefetch=not args.no_prefetcher,
+        device=device,
         dtype=dtype,
+    )
+
+
+def _build_stream_loader(
+    args: argparse.Namespace,
+    dataset: IterableDataset,
+    augmentation: Augmentation,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> StreamLoader:
+    if _mixing(args) and (args.no_prefetcher or args.unlabeled or args.batch_size % 2):
+        raise UserError('a streaming data set is mixed by the prefetcher, in even batches and with labels only.')
+    _logger.info('Streaming data set: a broken-off run continues at the start of its epoch.')
+    return StreamLoader(
+        dataset,
+        seed=args.seed,
+        rank=args.rank,
+        device=device,
+        batch_size=args.batch_size,
+        num_aug_splits=args.aug_splits,
+        collate_fn=_fast_mixup(args),
+        num_workers=args.workers,
+        distributed=args.distributed,
+        pin_memory=args.pin_mem,
+        use_prefetcher=not args.no_prefetcher,
+        img_dtype=dtype,
+        re_prob=args.reprob,
+        re_mode=args.remode,
+        re_count=args.recount,
+        re_split=args.resplit,
+        **augmentation.transform_options(),
     )
 
 
