@@ -1,7 +1,7 @@
 # Each target makes .venv itself when it is missing or older than what it is made from.
 PYTHON ?= python3
 
-.PHONY: quickstart test check fix
+.PHONY: quickstart test check fix docs dist
 
 quickstart: .venv/.stamp
 	.venv/bin/python examples/fashion_mnist/quickstart.py
@@ -19,8 +19,23 @@ check: .venv/.stamp
 fix: .venv/.stamp
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
+	.venv/bin/python docs/options.py
+
+# The site, in site/. Nothing is published.
+docs: .venv/.docs
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
+
+# Source distribution and wheel, in dist/. REPOSITORY_URL makes the README's links absolute (CONTRIBUTING.md).
+dist: .venv/.dist
+	rm -rf build dist
+	REPOSITORY_URL=$(REPOSITORY_URL) .venv/bin/python -m build --no-isolation
+	.venv/bin/twine check --strict dist/*
 
 .venv/.stamp: setup.cfg pyproject.toml
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+.venv/.docs .venv/.dist: .venv/.%: .venv/.stamp
+	.venv/bin/python -m pip install --disable-pip-version-check -e '.[$*]'
 	touch $@
