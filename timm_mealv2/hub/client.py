@@ -1,14 +1,12 @@
 """Exported folders to the Hugging Face Hub and back, over connections that break.
 
-The work is huggingface_hub's. Here is what it leaves to its users: short retries of the requests that it sends once,
-an answer that got lost, checksums before a download gets its name, and one line about what went wrong.
+The work is huggingface_hub's. Here is what it leaves to its users: repeating a push or pull as a whole, finding out
+what arrived by the Hub's checksums, checking a download's, and one line about what went wrong.
 """
 
-import importlib.util
 import json
 import logging
 import os
-import re
 import shlex
 import shutil
 import sys
@@ -17,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TypeVar
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import urlsplit
 
 from huggingface_hub import HfApi, ModelInfo, constants, get_session, get_token
 from huggingface_hub.errors import (
@@ -29,11 +27,11 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import disable_progress_bars, validate_repo_id
+from huggingface_hub.utils import disable_progress_bars, parse_ratelimit_headers, validate_repo_id
 from huggingface_hub.utils import logging as client_logging
 
 from timm_mealv2.errors import UserError
-from timm_mealv2.hub.folder import CONFIG_FILE, EXAMPLES_FOLDER, FILES, is_export, replacing_export
+from timm_mealv2.hub.folder import CONFIG_FILE, EXAMPLES_FOLDER, FILES, is_export, read_config, replacing_export
 from timm_mealv2.version import __version__
 
 _logger = logging.getLogger(__name__)
@@ -41,17 +39,12 @@ _logger = logging.getLogger(__name__)
 _T = TypeVar('_T')
 
 _PICKLES = ('.bin', '.ckpt', '.joblib', '.pickle', '.pkl', '.pt', '.pth', '.pth.tar')
-# With more files than this huggingface_hub's upload over Xet answers a failed commit by several smaller ones.
+# With more files than this huggingface_hub's upload over Xet splits a commit that fails into several smaller ones.
 _MOST_FILES = 20
 
 _RETRY_DELAYS = (1.0, 3.0, 9.0)  # seconds
-_LONGEST_WAIT = 60.0  # seconds that the Hub may ask to wait (Retry-After)
+_LONGEST_WAIT = 60.0  # seconds that the Hub may want to be left alone (Retry-After)
 _TIMEOUT = 120.0  # seconds without a byte; huggingface_hub sets none
-
-# Requests that huggingface_hub sends once; the others it repeats itself, for about 20 s.
-_SENT_ONCE = re.compile(
-    r'/api/(repos/create|validate-yaml|models/[^/]+/[^/]+(/(revision|branch|commit|discussions).*)?)$'
-)
 
 
 def push_folder(
@@ -95,7 +88,7 @@ def push_folder(
         if get_token() is None:
             raise UserError('there is no token to write with: run `hf auth login` or set HF_TOKEN.')
         with _quiet_client():
-            return push.run()
+            return _retried(push.attempt)
     except Exception as error:  # the client's and its transports' kinds are many; training must survive them all
         reason = _without_token(_reason(error, repo_id, 'write to'))
         later = ['mealv2-hub', 'push', os.fspath(source or folder), repo_id]
@@ -103,7 +96,15 @@ def push_folder(
         for option, value in (('--revision', revision), ('--message', message)):
             later += [option, value] if value else []
     # Outside of the handler: the client's error may quote the token, and must be in no traceback.
-    raise UserError(f'{repo_id} was not pushed: {reason} {push.arrived} Push later: {shlex.join(later)}')
+    arrived = f'The new {push.made} is there, but no file.' if push.made else 'Nothing arrived.'
+    if push.is_sent:
+        try:
+            with _quiet_client():
+                if url := push.find():
+                    return url
+        except Exception:
+            arrived = 'Whether the files arrived could not be found out.'
+    raise UserError(f'{repo_id} was not pushed: {reason} {arrived} Push later: {shlex.join(later)}')
 
 
 def pull_folder(repo_id: str, out: str | os.PathLike[str] | None = None, *, revision: str | None = None) -> Path:
@@ -128,7 +129,7 @@ def pull_folder(repo_id: str, out: str | os.PathLike[str] | None = None, *, revi
     api = _client()
     try:
         with _quiet_client(), replacing_export(out) as folder:
-            _download(api, repo_id, revision, folder)
+            _retried(lambda: _download(api, repo_id, revision, folder))
         return out
     except UserError:
         raise
@@ -139,7 +140,7 @@ def pull_folder(repo_id: str, out: str | os.PathLike[str] | None = None, *, revi
 
 def _download(api: HfApi, repo_id: str, revision: str | None, folder: Path) -> None:
     try:
-        commit = _retried(lambda: api.model_info(repo_id, revision=revision, timeout=_TIMEOUT)).sha
+        commit = api.model_info(repo_id, revision=revision, timeout=_TIMEOUT).sha
     except RevisionNotFoundError:
         raise UserError(f'{repo_id} has no revision {revision}.') from None
     except RepositoryNotFoundError:
@@ -161,6 +162,7 @@ def _download(api: HfApi, repo_id: str, revision: str | None, folder: Path) -> N
             f'{", ".join(damaged)} of {repo_id} did not arrive with the checksum that the Hub states: nothing is kept, '
             'pull again.'
         )
+    read_config(folder)  # refuses one that says where weights come from
     if not is_export(folder):
         raise UserError(f'{repo_id} is no model in safetensors: it has no model.safetensors.')
     for path in folder.glob('.*'):  # the client's notes, and git's
@@ -168,7 +170,7 @@ def _download(api: HfApi, repo_id: str, revision: str | None, folder: Path) -> N
 
 
 class _Push:
-    """One push, and what of it the Hub has at any time."""
+    """One push, of which any attempt may be the one that arrives."""
 
     def __init__(
         self, folder: Path, repo_id: str, private: bool, revision: str | None, message: str, create_pr: bool
@@ -176,31 +178,22 @@ class _Push:
         self.folder, self.repo_id, self.private, self.message = folder, repo_id, private, message
         self.revision, self.create_pr = revision or constants.DEFAULT_REVISION, create_pr
         self.api = _client()
-        self._made: str | None = None
-        self._is_sent, self._is_unknown = False, False
-        self._state = 'Nothing arrived.'
+        self.made = ''  # the repository or branch that this push made
+        self.is_sent = False
 
-    @property
-    def arrived(self) -> str:
-        """What the Hub has, for the user."""
-        return 'Whether the files arrived could not be asked.' if self._is_unknown else self._state
-
-    def run(self) -> str:
-        """Return the URL of the commit or the pull request."""
-        return _retried(self._upload, self._find_after_error)
-
-    def _upload(self) -> str:
+    def attempt(self) -> str:
+        """Return the URL of the commit or the pull request, which an earlier attempt may have made."""
         parent = self._prepare()
-        if self.create_pr and (url := self._find_pull_request()):
+        if (not self.made or self.is_sent) and (url := self.find()):
             return url
-        self._is_sent = True
+        self.is_sent = True
         commit = self.api.upload_folder(
             repo_id=self.repo_id,
             folder_path=self.folder,
             commit_message=self.message,
             revision=None if self.create_pr else self.revision,
             create_pr=self.create_pr,
-            # A commit sent again after a lost answer is refused, and so is one on top of what was not seen here.
+            # A commit that is sent twice, as its response was lost, is refused, and so is one on top of an unseen one.
             parent_commit=parent,
             allow_patterns=[*FILES, f'{EXAMPLES_FOLDER}/*'],
             delete_patterns=[f'*{suffix}' for suffix in (*_PICKLES, *map(str.upper, _PICKLES))],
@@ -212,19 +205,17 @@ class _Push:
         info = self._info()
         if info is None:
             _refuse_other_type(self.api, self.repo_id)
-            self._made = 'repository'
             self.api.create_repo(self.repo_id, private=self.private or None, exist_ok=True)
+            self.made = 'repository'
             info = self.api.model_info(self.repo_id, timeout=_TIMEOUT)
-        elif self.private and self._made is None and info.private is False:
+        elif self.private and info.private is False:
             raise UserError(f'{self.repo_id} is there and public: make it private in its settings, or drop --private.')
         if self.revision != constants.DEFAULT_REVISION:
             info = self._info(self.revision)
             if info is None:
-                self._made = self._made or f'branch {self.revision}'
                 self.api.create_branch(self.repo_id, branch=self.revision, exist_ok=True)
+                self.made = self.made or f'branch {self.revision}'
                 info = self.api.model_info(self.repo_id, revision=self.revision, timeout=_TIMEOUT)
-        if self._made:
-            self._state = f'The new {self._made} is there, but no file.'
         return info.sha
 
     def _info(self, revision: str | None = None) -> ModelInfo | None:
@@ -235,32 +226,20 @@ class _Push:
                 return None
             raise
 
-    def _find_after_error(self) -> str | None:
-        """Return the URL of the commit or the pull request if it is there, though an error came in its place."""
+    def find(self) -> str | None:
+        """Return the URL of the commit or the pull request where the Hub holds these very files."""
         try:
-            url = self._find_pull_request() if self.create_pr else self._find_commit()
-        except Exception as error:
-            _logger.debug('cannot ask what arrived: %s', type(error).__name__)
-            self._is_unknown = self._is_sent
-            return None
-        self._is_unknown = False
-        return url
-
-    def _find_commit(self) -> str | None:
-        commit = self.api.model_info(self.repo_id, revision=self.revision, timeout=_TIMEOUT).sha
-        return f'{self.api.endpoint}/{self.repo_id}/commit/{commit}' if self._is_at(commit) else None
-
-    def _find_pull_request(self) -> str | None:
-        try:
-            requests = list(self.api.get_repo_discussions(self.repo_id, discussion_type='pull_request'))
+            if not self.create_pr:
+                commit = self.api.model_info(self.repo_id, revision=self.revision, timeout=_TIMEOUT).sha
+                return f'{self.api.endpoint}/{self.repo_id}/commit/{commit}' if self._is_at(commit) else None
+            for request in self.api.get_repo_discussions(self.repo_id, discussion_type='pull_request'):
+                is_ours = request.title == self.message.strip() and request.status in ('open', 'draft')
+                if is_ours and self._is_at(request.git_reference):
+                    return request.url
         except HfHubHTTPError as error:
             if _is_transient(error):
                 raise
-            return None  # they may be turned off
-        for request in requests:
-            is_ours = request.title == self.message.strip() and request.status in ('open', 'draft')
-            if is_ours and self._is_at(request.git_reference):
-                return request.url
+            # Discussions may be turned off.
         return None
 
     def _is_at(self, revision: str | None) -> bool:
@@ -321,9 +300,6 @@ def _refuse_other_type(api: HfApi, repo_id: str) -> None:
             raise UserError(f'{repo_id} is {name}, not a model: name another repository.')
 
 
-# The client
-
-
 def _client() -> HfApi:
     return HfApi(library_name='timm_mealv2', library_version=__version__)
 
@@ -342,24 +318,17 @@ def _quiet_client() -> Iterator[None]:
         client_logging.set_verbosity(level)
 
 
-def _retried(call: Callable[[], _T], find: Callable[[], _T | None] = lambda: None) -> _T:
-    """Return what `call()` returns, or `find()` where an error hid that the call did its work.
-
-    It is called again after errors that pass, of the requests that huggingface_hub sends once.
-    """
+def _retried(attempt: Callable[[], _T]) -> _T:
+    """Return what `attempt()` returns, called again after errors that pass."""
     for delay in (*_RETRY_DELAYS, None):
         try:
             session = get_session()
             if session.timeout.read is None:
                 session.timeout = _TIMEOUT
-            return call()
+            return attempt()
         except Exception as error:
-            if not _is_transient(error):
-                raise
-            if (found := find()) is not None:
-                return found
-            wait = _asked_wait(error)
-            if delay is None or wait > _LONGEST_WAIT or not _is_sent_once(error):
+            wait = _wanted_wait(error)
+            if delay is None or wait > _LONGEST_WAIT or not _is_transient(error):
                 raise
             _logger.debug('%s: trying again in %g s', type(error).__name__, max(delay, wait))
         time.sleep(max(delay, wait))
@@ -369,7 +338,7 @@ def _retried(call: Callable[[], _T], find: Callable[[], _T | None] = lambda: Non
 def _is_transient(error: Exception) -> bool:
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code in (408, 412, 429) or error.response.status_code >= 500
-    # An answer that is no JSON comes from a gateway. HTTPError: that of the transport, without an answer.
+    # A response that is no JSON comes from a gateway. HTTPError is the transport's: there was no response.
     return isinstance(error, HTTPError | json.JSONDecodeError) and not _is_malformed(error)
 
 
@@ -378,77 +347,49 @@ def _is_malformed(error: Exception) -> bool:
     return type(error).__name__ in ('InvalidURL', 'LocalProtocolError', 'UnsupportedProtocol', 'UnicodeEncodeError')
 
 
-def _is_sent_once(error: Exception) -> bool:
-    url = _url(error)
-    if url is None:
-        return True
-    is_refused = isinstance(error, HfHubHTTPError) and error.response.status_code == 412
-    if '/commit/' in url.path and importlib.util.find_spec('hf_xet') and not constants.HF_HUB_DISABLE_XET:
-        return is_refused
-    return bool(_SENT_ONCE.search(url.path))
-
-
-def _url(error: BaseException) -> SplitResult | None:
-    """The URL that an error of the transport or an answer is about."""
-    if isinstance(error, HfHubHTTPError):
-        return urlsplit(str(error.response.request.url))
-    return urlsplit(str(error.request.url)) if isinstance(error, HTTPError) else None
-
-
-def _asked_wait(error: Exception) -> float:
-    """Seconds that the Hub asks to wait, 0 where it does not say."""
+def _wanted_wait(error: Exception) -> float:
+    """Seconds that the Hub wants to be left alone, 0 where it does not say."""
     if not isinstance(error, HfHubHTTPError):
         return 0.0
-    asked = error.response.headers.get('Retry-After', '')
-    if not asked.isdigit():  # the Hub's own header: "api";r=0;t=55 says 55 s
-        asked = next(iter(re.findall(r'r=0;t=(\d+)', error.response.headers.get('RateLimit', ''))), '')
-    return float(asked or 0)
-
-
-# Errors in one line
+    limit = parse_ratelimit_headers(error.response.headers)
+    if limit is not None and limit.remaining == 0:
+        return float(limit.reset_in_seconds)
+    seconds = error.response.headers.get('Retry-After', '')
+    return float(seconds) if seconds.isdigit() else 0.0
 
 
 def _reason(error: BaseException, repo_id: str, verb: str) -> str:
     """Say what went wrong and what to do; `verb` is what the token was needed for."""
     while isinstance(error, LocalEntryNotFoundError) and error.__cause__:  # how a download wraps what it meets
         error = error.__cause__
-    host = (_url(error) or urlsplit(constants.ENDPOINT)).netloc.rpartition('@')[2]
+    request = error.response.request if isinstance(error, HfHubHTTPError) else getattr(error, 'request', None)
+    host = urlsplit(str(request.url) if request else constants.ENDPOINT).netloc.rpartition('@')[2]
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OfflineModeIsEnabled):
         return 'HF_HUB_OFFLINE is set: unset it to go online.'
     if isinstance(error, HfHubHTTPError):
-        status = error.response.status_code
+        status, wait = error.response.status_code, _wanted_wait(error)
+        may_not = f'the token may not {verb} {repo_id}: use one that may, or another repository'
+        reasons = {
+            401: 'the Hub does not know the token: log in again with `hf auth login`, or correct HF_TOKEN',
+            402: may_not,
+            403: may_not,
+            404: f'{host} does not find {repo_id} or a part of it',
+            412: 'others pushed to it at the same time',
+            429: f'{host} limits requests' + (f', and wants {wait:g} s of rest' if wait else ''),
+        }
+        reason = reasons.get(status, f'{host} is out of order' if status >= 500 else f'{host} refuses it')
         said = ' '.join((error.server_message or '').split())[:200]
-        return f'{_status_reason(status, host, repo_id, verb, _asked_wait(error))} ({status}{said and ": "}{said}).'
+        return f'{reason} ({status}{said and ": "}{said}).'
     if isinstance(error, Exception) and _is_malformed(error):  # its text quotes the token
         return 'the token or HF_ENDPOINT is malformed: log in again with `hf auth login`, or correct them.'
     if isinstance(error, HTTPError):
         return f'there is no connection to {host}, or it broke ({type(error).__name__}).'
     if isinstance(error, json.JSONDecodeError):
-        return f'{host} does not answer as the Hub does: is HF_ENDPOINT right?'
+        return f'{host} does not respond as the Hub does: is HF_ENDPOINT right?'
     text = ' '.join(str(error).split())[:300].rstrip('.')
     return f'{type(error).__name__}: {text}.'
-
-
-def _status_reason(status: int, host: str, repo_id: str, verb: str, wait: float) -> str:
-    if status == 401:
-        return 'the Hub does not know the token: log in again with `hf auth login`, or correct HF_TOKEN'
-    if status in (402, 403):
-        return f'the token may not {verb} {repo_id}: use one that may, or another repository'
-    if status == 404:
-        return f'{host} does not find {repo_id} or a part of it'
-    if status == 412:
-        return 'others pushed to it at the same time'
-    if status == 429:
-        return (
-            f'{host} limits how much is asked of it, and wants {wait:g} s of rest'
-            if wait
-            else f'{host} limits requests'
-        )
-    if status >= 500:
-        return f'{host} is out of order'
-    return f'{host} refuses it'
 
 
 def _without_token(text: str) -> str:
