@@ -15,13 +15,21 @@ import json
 import re
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import TracebackType
+from pathlib import Path
+from types import SimpleNamespace, TracebackType
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import huggingface_hub
+import pytest
 import yaml
+from huggingface_hub import constants
+
+from timm_mealv2.hub import client as hub_client
 
 WRITE_TOKEN, READ_TOKEN, OTHER_TOKEN = 'hf_secretOfMeToWrite', 'hf_secretOfMeToRead', 'hf_secretOfYouToWrite'
 TOKENS = {WRITE_TOKEN: ('me', 'write'), READ_TOKEN: ('me', 'read'), OTHER_TOKEN: ('you', 'write')}
@@ -184,6 +192,10 @@ class HubServer:
         """
         self._faults.append(Fault(pattern, status, method, times, when, headers or {}, body, stall))
 
+    def clear_faults(self) -> None:
+        """Let no further request end in an error."""
+        self._faults.clear()
+
     def damage(self, path: str, how: str, times: int = 1) -> None:
         """Let the next downloads of the file `path` arrive damaged: 'flip' a byte, or 'truncate' at the half."""
         self._damages[path] = [how] * times
@@ -217,6 +229,30 @@ class HubServer:
                 raise Answer(404, 'no such route')
         except Answer as answer:
             return answer
+
+
+@contextmanager
+def connected(monkeypatch: pytest.MonkeyPatch, home: Path) -> Iterator[HubServer]:
+    """A Hub for this process, whose client has its own cache and token paths, and waits for nothing."""
+    with HubServer() as server:
+        for name, value in {
+            'ENDPOINT': server.url,
+            'HUGGINGFACE_CO_URL_TEMPLATE': server.url + '/{repo_id}/resolve/{revision}/{filename}',
+            'HF_HUB_OFFLINE': False,
+            'HF_HUB_DISABLE_XET': True,
+            'HF_HUB_DISABLE_TELEMETRY': True,
+            'HF_HUB_CACHE': str(home / 'hub'),
+            'HF_TOKEN_PATH': str(home / 'token'),
+        }.items():
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setenv('HF_TOKEN', WRITE_TOKEN)
+        monkeypatch.setattr(hub_client, '_RETRY_DELAYS', (0.01, 0.01, 0.01))
+        clock = SimpleNamespace(**{**vars(time), 'sleep': lambda seconds: None})
+        monkeypatch.setattr('huggingface_hub.utils._http.time', clock)
+        monkeypatch.setattr('huggingface_hub.file_download.time', clock)
+        huggingface_hub.close_session()
+        yield server
+        huggingface_hub.close_session()
 
 
 @dataclass

@@ -2,23 +2,20 @@
 
 import json
 import logging
-import os
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
-import huggingface_hub
 import pytest
 import timm
 import torch
-from hub_server import OTHER_TOKEN, READ_TOKEN, TOKENS, WRITE_TOKEN, HubServer
+from hub_server import OTHER_TOKEN, READ_TOKEN, TOKENS, WRITE_TOKEN, HubServer, connected
 from huggingface_hub import constants
 from timm.models import save_for_hf
 
+from timm_mealv2.cli.hub import main
+from timm_mealv2.cli.parser import run_cli
 from timm_mealv2.errors import UserError
 from timm_mealv2.hub import client as hub_client
 from timm_mealv2.hub.client import pull_folder, push_folder
@@ -46,26 +43,8 @@ def export(exported: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
-    """A Hub for this process, whose client has its own cache and token paths, and waits for nothing."""
-    with HubServer() as server:
-        for name, value in {
-            'ENDPOINT': server.url,
-            'HUGGINGFACE_CO_URL_TEMPLATE': server.url + '/{repo_id}/resolve/{revision}/{filename}',
-            'HF_HUB_OFFLINE': False,
-            'HF_HUB_DISABLE_XET': True,
-            'HF_HUB_DISABLE_TELEMETRY': True,
-            'HF_HUB_CACHE': str(tmp_path / 'hf_home' / 'hub'),
-            'HF_TOKEN_PATH': str(tmp_path / 'hf_home' / 'token'),
-        }.items():
-            monkeypatch.setattr(constants, name, value)
-        monkeypatch.setenv('HF_TOKEN', WRITE_TOKEN)
-        monkeypatch.setattr(hub_client, '_RETRY_DELAYS', (0.01, 0.01, 0.01))
-        clock = SimpleNamespace(**{**vars(time), 'sleep': lambda seconds: None})
-        monkeypatch.setattr('huggingface_hub.utils._http.time', clock)
-        monkeypatch.setattr('huggingface_hub.file_download.time', clock)
-        huggingface_hub.close_session()
+    with connected(monkeypatch, tmp_path / 'hf_home') as server:
         yield server
-        huggingface_hub.close_session()
 
 
 @pytest.fixture(autouse=True)
@@ -211,31 +190,34 @@ def test_push_as_a_pull_request_once(server: HubServer, export: Path) -> None:
 # Errors that pass
 
 
+ONCE = ('/repos/create', '/api/models/me/x', '/validate-yaml', '/branch/', '/commit/')
+
+
 @pytest.mark.parametrize('status', [503, 429, None])
-@pytest.mark.parametrize('path', ['/repos/create', '/api/models/me/x', '/validate-yaml', '/branch/', '/commit/'])
-def test_an_error_that_passes_is_survived(server: HubServer, export: Path, path: str, status: int | None) -> None:
-    server.fail(path, status=status, times=2)
-    push_folder(export, 'me/x', revision='dev')
-    repo = server.repos['model', 'me/x']
-    assert repo.files('dev') == files_of(export)
-    assert len(repo.log('dev')) == 2
+def test_errors_that_pass_are_survived(server: HubServer, export: Path, status: int | None) -> None:
+    for number, path in enumerate(ONCE):
+        server.fail(path.replace('me/x', f'me/x{number}'), status=status, times=2)
+        push_folder(export, f'me/x{number}', revision='dev')
+        repo = server.repos['model', f'me/x{number}']
+        assert repo.files('dev') == files_of(export)
+        assert len(repo.log('dev')) == 2
 
 
-@pytest.mark.parametrize('path', ['/repos/create', '/branch/', '/commit/', '/lfs/[0-9a-f]+$'])
 @pytest.mark.parametrize('status', [504, None])
-def test_a_lost_answer_is_recognised_and_nothing_done_twice(
-    server: HubServer, export: Path, path: str, status: int | None
+def test_a_lost_response_is_recognized_and_nothing_done_twice(
+    server: HubServer, export: Path, status: int | None
 ) -> None:
-    server.fail(path, status=status, when='after')
-    url = push_folder(export, 'me/x', revision='dev')
-    repo = server.repos['model', 'me/x']
-    assert repo.files('dev') == files_of(export)
-    assert [commit.title for commit in repo.log('dev')] == ['Upload with mealv2-hub', 'initial commit']
-    assert url.endswith(f'/me/x/commit/{repo.log("dev")[0].oid}')
-    assert server.count('POST', '/commit/') == 1
+    for number, path in enumerate(('/repos/create', '/branch/', '/commit/', '/lfs/[0-9a-f]+$')):
+        server.fail(path, status=status, when='after')
+        url = push_folder(export, f'me/x{number}', revision='dev')
+        repo = server.repos['model', f'me/x{number}']
+        assert repo.files('dev') == files_of(export)
+        assert [commit.title for commit in repo.log('dev')] == ['Upload with mealv2-hub', 'initial commit']
+        assert url.endswith(f'/me/x{number}/commit/{repo.log("dev")[0].oid}')
+        assert server.count('POST', f'/me/x{number}/commit/') == 1
 
 
-def test_a_lost_answer_opens_no_second_pull_request(server: HubServer, export: Path) -> None:
+def test_a_lost_response_opens_no_second_pull_request(server: HubServer, export: Path) -> None:
     repo = server.add_repo('you/x')
     server.fail('/commit/', when='after')
     assert push_folder(export, 'you/x', create_pr=True) == f'{server.url}/you/x/discussions/1'
@@ -250,7 +232,7 @@ def test_a_commit_is_not_repeated_though_it_could_not_be_asked_for(server: HubSe
     assert len(server.repos['model', 'me/x'].log()) == 2
 
 
-def test_a_commit_is_recognised_without_sending_it_again(server: HubServer, export: Path) -> None:
+def test_a_commit_is_recognized_without_sending_it_again(server: HubServer, export: Path) -> None:
     repo = server.add_repo('me/x')
     server.fail('/commit/', status=503, when='after', headers={'Retry-After': '3600'})
     assert push_folder(export, 'me/x') == f'{server.url}/me/x/commit/{repo.log()[0].oid}'
@@ -290,7 +272,9 @@ def test_a_silent_connection_ends(server: HubServer, export: Path, monkeypatch: 
     assert server.repos['model', 'me/x'].files() == files_of(export)
 
 
-def test_xet_uploads_recognise_a_lost_answer(server: HubServer, export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_xet_uploads_recognize_a_lost_response(
+    server: HubServer, export: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # With Xet huggingface_hub repeats commits itself. Small files alone need no Xet server.
     monkeypatch.setattr(constants, 'HF_HUB_DISABLE_XET', False)
     for path in ('model.safetensors', 'curves.png', 'examples/01.png'):
@@ -313,16 +297,17 @@ def test_xet_uploads_recognise_a_lost_answer(server: HubServer, export: Path, mo
 
 
 @pytest.mark.parametrize('status', [500, None])
-@pytest.mark.parametrize('path', ['/commit/', '/lfs/', '/preupload/', '/validate-yaml'])
 def test_a_push_that_fails_leaves_no_file_and_says_how_to_go_on(
-    server: HubServer, export: Path, path: str, status: int | None
+    server: HubServer, export: Path, status: int | None
 ) -> None:
-    server.fail(path, status=status, times=100)
-    error = push_error(export, 'me/x', message='Two words', source='run/last.pth.tar')
-    assert (str(status) if status else 'no connection') in error
-    assert 'The new repository is there, but no file.' in error
-    assert error.endswith("Push later: mealv2-hub push run/last.pth.tar me/x --message 'Two words'")
-    assert server.repos['model', 'me/x'].files() == {}
+    for number, path in enumerate(('/commit/', '/lfs/', '/preupload/', '/validate-yaml')):
+        server.clear_faults()
+        server.fail(path, status=status, times=100)
+        error = push_error(export, f'me/x{number}', message='Two words', source='run/last.pth.tar')
+        assert (str(status) if status else 'no connection') in error
+        assert 'The new repository is there, but no file.' in error
+        assert error.endswith(f"Push later: mealv2-hub push run/last.pth.tar me/x{number} --message 'Two words'")
+        assert server.repos['model', f'me/x{number}'].files() == {}
 
 
 def test_a_push_whose_end_is_unknown_says_so(server: HubServer, export: Path) -> None:
@@ -331,41 +316,39 @@ def test_a_push_whose_end_is_unknown_says_so(server: HubServer, export: Path) ->
     assert 'Whether the files arrived could not be found out.' in push_error(export, 'me/x')
 
 
-@pytest.mark.parametrize(
-    ('token', 'repo_id', 'expected'),
-    [
-        (READ_TOKEN, 'me/new', '403'),
-        (READ_TOKEN, 'me/there', '403'),
-        (WRITE_TOKEN, 'you/new', 'the token may not write to you/new'),
-        (OTHER_TOKEN, 'me/there', 'the token may not write to me/there'),
-        (OTHER_TOKEN, 'me/hidden', '403'),
-        ('hf_ofNobody', 'me/there', 'does not know the token'),
-        ('hf_of\nNobody', 'me/there', 'does not know the token'),
-        ('hf_o\xe9f', 'me/there', 'malformed'),
-        (None, 'me/there', 'there is no token'),
-        (WRITE_TOKEN, 'me/data', 'a data set'),
-        (WRITE_TOKEN, 'me/demo', 'a Space'),
-        (WRITE_TOKEN, 'datasets/me/data', 'USER/NAME'),
-        (WRITE_TOKEN, 'x', 'USER/NAME'),
-        (WRITE_TOKEN, 'me/a--b', 'USER/NAME'),
-        (WRITE_TOKEN, 'https://huggingface.co/me/x', 'USER/NAME'),
-    ],
-)
-def test_what_may_not_be_pushed(
-    server: HubServer, export: Path, monkeypatch: pytest.MonkeyPatch, token: str | None, repo_id: str, expected: str
-) -> None:
+FORBIDDEN = [
+    (READ_TOKEN, 'me/new', '403'),
+    (READ_TOKEN, 'me/there', '403'),
+    (WRITE_TOKEN, 'you/new', 'the token may not write to you/new'),
+    (OTHER_TOKEN, 'me/there', 'the token may not write to me/there'),
+    (OTHER_TOKEN, 'me/hidden', '403'),
+    ('hf_ofNobody', 'me/there', 'does not know the token'),
+    ('hf_of\nNobody', 'me/there', 'does not know the token'),
+    ('hf_o\xe9f', 'me/there', 'malformed'),
+    (None, 'me/there', 'there is no token'),
+    (WRITE_TOKEN, 'me/data', 'a data set'),
+    (WRITE_TOKEN, 'me/demo', 'a Space'),
+    (WRITE_TOKEN, 'datasets/me/data', 'USER/NAME'),
+    (WRITE_TOKEN, 'x', 'USER/NAME'),
+    (WRITE_TOKEN, 'me/a--b', 'USER/NAME'),
+    (WRITE_TOKEN, 'https://huggingface.co/me/x', 'USER/NAME'),
+]
+
+
+def test_what_may_not_be_pushed(server: HubServer, export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     server.add_repo('me/there')
     server.add_repo('me/hidden', private=True)
     server.add_repo('me/data', type='dataset')
     server.add_repo('me/demo', type='space')
     before = {key: repo.log() for key, repo in server.repos.items()}
-    monkeypatch.delenv('HF_TOKEN')
-    if token:
-        monkeypatch.setenv('HF_TOKEN', token)
-    error = push_error(export, repo_id)
-    assert expected in error
-    assert 'Nothing arrived' in error or 'USER/NAME' in error
-    assert token is None or token not in error
+    for token, repo_id, expected in FORBIDDEN:
+        monkeypatch.delenv('HF_TOKEN', raising=False)
+        if token:
+            monkeypatch.setenv('HF_TOKEN', token)
+        error = push_error(export, repo_id)
+        assert expected in error
+        assert 'Nothing arrived' in error or 'USER/NAME' in error
+        assert token is None or token not in error
     assert {key: repo.log() for key, repo in server.repos.items()} == before
 
 
@@ -464,11 +447,14 @@ def test_what_may_not_be_pulled(server: HubServer, tmp_path: Path) -> None:
     server.add_repo('me/pickles', {**weights, **config, 'pytorch_model.bin': b'x', 'a/b.PTH': b'x'})
     server.add_repo('me/weights', weights)
     server.add_repo('me/config', config)
+    told = b'{"architecture": "resnet18", "model_args": {"pretrained_cfg_overlay": {"url": "http://x/y.pth"}}}'
+    server.add_repo('me/told', {**weights, 'config.json': told})
     server.add_repo('me/data', {'train.csv': b''}, type='dataset')
     for repo_id, expected in {
         'me/pickles': 'pytorch_model.bin',
         'me/weights': 'no config.json',
         'me/config': 'no model.safetensors',
+        'me/told': 'its model_args (pretrained_cfg_overlay) say where weights come from',
         'me/data': 'a data set',
         'me/nothing': 'there is no model me/nothing',
         'hf-hub:me/x': 'USER/NAME',
@@ -479,17 +465,16 @@ def test_what_may_not_be_pulled(server: HubServer, tmp_path: Path) -> None:
     assert server.count('GET', '/me/pickles/resolve/') == 0
 
 
-@pytest.mark.parametrize('name', ['model.safetensors', 'config.json', 'examples/01.png'])
-def test_a_flipped_byte_is_noticed(server: HubServer, export: Path, tmp_path: Path, name: str) -> None:
+def test_a_flipped_byte_is_noticed(server: HubServer, export: Path, tmp_path: Path) -> None:
     push_folder(export, 'me/x')
-    server.damage(name, 'flip')
-    error = pull_error('me/x', tmp_path / 'x')
-    assert f'{name} of me/x did not arrive with the checksum' in error
-    assert [path.name for path in tmp_path.iterdir() if 'x' in path.name] == []
-    earlier = files_of(pull_folder('me/x', tmp_path / 'x'))
-    server.damage(name, 'flip')
-    pull_error('me/x', tmp_path / 'x')
-    assert files_of(tmp_path / 'x') == earlier
+    earlier = files_of(pull_folder('me/x', tmp_path / 'there' / 'earlier'))
+    for name in ('model.safetensors', 'config.json', 'examples/01.png'):
+        for out in ('new', 'earlier'):
+            server.damage(name, 'flip')
+            error = pull_error('me/x', tmp_path / 'there' / out)
+            assert f'{name} of me/x did not arrive with the checksum' in error
+    assert [path.name for path in (tmp_path / 'there').iterdir()] == ['earlier']
+    assert files_of(tmp_path / 'there' / 'earlier') == earlier
 
 
 def test_a_transfer_that_breaks_is_continued_or_told(
@@ -509,66 +494,20 @@ def test_a_transfer_that_breaks_is_continued_or_told(
     assert not (tmp_path / 'y').exists()
 
 
-# In processes of their own, as users start them
-
-
-def run(server: HubServer, tmp_path: Path, *command: str, **env: str) -> subprocess.CompletedProcess[str]:
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith('HF_')}
-    env = {
-        **inherited,
-        'HF_ENDPOINT': server.url,
-        'HF_TOKEN': WRITE_TOKEN,
-        'HF_HOME': str(tmp_path / 'home'),
-        'HF_HUB_DISABLE_XET': '1',
-        'HF_HUB_DISABLE_TELEMETRY': '1',
-        'OMP_NUM_THREADS': '1',
-        **env,
-    }
-    result = subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True, check=False)
-    assert WRITE_TOKEN not in result.stdout + result.stderr
-    return result
-
-
-def test_a_pushed_model_loads_with_plain_timm_and_has_equal_logits(export: Path, tmp_path: Path) -> None:
-    code = (
-        'import sys, timm, torch\n'
-        f'model = timm.create_model("hf-hub:me/x", pretrained=True).eval()\n'
-        'assert "timm_mealv2" not in sys.modules\n'
-        f'torch.save(model(torch.load({str(tmp_path / "input.pt")!r})), {str(tmp_path / "output.pt")!r})\n'
-    )
-    images = torch.randn(2, 3, 64, 64)
-    torch.save(images, tmp_path / 'input.pt')
-    with HubServer() as server:
-        pushed = run(server, tmp_path, '-m', 'timm_mealv2.cli.hub', 'push', str(export), 'me/x')
-        commit = server.repos['model', 'me/x'].log()[0].oid
-        assert (pushed.returncode, pushed.stdout) == (0, f'{server.url}/me/x/commit/{commit}\n'), pushed.stderr
-        loaded = run(server, tmp_path, '-c', code)
-        assert loaded.returncode == 0, loaded.stderr
-    model = timm.create_model(f'local-dir:{export}', pretrained=True).eval()
-    assert torch.equal(torch.load(tmp_path / 'output.pt', weights_only=True), model(images))
-
-
-def test_the_command_fails_in_one_line_with_exit_code_2(export: Path, tmp_path: Path) -> None:
-    commands = [['push', str(export), 'me/x'], ['push', str(export), 'you/x'], ['pull', 'me/y', '--out', 'y']]
-    code = (
-        'import sys\nfrom timm_mealv2.cli import hub\n'
-        'from timm_mealv2.hub import client\n'
-        'client._RETRY_DELAYS = (0.01,)\n'
-        f'for command in {commands!r}:\n'
-        '    sys.argv = ["mealv2-hub", *command]\n'
-        '    try:\n'
-        '        hub.cli()\n'
-        '    except SystemExit as error:\n'
-        '        print(error.code)\n'
-    )
-    with HubServer() as server:
-        server.add_repo('me/x')
-        server.fail('/commit/', status=503, times=100)
-        result = run(server, tmp_path, '-c', code)
-        assert server.repos['model', 'me/x'].files() == {}
-    assert (result.returncode, result.stdout) == (0, '2\n2\n2\n'), result.stderr
-    push, foreign, pull = result.stderr.splitlines()
-    assert push.startswith('error: me/x was not pushed: ')
-    assert '503' in push
-    assert 'the token may not write to you/x' in foreign
-    assert 'there is no model me/y' in pull
+def test_the_command_fails_in_one_line_with_exit_code_2(
+    server: HubServer, export: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    server.add_repo('me/x')
+    server.fail('/commit/', status=503, times=100)
+    for command, expected in (
+        (['push', str(export), 'me/x'], 'me/x was not pushed: '),
+        (['push', str(export), 'you/x'], 'the token may not write to you/x'),
+        (['pull', 'me/y', '--out', str(tmp_path / 'y')], 'there is no model me/y'),
+    ):
+        with pytest.raises(SystemExit) as exit_info:
+            run_cli(main, command)
+        (line,) = capfd.readouterr().err.splitlines()
+        assert exit_info.value.code == 2
+        assert line.startswith('error: ')
+        assert expected in line
+    assert server.repos['model', 'me/x'].files() == {}

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from hub_server import WRITE_TOKEN, HubServer
+from hub_server import HubServer, connected
 from huggingface_hub import ModelCard
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
@@ -32,6 +33,12 @@ GREY = {
     'crop_pct': 1.0,
     'crop_mode': 'squash',
 }
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
+    with connected(monkeypatch, tmp_path / 'hf_home') as server:
+        yield server
 
 
 def save(path: Path, model_name: str, model: torch.nn.Module, args: dict[str, Any], **entries: Any) -> Path:
@@ -61,26 +68,37 @@ def grey(tmp_path: Path) -> tuple[torch.nn.Module, Path]:
     return model, save(tmp_path / 'last.pth.tar', 'resnet10t', model, args, **names)
 
 
-def test_plain_timm_in_a_fresh_process_gets_the_same_outputs_pixels_and_names(
-    grey: tuple[torch.nn.Module, Path], tmp_path: Path
+def test_plain_timm_in_a_fresh_process_gets_the_same_from_the_folder_and_from_the_hub(
+    server: HubServer, grey: tuple[torch.nn.Module, Path], tmp_path: Path
 ) -> None:
     model, checkpoint = grey
     folder = hub.export_model(checkpoint, tmp_path / 'deep/out')
+    hub.push_model(folder, 'me/grey')
     images = torch.randn(2, 1, 48, 40)
     torch.save(images, tmp_path / 'images.pt')
     code = """
 import json, sys, timm, torch
 from timm.data import resolve_model_data_config
-model = timm.create_model('local-dir:' + sys.argv[1], pretrained=True).eval()
-torch.save(model(torch.load(sys.argv[2], weights_only=True)).detach(), sys.argv[3])
+images, outputs, *names = sys.argv[1:]
+models = [timm.create_model(name, pretrained=True).eval() for name in names]
+torch.save([model(torch.load(images, weights_only=True)).detach() for model in models], outputs)
 assert 'timm_mealv2' not in sys.modules
-cfg = model.pretrained_cfg
-print(json.dumps([resolve_model_data_config(model), cfg['label_names'], cfg['num_classes'], cfg['architecture']]))
+cfg = models[0].pretrained_cfg
+print(json.dumps([resolve_model_data_config(models[0]), cfg['label_names'], cfg['num_classes'], cfg['architecture']]))
 """
-    command = [sys.executable, '-c', code, str(folder), str(tmp_path / 'images.pt'), str(tmp_path / 'outputs.pt')]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path).stdout
+    command = [sys.executable, '-c', code, str(tmp_path / 'images.pt'), str(tmp_path / 'outputs.pt')]
+    environment = {**os.environ, 'HF_HUB_OFFLINE': '0', 'HF_ENDPOINT': server.url, 'HF_HUB_DISABLE_XET': '1'}
+    printed = subprocess.run(
+        [*command, f'local-dir:{folder}', 'hf-hub:me/grey'],
+        env=environment,
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    ).stdout
     config, label_names, num_classes, architecture = json.loads(printed)
-    assert torch.equal(torch.load(tmp_path / 'outputs.pt', weights_only=True), model(images))
+    for output in torch.load(tmp_path / 'outputs.pt', weights_only=True):
+        assert torch.equal(output, model(images))
     assert {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()} == GREY
     assert (label_names, num_classes, architecture) == (['bag', 'coat', 'shirt'], 3, 'resnet10t')
     assert {path.name for path in folder.iterdir()} == {'model.safetensors', 'config.json', 'README.md'}
@@ -117,7 +135,7 @@ def test_a_model_of_fixed_size_keeps_the_size_it_was_trained_with(tmp_path: Path
     assert torch.equal(loaded(images), model(images))
 
 
-def test_the_average_is_exported_where_there_is_one_unless_the_weights_are_asked_for(
+def test_the_average_is_exported_where_there_is_one_unless_the_weights_are_wanted(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = randomised(timm.create_model('test_resnet', num_classes=2))
@@ -255,7 +273,7 @@ def demo(grey: tuple[torch.nn.Module, Path], tmp_path: Path) -> tuple[torch.nn.M
     return model, tmp_path / 'out'
 
 
-def test_the_demo_answers_as_the_model_does_with_plain_timm(demo: tuple[torch.nn.Module, Path]) -> None:
+def test_the_demo_predicts_as_the_model_does_with_plain_timm(demo: tuple[torch.nn.Module, Path]) -> None:
     model, folder = demo
     code = """
 import json, pathlib, runpy, sys
@@ -264,13 +282,15 @@ app = runpy.run_path('app.py', run_name='app')
 classify = app['Classifier'](pathlib.Path.cwd())
 assert not {'timm_mealv2', 'gradio'} & set(sys.modules)
 print(json.dumps([classify(Image.open('examples/01.png')), classify(None)]))
+import timm_mealv2.cli.hub
+assert not {'gradio', 'matplotlib', 'timm_mealv2.training', 'timm_mealv2.report'} & set(sys.modules)
 """
     result = subprocess.run([sys.executable, '-c', code], check=True, capture_output=True, text=True, cwd=folder)
-    answer, nothing = json.loads(result.stdout)
+    prediction, nothing = json.loads(result.stdout)
     transform = create_transform(**GREY, is_training=False)
     with Image.open(folder / 'examples/01.png') as image, torch.inference_mode():
         probabilities = model(transform(image.convert('L')).unsqueeze(0)).softmax(1)[0]
-    assert answer == pytest.approx(dict(zip(['bag', 'coat', 'shirt'], probabilities.tolist(), strict=True)))
+    assert prediction == pytest.approx(dict(zip(['bag', 'coat', 'shirt'], probabilities.tolist(), strict=True)))
     assert nothing == {}
 
 
@@ -368,42 +388,15 @@ def test_what_is_no_export_is_not_pushed(grey: tuple[torch.nn.Module, Path], tmp
 
 
 def test_a_checkpoint_is_pushed_with_its_card_and_pulled_again(
-    grey: tuple[torch.nn.Module, Path], tmp_path: Path
+    server: HubServer, grey: tuple[torch.nn.Module, Path], tmp_path: Path
 ) -> None:
     _, checkpoint = grey
-    code = """
-import sys
-from timm_mealv2.cli.hub import main
-checkpoint, out = sys.argv[1:]
-main(['push', checkpoint, 'me/shirts', '--message', 'first'])
-main(['pull', 'me/shirts', '--out', out])
-main(['push', out, 'me/shirts'])
-"""
-    with HubServer() as server:
-        environment = {
-            **os.environ,
-            'HF_HUB_OFFLINE': '0',
-            'HF_ENDPOINT': server.url,
-            'HF_TOKEN': WRITE_TOKEN,
-            'HF_HUB_DISABLE_XET': '1',
-        }
-        command = [sys.executable, '-c', code, str(checkpoint), str(tmp_path / 'pulled')]
-        result = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
-        titles = [commit.title for commit in server.repos['model', 'me/shirts'].log()]
-    assert titles.count('first') == 1
-    assert titles[0] == 'first'  # what is the same makes no second commit
-    assert WRITE_TOKEN not in result.stdout + result.stderr
+    hub.main(['push', str(checkpoint), 'me/shirts', '--message', 'first'])
+    hub.main(['pull', 'me/shirts', '--out', str(tmp_path / 'pulled')])
+    hub.main(['push', str(tmp_path / 'pulled'), 'me/shirts'])
+    titles = [commit.title for commit in server.repos['model', 'me/shirts'].log()]
+    assert titles == ['first', 'initial commit']  # what is the same makes no second commit
     hub.export_model(checkpoint, tmp_path / 'out', card=hub.CardOptions(repo_id='me/shirts'))
     assert {path.name: path.read_bytes() for path in (tmp_path / 'pulled').iterdir()} == {
         path.name: path.read_bytes() for path in (tmp_path / 'out').iterdir()
     }
-
-
-def test_importing_the_package_does_not_import_the_export_nor_that_what_draws() -> None:
-    code = """
-import sys, timm_mealv2
-assert 'timm_mealv2.cli.hub' not in sys.modules
-import timm_mealv2.cli.hub
-assert not {'gradio', 'matplotlib', 'timm_mealv2.training', 'timm_mealv2.report'} & set(sys.modules)
-"""
-    subprocess.run([sys.executable, '-c', code], check=True)

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from timm_mealv2.cli.parser import COUNT, DATA, DEVICE, FLOAT_TYPES, TEACHERS, OneLineParser, add_options, run_cli
 from timm_mealv2.data.bad_images import BadImages
-from timm_mealv2.data.dataset import dataset_root, open_dataset
+from timm_mealv2.data.dataset import dataset_root, open_dataset, unlabeled
 from timm_mealv2.data.loader import eval_loader
 from timm_mealv2.data.normalize import channel_stats
 from timm_mealv2.errors import UserError
@@ -163,13 +163,7 @@ def _open_data(args: argparse.Namespace) -> Any:
     )
     if args.split and args.data_dir is not None and dataset_root(data) == Path(args.data_dir):
         raise UserError(f'--split {args.split}: there is no such folder in {args.data_dir}.')  # timm takes all of it
-    if args.unlabeled:
-        data.target_transform = _unknown
-    return data
-
-
-def _unknown(label: Any) -> int:
-    return -1
+    return unlabeled(data) if args.unlabeled else data
 
 
 def _evaluate_with(

@@ -1,86 +1,18 @@
-"""Trained models to the Hugging Face Hub and back; the command line `mealv2-hub`.
-
-The folders that are pushed are those of `hub_export`.
-"""
+"""The program `mealv2-hub`: trained models to the Hugging Face Hub and back."""
 
 import argparse
 import logging
-import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from timm_mealv2.cli.parser import OneLineParser, run_cli
-from timm_mealv2.errors import UserError
 from timm_mealv2.hub.card import CardOptions
-from timm_mealv2.hub.client import pull_folder, push_folder
-from timm_mealv2.hub.export import (
-    NO_LICENSE,
-    PAPER_ACCURACY,
-    convert_released,
-    export_ensemble,
-    export_model,
-)
-from timm_mealv2.hub.folder import ENSEMBLE, is_export, read_config
-
-__all__ = ['CardOptions', 'convert_released', 'export_ensemble', 'export_model', 'main', 'push_model']
+from timm_mealv2.hub.client import pull_folder
+from timm_mealv2.hub.export import PAPER_ACCURACY, convert_released, export_ensemble, export_model, push_model
+from timm_mealv2.hub.folder import ENSEMBLE, read_config
 
 _logger = logging.getLogger(__name__)
-
-
-def push_model(
-    source: str | os.PathLike[str],
-    repo_id: str,
-    *,
-    private: bool = False,
-    revision: str | None = None,
-    message: str | None = None,
-    create_pr: bool = False,
-    has_permission: bool = False,
-) -> str:
-    """Push an exported folder, or the export of a training checkpoint, to the Hugging Face Hub in one commit.
-
-    Args:
-        source: The folder or the checkpoint.
-        repo_id: USER/NAME; the repository is made if it is not there.
-        private: Make it private.
-        revision: Branch; the main one if None.
-        message: Message of the commit.
-        create_pr: Open a pull request with the commit.
-        has_permission: The owners of weights without a license allowed it.
-
-    Returns:
-        URL of the commit or the pull request.
-
-    Raises:
-        UserError: If `source` is neither, its weights have no license, others cannot reach its teachers, or the Hub
-            does not take it.
-    """
-    source = Path(source)
-    arguments: dict[str, Any] = {'private': private, 'revision': revision, 'message': message, 'create_pr': create_pr}
-    if source.is_file():
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = export_model(source, Path(temporary, 'export'), card=CardOptions(repo_id=repo_id))
-            return push_folder(folder, repo_id, source=source, **arguments)
-    if not is_export(source):
-        raise UserError(f'{source} is neither a checkpoint nor an exported folder: make one with `mealv2-hub export`.')
-    config = read_config(source)
-    if config.get('pretrained_cfg', {}).get('license') == NO_LICENSE and not has_permission:
-        raise UserError(
-            f'the weights in {source} are of others, who gave them no license: get their permission, then push with '
-            '--i-have-permission.'
-        )
-    for teacher in config.get('model_args', {}).get('teachers', ()):
-        if '=' in teacher or teacher.startswith('local-dir:'):
-            raise UserError(
-                f'{teacher} is on this machine alone: push it, then export the ensemble with its hf-hub:USER/REPO.'
-            )
-    return push_folder(source, repo_id, **arguments)
-
-
-# The command line
 
 
 def build_parser() -> argparse.ArgumentParser:

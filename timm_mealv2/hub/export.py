@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -25,6 +26,7 @@ from torch import nn
 
 from timm_mealv2.errors import UserError
 from timm_mealv2.hub.card import METRICS, CardOptions, weights_row, write_card, write_trained_card
+from timm_mealv2.hub.client import push_folder
 from timm_mealv2.hub.demo import Classifier
 from timm_mealv2.hub.folder import (
     APP_FILE,
@@ -33,6 +35,8 @@ from timm_mealv2.hub.folder import (
     EXAMPLES_FOLDER,
     REQUIREMENTS_FILE,
     WEIGHTS_FILE,
+    is_export,
+    read_config,
     replacing_export,
 )
 from timm_mealv2.models.checkpoint import TrainingCheckpoint
@@ -147,9 +151,10 @@ def export_ensemble(
         UserError: If a teacher is unknown, cannot be loaded, or does not fit the others, or `out` is something else.
     """
     out = Path(out)
-    arguments: dict[str, Any] = {'teachers': [str(spec.under(Path.cwd())) for spec in TeacherSpec.parse_all(teachers)]}
-    if functions := [teacher for teacher in arguments['teachers'] if teacher.startswith('python:')]:
+    specs = TeacherSpec.parse_all(teachers)
+    if functions := [spec for spec in specs if spec.kind == 'python']:
         raise UserError(f'{functions[0]} cannot be named by a folder: code is run only where you name it yourself.')
+    arguments: dict[str, Any] = {'teachers': [str(spec.under(Path.cwd())) for spec in specs]}
     arguments |= {key: list(value) for key, value in (('weights', weights), ('img_sizes', img_sizes)) if value}
     ensemble = create_ensemble(**arguments, num_classes=num_classes)
     data_config = resolve_model_data_config(ensemble)
@@ -172,7 +177,7 @@ def convert_released(
 ) -> Path:
     """Make an exported folder from a file of the authors' release page.
 
-    The authors gave their files no license. config.json says so, and `push_model` then asks for their permission.
+    The authors gave their files no license. config.json says so, and `push_model` then needs their permission.
 
     Args:
         file: The released file; it must fit the student exactly.
@@ -215,6 +220,56 @@ def convert_released(
             ],
         )
     return out
+
+
+def push_model(
+    source: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    message: str | None = None,
+    create_pr: bool = False,
+    has_permission: bool = False,
+) -> str:
+    """Push an exported folder, or the export of a training checkpoint, to the Hugging Face Hub in one commit.
+
+    Args:
+        source: The folder or the checkpoint.
+        repo_id: USER/NAME; the repository is made if it is not there.
+        private: Make it private.
+        revision: Branch; the main one if None.
+        message: Message of the commit.
+        create_pr: Open a pull request with the commit.
+        has_permission: The owners of weights without a license allowed it.
+
+    Returns:
+        URL of the commit or the pull request.
+
+    Raises:
+        UserError: If `source` is neither, its weights have no license, others cannot reach its teachers, or the Hub
+            does not take it.
+    """
+    source = Path(source)
+    arguments: dict[str, Any] = {'private': private, 'revision': revision, 'message': message, 'create_pr': create_pr}
+    if source.is_file():
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = export_model(source, Path(temporary, 'export'), card=CardOptions(repo_id=repo_id))
+            return push_folder(folder, repo_id, source=source, **arguments)
+    if not is_export(source):
+        raise UserError(f'{source} is neither a checkpoint nor an exported folder: make one with `mealv2-hub export`.')
+    config = read_config(source)
+    if config.get('pretrained_cfg', {}).get('license') == NO_LICENSE and not has_permission:
+        raise UserError(
+            f'the weights in {source} are of others, who gave them no license: get their permission, then push with '
+            '--i-have-permission.'
+        )
+    for teacher in TeacherSpec.parse_all(config.get('model_args', {}).get('teachers', ())):
+        if teacher.path is not None:
+            raise UserError(
+                f'{teacher} is on this machine alone: push it, then export the ensemble with its hf-hub:USER/REPO.'
+            )
+    return push_folder(source, repo_id, **arguments)
 
 
 def _describe(model: Any, data_config: Mapping[str, Any], **about: Any) -> None:
