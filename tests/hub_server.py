@@ -1,4 +1,4 @@
-"""A small Hugging Face Hub on loopback: what huggingface_hub's client asks of it, and errors on demand.
+"""A small Hugging Face Hub on loopback: what huggingface_hub's client needs, and errors on demand.
 
     with HubServer() as server:
         server.add_repo('me/x', {'config.json': b'{}'})
@@ -114,8 +114,8 @@ class Request:
     headers: dict[str, str]
 
 
-class Answer(Exception):
-    """What a route answers; an error where the status says so."""
+class Response(Exception):
+    """The response of a route; an error where the status says so."""
 
     def __init__(self, status: int, body: Any = None, headers: dict[str, str] | None = None, code: str = ''):
         super().__init__(status)
@@ -135,7 +135,7 @@ class HubServer:
     Attributes:
         url: For HF_ENDPOINT.
         repos: By (type, id), type being model, dataset or space.
-        requests: All that came in, also those that were answered with an error.
+        requests: All that came in, also those that ended in an error.
     """
 
     def __init__(self) -> None:
@@ -182,13 +182,13 @@ class HubServer:
 
         Args:
             pattern: Searched in the path with its query.
-            status: Of the answer; None breaks the connection instead.
+            status: Of the response; None breaks the connection instead.
             method: Only requests of this method.
             times: How many requests.
-            when: 'before': nothing happens on the server. 'after': the request is handled and its answer lost.
-            headers: Of the answer, such as Retry-After.
-            body: Of the answer. `{authorization}` in it becomes the request's own header.
-            stall: Seconds without an answer before it.
+            when: 'before': nothing happens on the server. 'after': the request is handled and its response is lost.
+            headers: Of the response, such as Retry-After.
+            body: Of the response. `{authorization}` in it becomes the request's own header.
+            stall: Seconds without an response before it.
         """
         self._faults.append(Fault(pattern, status, method, times, when, headers or {}, body, stall))
 
@@ -214,21 +214,21 @@ class HubServer:
                     return fault
         return None
 
-    def _answer(self, method: str, path: str, token: str | None, headers: dict[str, str], body: bytes) -> Answer:
+    def _respond(self, method: str, path: str, token: str | None, headers: dict[str, str], body: bytes) -> Response:
         url = urlsplit(path)
         query = {key: values[-1] for key, values in parse_qs(url.query).items()}
         try:
             with self._lock:
                 if token is not None and token not in TOKENS:
-                    raise Answer(401, 'Invalid credentials in Authorization header')
+                    raise Response(401, 'Invalid credentials in Authorization header')
                 user, role = TOKENS.get(token or '', ('', ''))
                 for verb, pattern, route in _ROUTES:
                     if verb == method and (match := re.fullmatch(pattern, url.path)):
                         groups = {key: unquote(value) for key, value in match.groupdict().items() if value is not None}
                         return route(_Context(self, user, role, query, headers, body), **groups)
-                raise Answer(404, 'no such route')
-        except Answer as answer:
-            return answer
+                raise Response(404, 'no such route')
+        except Response as response:
+            return response
 
 
 @contextmanager
@@ -270,69 +270,69 @@ class _Context:
     def repo(self, kind: str, repo_id: str) -> Repo:
         repo = self.hub.repos.get((_TYPES[kind], repo_id))
         if repo is None or (repo.private and repo_id.split('/')[0] != self.user):
-            raise Answer(404 if self.user else 401, 'Repository not found', code='RepoNotFound')
+            raise Response(404 if self.user else 401, 'Repository not found', code='RepoNotFound')
         return repo
 
     def check_write(self, namespace: str) -> None:
         if not self.user:
-            raise Answer(401, 'Invalid username or password.')
+            raise Response(401, 'Invalid username or password.')
         if self.role != 'write' or namespace != self.user:
-            raise Answer(403, f"You don't have the rights to write to {namespace}")
+            raise Response(403, f"You don't have the rights to write to {namespace}")
 
 
 def _revision(repo: Repo, revision: str) -> Commit:
     commit = repo.find(revision)
     if commit is None:
-        raise Answer(404, f'Invalid rev id: {revision}', code='RevisionNotFound')
+        raise Response(404, f'Invalid rev id: {revision}', code='RevisionNotFound')
     return commit
 
 
-def _whoami(context: _Context) -> Answer:
+def _whoami(context: _Context) -> Response:
     if not context.user:
-        raise Answer(401, 'Invalid username or password.')
-    return Answer(200, {'name': context.user, 'auth': {'accessToken': {'role': context.role}}})
+        raise Response(401, 'Invalid username or password.')
+    return Response(200, {'name': context.user, 'auth': {'accessToken': {'role': context.role}}})
 
 
-def _create(context: _Context) -> Answer:
-    asked = context.json()
-    namespace = asked['organization'] or context.user
+def _create(context: _Context) -> Response:
+    wanted = context.json()
+    namespace = wanted['organization'] or context.user
     context.check_write(namespace)
-    repo_id, kind = f'{namespace}/{asked["name"]}', asked.get('type', 'model')
+    repo_id, kind = f'{namespace}/{wanted["name"]}', wanted.get('type', 'model')
     url = f'{context.hub.url}/{repo_id}'
     if (kind, repo_id) in context.hub.repos:
-        return Answer(409, {'error': 'You already created this model repo', 'url': url})
-    context.hub.add_repo(repo_id, private=asked.get('visibility') == 'private', type=kind)
-    return Answer(200, {'url': url})
+        return Response(409, {'error': 'You already created this model repo', 'url': url})
+    context.hub.add_repo(repo_id, private=wanted.get('visibility') == 'private', type=kind)
+    return Response(200, {'url': url})
 
 
-def _validate(context: _Context) -> Answer:
+def _validate(context: _Context) -> Response:
     header = re.match(r'---\n(.*?)\n---', context.json()['content'], re.DOTALL)
     try:
         if header and isinstance(yaml.safe_load(header[1]), dict):
-            return Answer(200, {'errors': [], 'warnings': []})
+            return Response(200, {'errors': [], 'warnings': []})
     except yaml.YAMLError:
         pass
-    return Answer(400, {'errors': [{'message': 'no valid YAML header'}], 'warnings': []})
+    return Response(400, {'errors': [{'message': 'no valid YAML header'}], 'warnings': []})
 
 
-def _info(context: _Context, kind: str, repo: str, revision: str = 'main') -> Answer:
+def _info(context: _Context, kind: str, repo: str, revision: str = 'main') -> Response:
     found = context.repo(kind, repo)
     commit = _revision(found, revision)
     siblings = [{'rfilename': path} for path in commit.files]
     about = {'id': repo, 'sha': commit.oid, 'private': found.private, 'tags': [], 'siblings': siblings}
-    return Answer(200, {**about, 'downloads': 0, 'likes': 0})
+    return Response(200, {**about, 'downloads': 0, 'likes': 0})
 
 
-def _branch(context: _Context, kind: str, repo: str, branch: str) -> Answer:
+def _branch(context: _Context, kind: str, repo: str, branch: str) -> Response:
     found = context.repo(kind, repo)
     context.check_write(repo.split('/')[0])
     if branch in found.refs:
-        return Answer(409, 'Reference already exists')
+        return Response(409, 'Reference already exists')
     found.refs[branch] = found.refs['main']
-    return Answer(200)
+    return Response(200)
 
 
-def _tree(context: _Context, kind: str, repo: str, revision: str) -> Answer:
+def _tree(context: _Context, kind: str, repo: str, revision: str) -> Response:
     entries = []
     for path, content in sorted(_revision(context.repo(kind, repo), revision).files.items()):
         entry: dict[str, Any] = {'type': 'file', 'path': path, 'size': len(content), 'oid': git_oid(content)}
@@ -342,49 +342,49 @@ def _tree(context: _Context, kind: str, repo: str, revision: str) -> Answer:
             entry['oid'] = git_oid(pointer)
             entry['lfs'] = {'oid': sha256, 'size': len(content), 'pointerSize': len(pointer)}
         entries.append(entry)
-    return Answer(200, entries)
+    return Response(200, entries)
 
 
-def _preupload(context: _Context, kind: str, repo: str, revision: str) -> Answer:
+def _preupload(context: _Context, kind: str, repo: str, revision: str) -> Response:
     found = context.repo(kind, repo)
     if 'create_pr' not in context.query:
         context.check_write(repo.split('/')[0])
     files = _revision(found, revision).files
-    answer = []
-    for asked in context.json()['files']:
-        path = asked['path']
+    response = []
+    for wanted in context.json()['files']:
+        path = wanted['path']
         is_lfs = path.endswith(LFS_SUFFIXES)
         entry = {'path': path, 'uploadMode': 'lfs' if is_lfs else 'regular', 'shouldIgnore': False}
         if path in files:
             entry['oid'] = hashlib.sha256(files[path]).hexdigest() if is_lfs else git_oid(files[path])
-        answer.append(entry)
-    return Answer(200, {'files': answer})
+        response.append(entry)
+    return Response(200, {'files': response})
 
 
-def _lfs_batch(context: _Context, repo: str) -> Answer:
+def _lfs_batch(context: _Context, repo: str) -> Response:
     context.repo('models', repo)
     objects = []
-    for asked in context.json()['objects']:
-        entry = {'oid': asked['oid'], 'size': asked['size']}
-        if asked['oid'] not in context.hub._lfs:
-            href = f'{context.hub.url}/lfs/{asked["oid"]}'
+    for wanted in context.json()['objects']:
+        entry = {'oid': wanted['oid'], 'size': wanted['size']}
+        if wanted['oid'] not in context.hub._lfs:
+            href = f'{context.hub.url}/lfs/{wanted["oid"]}'
             entry['actions'] = {'upload': {'href': href}, 'verify': {'href': f'{href}/verify'}}
         objects.append(entry)
-    return Answer(200, {'transfer': 'basic', 'objects': objects})
+    return Response(200, {'transfer': 'basic', 'objects': objects})
 
 
-def _lfs_upload(context: _Context, oid: str) -> Answer:
+def _lfs_upload(context: _Context, oid: str) -> Response:
     if hashlib.sha256(context.body).hexdigest() != oid:
-        raise Answer(400, 'the content has another SHA-256')
+        raise Response(400, 'the content has another SHA-256')
     context.hub._lfs[oid] = context.body
-    return Answer(200)
+    return Response(200)
 
 
-def _lfs_verify(context: _Context, oid: str) -> Answer:
-    return Answer(200 if oid in context.hub._lfs else 404)
+def _lfs_verify(context: _Context, oid: str) -> Response:
+    return Response(200 if oid in context.hub._lfs else 404)
 
 
-def _commit(context: _Context, kind: str, repo: str, revision: str) -> Answer:
+def _commit(context: _Context, kind: str, repo: str, revision: str) -> Response:
     found = context.repo(kind, repo)
     create_pr = 'create_pr' in context.query
     if not create_pr and not revision.startswith('refs/pr/'):
@@ -401,28 +401,28 @@ def _commit(context: _Context, kind: str, repo: str, revision: str) -> Answer:
             files[value['path']] = base64.b64decode(value['content'])
         elif item['key'] == 'lfsFile':
             if value['oid'] not in context.hub._lfs:
-                raise Answer(400, f'LFS pointer to a file that is not there: {value["path"]}')
+                raise Response(400, f'LFS pointer to a file that is not there: {value["path"]}')
             files[value['path']] = context.hub._lfs[value['oid']]
         elif item['key'] == 'deletedFile':
             del files[value['path']]
         else:
-            raise Answer(400, f'unknown key {item["key"]}')
+            raise Response(400, f'unknown key {item["key"]}')
     if header.get('parentCommit', base.oid) != base.oid:
-        raise Answer(412, 'A commit has happened since. Please refresh and try again.')
+        raise Response(412, 'A commit has happened since. Please refresh and try again.')
     pull_request_url = None
     if create_pr:
         pull_request = _open(context, found, header['summary'], 'open')
         revision, pull_request_url = pull_request['ref'], f'{context.hub.url}/{repo}/discussions/{pull_request["num"]}'
     elif found.refs.get(revision) is not base:
-        raise Answer(400, f'{revision} is no branch')
+        raise Response(400, f'{revision} is no branch')
     commit = found.commit(revision, header['summary'], files)
     url = f'{context.hub.url}/{repo}/commit/{commit.oid}'
-    return Answer(200, {'commitUrl': url, 'commitOid': commit.oid, 'pullRequestUrl': pull_request_url})
+    return Response(200, {'commitUrl': url, 'commitOid': commit.oid, 'pullRequestUrl': pull_request_url})
 
 
 def _open(context: _Context, repo: Repo, title: str, status: str) -> dict[str, Any]:
     if context.role != 'write':
-        raise Answer(403, "You don't have the rights to open a pull request")
+        raise Response(403, "You don't have the rights to open a pull request")
     num = len(repo.pull_requests) + 1
     entry = {'num': num, 'title': title, 'status': status, 'isPullRequest': True, 'createdAt': _DATE}
     entry |= {'ref': f'refs/pr/{num}', 'author': {'name': context.user}, 'repo': {'name': repo.id, 'type': repo.type}}
@@ -431,41 +431,43 @@ def _open(context: _Context, repo: Repo, title: str, status: str) -> dict[str, A
     return entry
 
 
-def _list_discussions(context: _Context, kind: str, repo: str) -> Answer:
+def _list_discussions(context: _Context, kind: str, repo: str) -> Response:
     entries = context.repo(kind, repo).pull_requests
-    return Answer(200, {'count': len(entries), 'start': 0, 'discussions': entries})
+    return Response(200, {'count': len(entries), 'start': 0, 'discussions': entries})
 
 
-def _create_discussion(context: _Context, kind: str, repo: str) -> Answer:
+def _create_discussion(context: _Context, kind: str, repo: str) -> Response:
     entry = _open(context, context.repo(kind, repo), context.json()['title'], 'draft')
-    return Answer(200, {'num': entry['num']})
+    return Response(200, {'num': entry['num']})
 
 
-def _discussion(context: _Context, kind: str, repo: str, number: str) -> Answer:
+def _discussion(context: _Context, kind: str, repo: str, number: str) -> Response:
     entry = context.repo(kind, repo).pull_requests[int(number) - 1]
-    return Answer(200, {**entry, 'events': [], 'filesWithConflicts': [], 'changes': {'base': 'main'}, 'diffUrl': None})
+    return Response(
+        200, {**entry, 'events': [], 'filesWithConflicts': [], 'changes': {'base': 'main'}, 'diffUrl': None}
+    )
 
 
-def _resolve(context: _Context, repo: str, revision: str, path: str) -> Answer:
+def _resolve(context: _Context, repo: str, revision: str, path: str) -> Response:
     commit = _revision(context.repo('models', repo), revision)
     if path not in commit.files:
-        raise Answer(404, 'Entry not found', {'X-Repo-Commit': commit.oid}, code='EntryNotFound')
+        raise Response(404, 'Entry not found', {'X-Repo-Commit': commit.oid}, code='EntryNotFound')
     content = commit.files[path]
     etag = hashlib.sha256(content).hexdigest() if path.endswith(LFS_SUFFIXES) else git_oid(content)
     headers = {'X-Repo-Commit': commit.oid, 'ETag': f'"{etag}"', 'Accept-Ranges': 'bytes'}
     damages = context.hub._damages.get(path)
     if damages and 'head' not in context.query:
         headers['X-Damage'] = damages.pop()
-    if asked := re.fullmatch(r'bytes=(\d+)-(\d*)', context.headers.get('range', '')):
-        start, end = int(asked[1]), int(asked[2] or len(content) - 1)
+    if wanted := re.fullmatch(r'bytes=(\d+)-(\d*)', context.headers.get('range', '')):
+        start, end = int(wanted[1]), int(wanted[2] or len(content) - 1)
         if start >= len(content):
-            raise Answer(416, 'out of range', {'Content-Range': f'bytes */{len(content)}'})
+            raise Response(416, 'out of range', {'Content-Range': f'bytes */{len(content)}'})
         headers['Content-Range'] = f'bytes {start}-{end}/{len(content)}'
-        return Answer(206, content[start : end + 1], headers)
-    return Answer(200, content, headers)
+        return Response(206, content[start : end + 1], headers)
+    return Response(200, content, headers)
 
 
-def _resolve_head(context: _Context, **names: str) -> Answer:
+def _resolve_head(context: _Context, **names: str) -> Response:
     context.query['head'] = '1'
     return _resolve(context, **names)
 
@@ -514,19 +516,19 @@ class _Handler(BaseHTTPRequestHandler):
         authorization = headers.get('authorization')
         hub.requests.append(Request(self.command, self.path, authorization, headers))
         fault = hub._take_fault(self.command, self.path)
-        answer = None
+        response = None
         if fault is None or fault.when == 'after':
             token = authorization.removeprefix('Bearer ') if authorization else None
-            answer = hub._answer(self.command, self.path, token, headers, body)
+            response = hub._respond(self.command, self.path, token, headers, body)
         if fault is not None:
             time.sleep(fault.stall)
             if fault.status is None:
                 self.close_connection = True
                 return
             text = fault.body.replace(b'{authorization}', (authorization or '').encode())
-            answer = Answer(fault.status, text, {'Content-Type': 'application/json', **fault.headers})
-        assert answer is not None
-        self._send(answer)
+            response = Response(fault.status, text, {'Content-Type': 'application/json', **fault.headers})
+        assert response is not None
+        self._send(response)
 
     def _read_body(self, headers: dict[str, str]) -> bytes:
         if headers.get('transfer-encoding') != 'chunked':
@@ -538,14 +540,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.rfile.readline()
         return body
 
-    def _send(self, answer: Answer) -> None:
-        damage = answer.headers.pop('X-Damage', None)
-        body = answer.body
+    def _send(self, response: Response) -> None:
+        damage = response.headers.pop('X-Damage', None)
+        body = response.body
         if damage == 'flip':
             middle = len(body) // 2
             body = body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1 :]
-        self.send_response(answer.status)
-        for key, value in answer.headers.items():
+        self.send_response(response.status)
+        for key, value in response.headers.items():
             self.send_header(key, value)
         self.send_header('Content-Length', str(len(body)))
         self.end_headers()

@@ -131,7 +131,7 @@ def test_modes_are_restored_after_an_error():
 
 
 @pytest.mark.parametrize('in_chans', [1, 3])
-def test_each_model_gets_pixels_with_its_own_normalisation(in_chans):
+def test_each_model_gets_pixels_with_its_own_normalization(in_chans):
     generator = torch.Generator().manual_seed(0)
     half = timm.create_model('test_efficientnet', num_classes=5, in_chans=in_chans)
     half.pretrained_cfg.update(mean=(0.5,) * 3, std=(0.5,) * 3)
@@ -179,12 +179,12 @@ def test_nan_stays_nan_and_is_null_in_json(reference_fails):
     models = {'broken': Lookup(broken), 'good': Lookup(good)}
     reference = 'broken' if reference_fails else 'good'
     result = evaluate(models, lookup_batches([0, 0, 0, 1], [2, 2]), reference=reference, calibration=True)
-    labelled = {'loss', 'top1', 'top5', 'nll', 'ece'}
+    labeled = {'loss', 'top1', 'top5', 'nll', 'ece'}
     compared = set(result['good']) ^ set(result['broken'])
     assert compared == {'agreement', 'kl'}
     failed = {(name, key) for name, row in result.items() for key, value in row.items() if np.isnan(value)}
     of_reference = {('good' if reference_fails else 'broken', key) for key in compared}
-    assert failed == {('broken', key) for key in labelled} | of_reference
+    assert failed == {('broken', key) for key in labeled} | of_reference
     text = metrics_as_json({**result, 'sure': {'loss': float('inf'), 'samples': 4, 'names': ['a']}})
     rows = json.loads(text, parse_constant=pytest.fail)
     assert (rows['broken']['loss'], rows['sure']['loss'], rows['broken']['samples']) == (None, None, 4)

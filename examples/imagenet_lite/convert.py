@@ -78,8 +78,8 @@ def convert(path: Path, variant: int, out: Path) -> Path:
     model = timm.create_model(f'tf_efficientnet_lite{variant}')
     try:
         state = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as error:  # torch raises half a dozen kinds for a torn or foreign file
-        raise UserError(f'{path} is no whole file of weights: {str(error).splitlines()[0]}') from error
+    except Exception as error:  # torch raises half a dozen kinds for a corrupt or foreign file
+        raise UserError(f'{path} is not a readable file of weights: {str(error).splitlines()[0]}') from error
     if not isinstance(state, dict):
         raise UserError(f'{path} must hold a state dict, got {type(state).__name__}.')
     model.load_state_dict(map_keys(state, model))

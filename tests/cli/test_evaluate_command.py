@@ -153,7 +153,7 @@ def test_a_teacher_with_more_classes_serves_those_of_the_models(tmp_path, image_
     assert 'cannot read' in refused(capsys, *args, '--teachers', teacher, *classes)
 
 
-def test_a_model_agrees_with_the_ensemble_of_itself_whatever_its_normalisation(tmp_path, image_folder, capsys):
+def test_a_model_agrees_with_the_ensemble_of_itself_whatever_its_normalization(tmp_path, image_folder, capsys):
     save_folder(tmp_path / 'folder', mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
     other = f'test_resnet={tmp_path}/other.pth'
     save_model(tmp_path / 'other.pth')
@@ -165,7 +165,7 @@ def test_a_model_agrees_with_the_ensemble_of_itself_whatever_its_normalisation(t
     assert table[other]['KL'] > '0.0000'
 
 
-def test_grey_models_see_grey_pictures(tmp_path, capsys):
+def test_gray_models_see_gray_pictures(tmp_path, capsys):
     write_images(tmp_path / 'data', 4, seed=1, mode='L')
     model = save_folder(tmp_path / 'folder', in_chans=1, mean=(0.3,), std=(0.2,))
     run(capsys, f'local-dir:{tmp_path}/folder', '--data-dir', tmp_path / 'data', '-j', 0, '--json', tmp_path / 'r.json')
@@ -235,7 +235,7 @@ def test_real_labels_accept_any_of_an_images_labels(tmp_path, capsys):
     assert 'expects a JSON list' in refused(capsys, *args, '--real-labels', tmp_path / 'real.json')
 
 
-def test_unlabelled_pictures_give_agreement_alone(tmp_path, image_folder, capsys):
+def test_unlabeled_pictures_give_agreement_alone(tmp_path, image_folder, capsys):
     save_model(tmp_path / 'a.pth')
     save_model(tmp_path / 'b.pth', seed=1)
     a, b = f'test_resnet={tmp_path}/a.pth', f'test_resnet={tmp_path}/b.pth'

@@ -73,18 +73,18 @@ def changed(checkpoint: Path, path: Path, **args: Any) -> Path:
 
 
 def test_the_header_has_the_measured_accuracy_and_what_the_hub_looks_for(run_folder: Path, tmp_path: Path) -> None:
-    options = CardOptions(repo_id='me/student', license='mit', dataset_id='me/colours')
+    options = CardOptions(repo_id='me/student', license='mit', dataset_id='me/colors')
     card = card_of(run_folder / 'checkpoint-1.pth.tar', tmp_path / 'out', card=options)
     assert accuracies(card) == {'top-1 accuracy, %': float(row(run_folder, 1)['eval_top1'])}
     (result,) = card.data.eval_results
     assert (result.dataset_type, result.dataset_name, result.dataset_split) == (
-        'me/colours',
-        'me/colours',
+        'me/colors',
+        'me/colors',
         'validation',
     )
     header = card.data.to_dict()
     assert header['license'] == 'mit'
-    assert header['datasets'] == ['me/colours']
+    assert header['datasets'] == ['me/colors']
     assert header['library_name'] == 'timm'
     assert header['pipeline_tag'] == 'image-classification'
     assert header['metrics'] == ['accuracy']

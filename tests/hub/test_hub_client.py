@@ -224,7 +224,7 @@ def test_a_lost_response_opens_no_second_pull_request(server: HubServer, export:
     assert len(repo.pull_requests) == 1
 
 
-def test_a_commit_is_not_repeated_though_it_could_not_be_asked_for(server: HubServer, export: Path) -> None:
+def test_a_commit_is_not_repeated_though_it_could_not_be_looked_up(server: HubServer, export: Path) -> None:
     server.add_repo('me/x')
     server.fail('/commit/', status=502, when='after')
     server.fail('/tree/[0-9a-f]{40}', status=404)

@@ -25,7 +25,7 @@ from timm_mealv2.errors import UserError
 from timm_mealv2.hub.demo import Classifier, build_app
 from timm_mealv2.models.factory import create_ensemble
 
-GREY = {
+GRAY = {
     'input_size': (1, 48, 40),
     'interpolation': 'bilinear',
     'mean': (0.286,),
@@ -49,8 +49,8 @@ def save(path: Path, model_name: str, model: torch.nn.Module, args: dict[str, An
     return path
 
 
-def randomised(model: torch.nn.Module) -> torch.nn.Module:
-    """Give every weight and buffer of floats values that no initialisation gives."""
+def randomized(model: torch.nn.Module) -> torch.nn.Module:
+    """Give every weight and buffer of floats values that no initialization gives."""
     torch.manual_seed(3)
     for tensor in model.state_dict().values():
         if tensor.is_floating_point():
@@ -59,21 +59,21 @@ def randomised(model: torch.nn.Module) -> torch.nn.Module:
 
 
 @pytest.fixture
-def grey(tmp_path: Path) -> tuple[torch.nn.Module, Path]:
-    """A small ResNet on grey pictures with its checkpoint."""
+def gray(tmp_path: Path) -> tuple[torch.nn.Module, Path]:
+    """A small ResNet on gray pictures with its checkpoint."""
     kwargs = {'channels': (8, 8, 16, 16), 'stem_width': 8, 'output_stride': 8}
-    model = randomised(timm.create_model('resnet10t', num_classes=3, in_chans=1, **kwargs))
+    model = randomized(timm.create_model('resnet10t', num_classes=3, in_chans=1, **kwargs))
     args = {'num_classes': 3, 'in_chans': None, 'model_kwargs': kwargs, 'input_size': [1, 48, 40]}
-    names = {'data_config': GREY, 'class_names': ['bag', 'coat', 'shirt']}
+    names = {'data_config': GRAY, 'class_names': ['bag', 'coat', 'shirt']}
     return model, save(tmp_path / 'last.pth.tar', 'resnet10t', model, args, **names)
 
 
 def test_plain_timm_in_a_fresh_process_gets_the_same_from_the_folder_and_from_the_hub(
-    server: HubServer, grey: tuple[torch.nn.Module, Path], tmp_path: Path
+    server: HubServer, gray: tuple[torch.nn.Module, Path], tmp_path: Path
 ) -> None:
-    model, checkpoint = grey
+    model, checkpoint = gray
     folder = hub.export_model(checkpoint, tmp_path / 'deep/out')
-    hub.push_model(folder, 'me/grey')
+    hub.push_model(folder, 'me/gray')
     images = torch.randn(2, 1, 48, 40)
     torch.save(images, tmp_path / 'images.pt')
     code = """
@@ -89,7 +89,7 @@ print(json.dumps([resolve_model_data_config(models[0]), cfg['label_names'], cfg[
     command = [sys.executable, '-c', code, str(tmp_path / 'images.pt'), str(tmp_path / 'outputs.pt')]
     environment = {**os.environ, 'HF_HUB_OFFLINE': '0', 'HF_ENDPOINT': server.url, 'HF_HUB_DISABLE_XET': '1'}
     printed = subprocess.run(
-        [*command, f'local-dir:{folder}', 'hf-hub:me/grey'],
+        [*command, f'local-dir:{folder}', 'hf-hub:me/gray'],
         env=environment,
         check=True,
         capture_output=True,
@@ -99,7 +99,7 @@ print(json.dumps([resolve_model_data_config(models[0]), cfg['label_names'], cfg[
     config, label_names, num_classes, architecture = json.loads(printed)
     for output in torch.load(tmp_path / 'outputs.pt', weights_only=True):
         assert torch.equal(output, model(images))
-    assert {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()} == GREY
+    assert {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()} == GRAY
     assert (label_names, num_classes, architecture) == (['bag', 'coat', 'shirt'], 3, 'resnet10t')
     assert {path.name for path in folder.iterdir()} == {'model.safetensors', 'config.json', 'README.md'}
     assert len({path.stat().st_mode for path in folder.iterdir()}) == 1  # who may read one may read the other
@@ -107,8 +107,8 @@ print(json.dumps([resolve_model_data_config(models[0]), cfg['label_names'], cfg[
 
 
 def test_the_config_says_nothing_of_the_weights_that_others_trained(tmp_path: Path) -> None:
-    model = randomised(timm.create_model('test_efficientnet.r160_in1k', num_classes=5))
-    data_config = {**GREY, 'input_size': (3, 64, 64), 'mean': (0.1, 0.2, 0.3), 'std': (0.3, 0.2, 0.1)}
+    model = randomized(timm.create_model('test_efficientnet.r160_in1k', num_classes=5))
+    data_config = {**GRAY, 'input_size': (3, 64, 64), 'mean': (0.1, 0.2, 0.3), 'std': (0.3, 0.2, 0.1)}
     args = {'num_classes': 5, 'in_chans': None}
     path = save(tmp_path / 'last.pth.tar', 'test_efficientnet.r160_in1k', model, args, data_config=data_config)
     config = json.loads((hub.export_model(path, tmp_path / 'out') / 'config.json').read_text())
@@ -118,16 +118,16 @@ def test_the_config_says_nothing_of_the_weights_that_others_trained(tmp_path: Pa
 
 
 def test_our_students_are_exported_as_timms_own_architecture(tmp_path: Path) -> None:
-    model = randomised(timm.create_model('resnet18', num_classes=4))
-    data_config = {**GREY, 'input_size': (3, 32, 32), 'mean': (0.5,) * 3, 'std': (0.5,) * 3}
+    model = randomized(timm.create_model('resnet18', num_classes=4))
+    data_config = {**GRAY, 'input_size': (3, 32, 32), 'mean': (0.5,) * 3, 'std': (0.5,) * 3}
     path = save(tmp_path / 'a.pth.tar', 'mealv2_resnet18.in1k', model, {'num_classes': 4}, data_config=data_config)
     folder = hub.export_model(path, tmp_path / 'out')
     assert json.loads((folder / 'config.json').read_text())['architecture'] == 'resnet18'
 
 
 def test_a_model_of_fixed_size_keeps_the_size_it_was_trained_with(tmp_path: Path) -> None:
-    model = randomised(timm.create_model('test_vit', num_classes=2, img_size=64))
-    data_config = {**GREY, 'input_size': (3, 64, 64), 'mean': (0.5,) * 3, 'std': (0.5,) * 3}
+    model = randomized(timm.create_model('test_vit', num_classes=2, img_size=64))
+    data_config = {**GRAY, 'input_size': (3, 64, 64), 'mean': (0.5,) * 3, 'std': (0.5,) * 3}
     args = {'num_classes': 2, 'model_kwargs': {'img_size': 64}}
     path = save(tmp_path / 'last.pth.tar', 'test_vit', model, args, data_config=data_config)
     loaded = timm.create_model(f'local-dir:{hub.export_model(path, tmp_path / "out")}', pretrained=True).eval()
@@ -138,7 +138,7 @@ def test_a_model_of_fixed_size_keeps_the_size_it_was_trained_with(tmp_path: Path
 def test_the_average_is_exported_where_there_is_one_unless_the_weights_are_wanted(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    model = randomised(timm.create_model('test_resnet', num_classes=2))
+    model = randomized(timm.create_model('test_resnet', num_classes=2))
     average = ModelEmaV3(model).module
     with torch.no_grad():
         average.fc.bias.fill_(7)
@@ -155,7 +155,7 @@ def test_the_average_is_exported_where_there_is_one_unless_the_weights_are_wante
 
 
 def test_a_checkpoint_of_timms_own_program_tells_its_pixels_by_its_arguments(tmp_path: Path) -> None:
-    model = randomised(timm.create_model('test_resnet', num_classes=2, in_chans=1))
+    model = randomized(timm.create_model('test_resnet', num_classes=2, in_chans=1))
     args = {'num_classes': 2, 'in_chans': 1, 'img_size': 96, 'mean': [0.25], 'crop_pct': 0.9, 'interpolation': ''}
     path = save(tmp_path / 'last.pth.tar', 'test_resnet', model, args)
     loaded = timm.create_model(f'local-dir:{hub.export_model(path, tmp_path / "out")}', pretrained=True)
@@ -165,8 +165,8 @@ def test_a_checkpoint_of_timms_own_program_tells_its_pixels_by_its_arguments(tmp
     assert config['crop_pct'] == 0.9
 
 
-def test_an_earlier_export_is_replaced_and_nothing_else_is(grey: tuple[torch.nn.Module, Path], tmp_path: Path) -> None:
-    _, checkpoint = grey
+def test_an_earlier_export_is_replaced_and_nothing_else_is(gray: tuple[torch.nn.Module, Path], tmp_path: Path) -> None:
+    _, checkpoint = gray
     out = tmp_path / 'out'
     out.mkdir()
     hub.export_model(checkpoint, out)  # an empty folder is taken
@@ -187,9 +187,9 @@ def test_an_earlier_export_is_replaced_and_nothing_else_is(grey: tuple[torch.nn.
 
 
 def test_a_checkpoint_that_does_not_fit_leaves_the_earlier_export_alone(
-    grey: tuple[torch.nn.Module, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    gray: tuple[torch.nn.Module, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model, checkpoint = grey
+    model, checkpoint = gray
     out = hub.export_model(checkpoint, tmp_path / 'out')
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     state = {key: value for key, value in model.state_dict().items() if key != 'fc.bias'}
@@ -214,7 +214,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_earlier_export_alone(
 
 
 def test_the_classes_of_imagenet_are_described(tmp_path: Path) -> None:
-    model = randomised(timm.create_model('test_resnet', num_classes=3))
+    model = randomized(timm.create_model('test_resnet', num_classes=3))
     names = ['n01440764', 'n02012849', 'n03126707']
     path = save(tmp_path / 'last.pth.tar', 'test_resnet', model, {'num_classes': 3}, class_names=names)
     config = json.loads((hub.export_model(path, tmp_path / 'out') / 'config.json').read_text())
@@ -224,7 +224,7 @@ def test_the_classes_of_imagenet_are_described(tmp_path: Path) -> None:
 
 
 def test_what_a_file_says_of_places_reaches_neither_the_network_nor_the_export(tmp_path: Path) -> None:
-    model = randomised(timm.create_model('test_resnet', num_classes=2, stem_width=24))
+    model = randomized(timm.create_model('test_resnet', num_classes=2, stem_width=24))
     with HubServer() as server:
         attack = {
             'pretrained_cfg_overlay': {'url': f'{server.url}/weights.pth'},
@@ -249,7 +249,7 @@ def test_what_a_file_says_of_places_reaches_neither_the_network_nor_the_export(t
 
 
 def test_the_batch_norm_of_the_training_is_that_of_the_export(tmp_path: Path) -> None:
-    model = randomised(timm.create_model('test_efficientnet', num_classes=2, bn_eps=0.1))
+    model = randomized(timm.create_model('test_efficientnet', num_classes=2, bn_eps=0.1))
     path = save(tmp_path / 'last.pth.tar', 'test_efficientnet', model, {'num_classes': 2, 'bn_eps': 0.1})
     loaded = timm.create_model(f'local-dir:{hub.export_model(path, tmp_path / "out")}', pretrained=True).eval()
     images = torch.randn(1, 3, 64, 64)
@@ -260,9 +260,9 @@ def test_the_batch_norm_of_the_training_is_that_of_the_export(tmp_path: Path) ->
 
 
 @pytest.fixture
-def demo(grey: tuple[torch.nn.Module, Path], tmp_path: Path) -> tuple[torch.nn.Module, Path]:
+def demo(gray: tuple[torch.nn.Module, Path], tmp_path: Path) -> tuple[torch.nn.Module, Path]:
     """The small ResNet and its export with the demo and two examples."""
-    model, checkpoint = grey
+    model, checkpoint = gray
     images = []
     for seed in range(2):
         pixels = np.random.default_rng(seed).integers(0, 256, (50, 60, 3), dtype=np.uint8)
@@ -287,7 +287,7 @@ assert not {'gradio', 'matplotlib', 'timm_mealv2.training', 'timm_mealv2.report'
 """
     result = subprocess.run([sys.executable, '-c', code], check=True, capture_output=True, text=True, cwd=folder)
     prediction, nothing = json.loads(result.stdout)
-    transform = create_transform(**GREY, is_training=False)
+    transform = create_transform(**GRAY, is_training=False)
     with Image.open(folder / 'examples/01.png') as image, torch.inference_mode():
         probabilities = model(transform(image.convert('L')).unsqueeze(0)).softmax(1)[0]
     assert prediction == pytest.approx(dict(zip(['bag', 'coat', 'shirt'], probabilities.tolist(), strict=True)))
@@ -315,11 +315,11 @@ def test_the_page_is_built_where_gradio_is_there(demo: tuple[torch.nn.Module, Pa
     assert page.fn(Image.new('RGB', (40, 40))).keys() == {'bag', 'coat', 'shirt'}
 
 
-def test_an_example_that_is_no_image_leaves_no_folder(grey: tuple[torch.nn.Module, Path], tmp_path: Path) -> None:
+def test_an_example_that_is_no_image_leaves_no_folder(gray: tuple[torch.nn.Module, Path], tmp_path: Path) -> None:
     (tmp_path / 'text.png').write_text('text')
     for path in (tmp_path / 'text.png', tmp_path / 'absent.png'):
         with pytest.raises(UserError, match=f'{path.name} is no readable image'):
-            hub.export_model(grey[1], tmp_path / 'out', examples=[path])
+            hub.export_model(gray[1], tmp_path / 'out', examples=[path])
     assert not (tmp_path / 'out').exists()
 
 
@@ -330,7 +330,7 @@ def test_an_example_that_is_no_image_leaves_no_folder(grey: tuple[torch.nn.Modul
 def teachers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """A folder, and in it two teachers as texts with paths from there."""
     folder = tmp_path_factory.mktemp('teachers')
-    first, second = (randomised(timm.create_model(name, num_classes=4)) for name in ('test_resnet', 'test_vit'))
+    first, second = (randomized(timm.create_model(name, num_classes=4)) for name in ('test_resnet', 'test_vit'))
     second.pretrained_cfg.update(mean=(0.1, 0.2, 0.3), std=(0.4, 0.4, 0.4))
     save_for_hf(second, folder / 'second', safe_serialization=True)
     torch.save(first.state_dict(), folder / 'first.pth')
@@ -381,16 +381,16 @@ def test_teachers_that_are_none_leave_no_folder(
 # To the Hub and back
 
 
-def test_what_is_no_export_is_not_pushed(grey: tuple[torch.nn.Module, Path], tmp_path: Path) -> None:
+def test_what_is_no_export_is_not_pushed(gray: tuple[torch.nn.Module, Path], tmp_path: Path) -> None:
     for source in (tmp_path, tmp_path / 'absent'):
         with pytest.raises(UserError, match='neither a checkpoint nor an exported folder'):
             hub.push_model(source, 'me/x')
 
 
 def test_a_checkpoint_is_pushed_with_its_card_and_pulled_again(
-    server: HubServer, grey: tuple[torch.nn.Module, Path], tmp_path: Path
+    server: HubServer, gray: tuple[torch.nn.Module, Path], tmp_path: Path
 ) -> None:
-    _, checkpoint = grey
+    _, checkpoint = gray
     hub.main(['push', str(checkpoint), 'me/shirts', '--message', 'first'])
     hub.main(['pull', 'me/shirts', '--out', str(tmp_path / 'pulled')])
     hub.main(['push', str(tmp_path / 'pulled'), 'me/shirts'])

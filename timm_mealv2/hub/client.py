@@ -248,11 +248,8 @@ class _Push:
         return not other & set(_files(self.folder)) and not any(map(_is_pickle, verification.missing_paths))
 
 
-# Checks before anything is sent
-
-
 def check_repo_id(repo_id: str, with_namespace: bool = False) -> None:
-    """Check the name of a repository, with the user's if that is asked for.
+    """Check the name of a repository, with the user's if that is wanted.
 
     Raises:
         UserError: If it cannot be one.
@@ -375,7 +372,7 @@ def _reason(error: BaseException, repo_id: str, verb: str) -> str:
             401: 'the Hub does not know the token: log in again with `hf auth login`, or correct HF_TOKEN',
             402: may_not,
             403: may_not,
-            404: f'{host} does not find {repo_id} or a part of it',
+            404: f'{host} does not find {repo_id} or one of its parts',
             412: 'others pushed to it at the same time',
             429: f'{host} limits requests' + (f', and wants {wait:g} s of rest' if wait else ''),
         }

@@ -1,4 +1,4 @@
-"""Draw the answers of the lite1 + lite2 ensemble on photos beside those of lite0, as one picture (needs matplotlib)."""
+"""Draw what the lite1 + lite2 ensemble and lite0 predict for photos, as one picture (needs matplotlib)."""
 
 from collections.abc import Sequence
 from pathlib import Path
