@@ -103,6 +103,13 @@ def test_a_run_without_labels_is_drawn_and_its_best_epoch_is_that_of_agreement(t
     report.draw_runs({'run': tmp_path}, tmp_path / 'curves.png', panels=['eval_agreement', 'kl'])
 
 
+def test_an_epoch_of_nan_is_not_the_best(tmp_path: Path) -> None:
+    for metric, best in (('top1', 3), ('loss', 2)):
+        (tmp_path / 'summary.csv').write_text('epoch,eval_top1,eval_loss\n0,nan,nan\n1,50,1\n2,60,2\n3,nan,nan\n')
+        (tmp_path / 'args.yaml').write_text(f'eval_metric: {metric}\n')
+        assert f'best epoch ({best})' in report.write_report(tmp_path).read_text()
+
+
 @pytest.mark.parametrize(
     ('content', 'message'),
     [

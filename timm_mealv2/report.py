@@ -4,6 +4,7 @@ import base64
 import csv
 import html
 import io
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -283,9 +284,12 @@ def _best_row(run: Run) -> int | None:
     column = next((name for name in (f'eval_{metric}', 'eval_agreement') if run.values(name)), None)
     if column is None:
         return None
-    values = [(row, value) for row, value in enumerate(run.columns[column]) if value is not None]
     sign = -1 if metric in ('loss', 'kl') else 1
-    return max(values, key=lambda item: sign * item[1])[0]
+    # NaN ranks last.
+    ranks = {
+        row: -math.inf if math.isnan(v) else sign * v for row, v in enumerate(run.columns[column]) if v is not None
+    }
+    return max(ranks, key=ranks.__getitem__)
 
 
 def _settings_html(runs: Mapping[str, Run]) -> str:

@@ -260,7 +260,7 @@ def _measured(checkpoint: TrainingCheckpoint, run: 'Run', averaged: bool) -> dic
         row = run.epochs.index(epoch)
         for name, column in run.columns.items():
             value = column[row]
-            if name.startswith('eval_') and value is not None:
+            if name.startswith('eval_') and value is not None and not math.isnan(value):
                 values[name.removeprefix('eval_')] = value
     if metric is None or not values:
         reason = 'these weights were not evaluated'
