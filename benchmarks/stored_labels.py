@@ -45,6 +45,7 @@ from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_dataset
 from timm.models import save_for_hf
 from timm.task import ClassificationTask, TrainingTask
+from timm_mealv2.soft_labels.dataset import SoftLabelDataset
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -54,7 +55,6 @@ from timm_mealv2.cli.parser import OneLineParser, run_cli
 from timm_mealv2.data.loader import TrainLoader
 from timm_mealv2.errors import UserError
 from timm_mealv2.files import replacing
-from timm_mealv2.soft_labels.dataset import SoftLabelDataset
 from timm_mealv2.soft_labels.store import SoftLabelStore
 from timm_mealv2.training.checkpoint_saver import Progress
 from timm_mealv2.training.loop import EpochEvents, Meters, Stepper, train_one_epoch

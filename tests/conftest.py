@@ -6,12 +6,9 @@ from pathlib import Path
 
 os.environ['HF_HUB_OFFLINE'] = '1'  # huggingface_hub reads it when it is imported
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
-
-CLASSES = ('cold', 'plain', 'warm')
+from images import write_images
 
 
 @pytest.fixture(autouse=True, scope='session')
@@ -24,20 +21,6 @@ def _own_caches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No test reads or writes the user's caches, or reaches for the network by itself."""
     monkeypatch.setenv('HF_HOME', str(tmp_path / 'hf_home'))
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch_home'))
-
-
-def write_images(root: Path, per_class: int, seed: int, size: int = 24, mode: str = 'RGB') -> None:
-    """Write PNGs of three classes that differ in colour (RGB) or brightness (L), with noise."""
-    generator = np.random.default_rng(seed)
-    for number, name in enumerate(CLASSES):
-        (root / name).mkdir(parents=True)
-        for i in range(per_class):
-            pixels = generator.integers(0, 156, (size, size, 3))
-            if mode == 'L':
-                pixels = pixels[..., 0] + 45 * number
-            else:
-                pixels[..., number] += 60
-            Image.fromarray(pixels.astype(np.uint8)).save(root / name / f'{i:03}.png')
 
 
 @pytest.fixture(scope='session')

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import write_images
+from images import write_images
 from PIL import Image
 from timm.data import create_dataset, create_loader, resolve_model_data_config
 from timm.models import save_for_hf

@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 
 import pytest
-from conftest import cut_off
+from images import cut_off
 
 from timm_mealv2.data.bad_images import BadImages
 from timm_mealv2.data.dataset import open_dataset

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import cut_off
+from images import cut_off
 
 from timm_mealv2.data import dataset as dataset_module
 from timm_mealv2.data.dataset import UnreadableImage, check_classes, class_names, open_dataset, read_image, unlabeled

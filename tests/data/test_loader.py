@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import cut_off
+from images import cut_off
 from timm.data import create_loader
 from torch import Tensor
 

@@ -224,7 +224,7 @@ def test_without_labels_it_is_the_agreement_with_the_teachers_and_no_accuracy(
 
 def test_stored_labels_tell_their_teachers(run_folder: Path, teacher: str, image_folder: Path, tmp_path: Path) -> None:
     argv = (
-        f'record --num-classes 3 --img-size 16 --crops 1 --top-k 2 --workers 0 --device cpu --data-dir {image_folder}'
+        f'record --num-classes 3 --img-size 16 --epochs 1 --top-k 2 --workers 0 --device cpu --data-dir {image_folder}'
     )
     soft_labels([*argv.split(), '--out', str(tmp_path / 'store'), '--teachers', teacher])
     args = {'teachers': [], 'soft_labels': str(tmp_path / 'store')}

@@ -127,14 +127,14 @@ def test_so_does_one_with_workers_half_precision_and_checkpoints_of_epochs_alone
     assert differences(whole, tmp_path / 'run') == []
 
 
-@pytest.mark.skip('stored labels are being rebuilt on the deterministic samples')
 def test_so_does_one_on_stored_labels(program: Program, image_folder: Path, tmp_path: Path) -> None:
     store = tmp_path / 'store'
     teachers = program.options[program.options.index('--teachers') + 1 :]
     argv = ['record', '--teachers', *teachers, '--num-classes', '3', '--data-dir', str(image_folder), '--device', 'cpu']
-    soft_labels([*argv, '--img-size', '16', '--crops', '3', '--top-k', '2', '--workers', '0', '--out', str(store)])
-    options = ['--soft-labels', str(store), '--crops-per-decode', '2', '--discriminator-weight', '1', '--workers', '2']
-    options += ['--reprob', '0', '--hard-label-weight', '0']  # which do not go with stored labels
+    argv += ['--mixup', '0.4', '--cutmix', '0.5', '--reprob', '0.5', '--img-size', '16', '--epochs', '3']
+    soft_labels([*argv, '--top-k', '2', '--workers', '0', '--out', str(store)])
+    options = ['--soft-labels', str(store), '--discriminator-weight', '1', '--workers', '2']
+    options += ['--hard-label-weight', '0']  # mixed images have no hard label
     assert program.run(tmp_path, *options, point=('inside', 9)) == SIGKILL
     assert program.run(tmp_path, *options) == 0
     assert program.passed['step'] < 28

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import write_images
+from images import write_images
 
 from timm_mealv2.errors import UserError
 from timm_mealv2.training.checkpoint_saver import find_newest, read_checkpoint

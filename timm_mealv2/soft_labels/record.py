@@ -1,312 +1,313 @@
-"""Record what an ensemble answers for random crops of every image of a data set.
+"""Record what an ensemble of teachers predicts for every sample of a training.
 
-What a record holds depends on the image and the number of the crop alone, and which crops go through the teachers
-together on the data set, the crops of an image and the batch size: any number of processes and workers, and a recording
-that was stopped and continued, write the same files.
+Any number of processes, on any hosts that see the folder, may start, stop and die at any time. Which samples go through
+the teachers together is fixed, so that a part's bytes do not depend on who makes it.
 """
 
 import logging
-import math
-import shutil
-import sys
 import time
-from collections.abc import Sequence
-from functools import partial
-from itertools import cycle, islice
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import closing
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
-import PIL
 import torch
-import torch.distributed as dist
+from safetensors.numpy import save_file
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset
-from tqdm import tqdm
+from torch.utils.data import DataLoader, Dataset
 
-from timm_mealv2.data.dataset import UnreadableImage, image_names
+from timm_mealv2.data.dataset import UnreadableImage, image_names, keeping_no_file_open
+from timm_mealv2.data.deterministic import Key, Samples
 from timm_mealv2.data.normalize import channel_stats
 from timm_mealv2.errors import UserError
+from timm_mealv2.files import replacing
 from timm_mealv2.models.ensemble import EnsembleTeacher
-from timm_mealv2.soft_labels.crops import CropBatch, CropSource, Recipe, crop_loader, decode
-from timm_mealv2.soft_labels.recording import (
-    describe_teachers,
-    finish,
-    shard_file,
-    shard_ranges,
-    start,
-    take_up,
-)
-from timm_mealv2.soft_labels.store import (
-    FORMAT_VERSION,
-    PIXEL_SAMPLES,
-    PixelSample,
-    StoreMeta,
-    fill_records,
-    libjpeg_version,
-    names_hash,
-    pixel_hash,
-    record_dtype,
-    shard_sizes,
-    write_shard,
-)
+from timm_mealv2.soft_labels.claims import STALE, PartQueue, Progress
+from timm_mealv2.soft_labels.meta import META, Part, StoreMeta, difference
+from timm_mealv2.soft_labels.store import NAMES, PIXELS, SoftLabelStore, checksum, pixel_crc
 
 _logger = logging.getLogger(__name__)
 
-_LOG_SECONDS = 30
+BLOCK_EPOCHS = 10
+"""Epochs of a part. An image is decoded once for them, unless each sample needs another partner to be mixed with."""
+
+_PIXEL_SAMPLES = 8
+_POLL_SECONDS = 2.0
 
 
 def record(
+    out: Path,
     dataset: Dataset,
     teachers: EnsembleTeacher,
-    out: str | Path,
-    recipe: Recipe,
+    meta: StoreMeta,
+    epochs: int,
     *,
-    top_k: int = 10,
-    batch_size: int = 128,
-    workers: int = 4,
+    workers: int = 0,
     device: torch.device | str = 'cpu',
-    rank: int = 0,
-    world_size: int = 1,
     progress: bool = False,
-) -> StoreMeta:
-    """Record the teachers' answers into the folder `out`, or go on with a recording there that was stopped.
+) -> SoftLabelStore:
+    """Record the teachers' predictions for the epochs 0 to `epochs` - 1, together with whoever else is at it.
 
-    With several processes, each calls this with its rank; the default process group must be there. The files do not
-    depend on their number. A finished store of the same settings is left as it is.
+    What is there already stays, but for parts with an image that could not be read and can be read now.
 
     Args:
-        dataset: Images with random access (`timm_mealv2.data.dataset.open_dataset` makes it); the labels are not used.
+        out: The folder.
+        dataset: The images, without a transform.
         teachers: The ensemble, on `device`.
-        out: The folder of the store; made if it is not there.
-        recipe: Which crops are cut.
-        top_k: Classes to keep for a crop, K.
-        batch_size: Most crops that go through the teachers at once.
-        workers: Processes that decode images and cut crops.
+        meta: What `describe` gives for these.
+        epochs: Epochs to have in the end.
+        workers: Worker processes that make samples; 0 makes them in this one.
         device: Where the teachers are.
-        rank: Number of this process.
-        world_size: Number of processes.
-        progress: Show a bar, or log lines where stderr is no terminal; of several processes, the first one's.
+        progress: Show what all processes together have done.
 
     Returns:
-        What `meta.json` says.
+        The store, with all epochs.
 
     Raises:
-        UserError: If a setting is not possible, `out` holds a recording with other settings, no image can be read, or
-            the teachers answer with NaN.
+        UserError: If the folder holds a recording with other settings, or other files, or no image can be read.
     """
-    out = Path(out)
-    _check(dataset, teachers, recipe, top_k, batch_size)
-    names = image_names(dataset)
-    settings = {
-        'format_version': FORMAT_VERSION,
-        'teachers': describe_teachers(teachers),
-        'teacher_dtype': str(teachers.autocast_dtype).removeprefix('torch.') if teachers.autocast_dtype else None,
-        'num_classes': teachers.num_classes,
-        'top_k': top_k,
-        'crops': recipe.crops,
-        'image_size': list(recipe.image_size),
-        'img_mode': recipe.img_mode,
-        'interpolation': recipe.interpolation,
-        'scale': list(recipe.scale),
-        'ratio': list(recipe.ratio),
-        'hflip': recipe.hflip,
-        'seeds': [recipe.seed],
-        'pillow': PIL.__version__,
-        'libjpeg': libjpeg_version(),
-        'images': len(names),
-        'names_sha256': names_hash(names),
-    }
-    if take_up(out, settings):
-        return StoreMeta.read(out)
-    ranges = shard_ranges(len(names), recipe.crops)
-    if rank == 0:
-        start(out, settings)
-    pending = [number for number in range(len(ranges)) if shard_sizes(out / shard_file(number)) is None]
-    if rank == 0:
-        there = f', {len(ranges) - len(pending)} are there' if len(pending) < len(ranges) else ''
-        _logger.info(f'Recording {recipe.crops} crops of {len(names):,} images in {len(ranges)} shards{there}.')
-    if world_size > 1:
-        dist.barrier()  # all have seen the same shards before the first new one is written
-    source = CropSource(dataset, recipe, [(n, *ranges[n]) for n in pending[rank::world_size]], batch_size)
-    dtype = record_dtype(teachers.num_classes, top_k)
-    shown = _Progress(source.total, progress and rank == 0, f'process 1 of {world_size}' if world_size > 1 else '')
-    _record_shards(out, source, teachers, dtype, workers, torch.device(device), shown)
-    if world_size > 1:
-        dist.barrier()
-    if rank == 0:
-        meta = finish(out, names, settings, partial(_pixel_samples, dataset, names, recipe))
-        if meta.unreadable:
-            _logger.warning(f'{meta.unreadable} of {meta.images} images cannot be read: they are never trained on.')
-    if world_size > 1:
-        dist.barrier()
-    return StoreMeta.read(out)
+    device = torch.device(device)
+    # This process reads some images itself, and shares no open file with the workers that are started later.
+    samples = Samples(keeping_no_file_open(dataset), meta.augmentation, meta.seed)
+    meta = _join(out, meta, image_names(dataset), samples, epochs)
+    queue = PartQueue(out, meta, samples, _mended_parts(SoftLabelStore(out), samples))
+    shown = Progress(queue, progress)
+    # The loader's batches are asked for while parts are claimed: workers go on from part to part without a pause.
+    loader = _sample_loader(Samples(dataset, meta.augmentation, meta.seed), queue, workers, device)
+    try:
+        while queue.missing():
+            _record_parts(loader, teachers, queue, device, shown)
+            if queue.missing():  # other processes are at them
+                shown.update(0)
+                time.sleep(_POLL_SECONDS)
+    finally:
+        for part in list(queue.claims.values()):
+            queue.release(part)
+        shown.bar.close()
+    store = SoftLabelStore(out)
+    unreadable = int((store.read_epoch(0, np.arange(meta.images))['crc'] == 0).sum())
+    if unreadable == meta.images:
+        raise UserError(f'none of the {meta.images:,} images can be read: {out} has nothing to train on.')
+    if unreadable:
+        _logger.warning(
+            f'{unreadable:,} of {meta.images:,} images cannot be read: they are never trained on. Mend them and give '
+            'the same command again to record them.'
+        )
+    return store
 
 
-def measure(
-    dataset: Dataset,
-    teachers: EnsembleTeacher,
-    recipe: Recipe,
-    *,
-    top_k: int = 10,
-    batch_size: int = 128,
-    workers: int = 4,
-    device: torch.device | str = 'cpu',
-    seconds: float = 20,
-) -> float:
-    """Record some images for about `seconds` without writing anything; return the crops a second of one process."""
-    _check(dataset, teachers, recipe, top_k, batch_size)
-    images = len(image_names(dataset))
-    group = min(images, max(1, batch_size // recipe.crops))
-    spread = np.linspace(0, images - group, min(1000, math.ceil(images / group))).astype(int).tolist()
-    ranges = cycle((number, first, first + group) for number, first in enumerate(spread))
-    source = CropSource(dataset, recipe, list(islice(ranges, max(4 * workers + 50, len(spread)))), batch_size)
-    begin = since = time.perf_counter()
-    count = 0
-    for number, batch in enumerate(crop_loader(source, workers, torch.device(device))):
-        _ask(teachers, batch, top_k, torch.device(device))
-        now = time.perf_counter()
-        # While the first batch waited for the device to get ready, the workers have prepared some in advance.
-        if number == 0 or (number <= 2 * workers and now - begin < seconds):
-            since, count = now, 0
-            continue
-        count += batch.total
-        if now - since > seconds:
-            break
-    return count / (now - since)
+class _SampleBatch(NamedTuple):
+    """Samples that go through the teachers together."""
+
+    keys: list[Key]
+    readable: list[int]  # places in `keys`
+    pixels: Tensor  # uint8 [n, chans, h, w], of those that are readable
+    crcs: list[int]
+    failures: list[str]
 
 
-def mean_probabilities(teachers: EnsembleTeacher, pixels: Tensor, device: torch.device) -> Tensor:
-    """Return the teachers' mean probabilities [n, C] for pixels uint8 [n, chans, h, w]."""
+class _SampleBatches(Dataset):
+    """Makes batches of samples, in a worker process or in this one."""
+
+    def __init__(self, samples: Samples) -> None:
+        self.samples = samples
+
+    def __getitems__(self, keys: list[Key]) -> _SampleBatch:
+        pixels = np.empty((len(keys), *self.samples.augmentation.input_size), np.uint8)
+        batch = _SampleBatch(keys, [], torch.empty(0), [], [])
+        for place, key in enumerate(keys):
+            try:
+                sample = self.samples[key].pixels
+            except UnreadableImage as error:
+                batch.failures.append(str(error))
+                continue
+            pixels[len(batch.readable)] = sample
+            batch.readable.append(place)
+            batch.crcs.append(pixel_crc(sample))
+        return batch._replace(pixels=torch.from_numpy(pixels[: len(batch.readable)]))
+
+
+def _sample_loader(samples: Samples, batches: Iterable[list[Key]], workers: int, device: torch.device) -> DataLoader:
+    return DataLoader(
+        _SampleBatches(samples),
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=_unchanged,
+        pin_memory=device.type == 'cuda',
+        persistent_workers=workers > 0,
+        generator=torch.Generator(),  # nothing here draws from it, and no shared generator moves on
+    )
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
+
+
+def _record_parts(
+    loader: DataLoader, teachers: EnsembleTeacher, queue: PartQueue, device: torch.device, shown: 'Progress'
+) -> None:
+    """Make the parts that can be claimed, and write each when its last batch has come."""
+    meta = queue.meta
+    unfinished: dict[str, tuple[np.ndarray, int]] = {}  # the records of a part, and how many are to come
+    for batch in loader:
+        part = queue.part_of(batch.keys[0])
+        shape = len(part.epochs), len(part.images)
+        records, left = unfinished.get(part.file) or (np.zeros(shape, meta.dtype), shape[0] * shape[1])
+        for failure in batch.failures:
+            _logger.warning(f'Cannot be read: {failure}')
+        if batch.readable:
+            probabilities, classes = predict(teachers, batch.pixels, device).topk(meta.top_k, dim=1)
+            filled = np.empty(len(batch.readable), meta.dtype)
+            filled['crc'], filled['classes'] = batch.crcs, classes.cpu().numpy()
+            filled['probabilities'] = probabilities.cpu().numpy()
+            keys = np.array([(key.epoch, key.index) for key in (batch.keys[place] for place in batch.readable)])
+            records[keys[:, 0] - part.epochs.start, keys[:, 1] - part.images.start] = filled
+        unfinished[part.file] = records, left - len(batch.keys)
+        shown.update(len(batch.keys))
+        if left == len(batch.keys):
+            del unfinished[part.file]
+            with replacing(queue.out / part.file) as temporary, temporary.open('wb') as file:
+                for epoch, one in zip(part.epochs, records, strict=True):
+                    data = one.tobytes()
+                    file.write(data + checksum(data, epoch, part.images.start))
+            queue.again.discard(part.file)
+            queue.release(part)
+            shown.update(-records.size)
+        queue.renew()
+
+
+def predict(teachers: EnsembleTeacher, pixels: Tensor, device: torch.device) -> Tensor:
+    """Return the teachers' mean probabilities [n, C] for pixels uint8 [n, chans, h, w].
+
+    Raises:
+        UserError: If they are not finite.
+    """
     mean, std = (
         torch.tensor(stats, device=device).view(1, -1, 1, 1) * 255
         for stats in channel_stats(teachers.pretrained_cfg, teachers.in_chans)
     )
     x = (pixels.to(device, non_blocking=True).float() - mean) / std
-    return teachers.predict(x)[0].exp()
-
-
-class _OpenShard:
-    """The records of a shard, as they come."""
-
-    def __init__(self, images: int, crops: int, dtype: np.dtype) -> None:
-        self.records = np.zeros(images * crops, dtype)
-        self.sizes = np.zeros((images, 2), np.uint16)
-        self.missing = images * crops
-
-    def add(self, batch: CropBatch, classes: np.ndarray, probabilities: np.ndarray) -> None:
-        if batch.crops:
-            records = np.empty(len(batch.crops), self.records.dtype)
-            fill_records(records, batch.crops, classes, probabilities)
-            self.records[batch.places] = records
-        for place, width, height in batch.images:
-            self.sizes[place] = width, height
-        self.missing -= batch.total
-
-
-class _Progress:
-    """A bar on a terminal, a line from time to time elsewhere."""
-
-    def __init__(self, total: int, shown: bool, label: str) -> None:
-        self.total = total
-        self.lines = shown and not sys.stderr.isatty()
-        self.label = f'{label}: ' if label else ''
-        columns, lines = shutil.get_terminal_size()  # of a terminal that does not tell, tqdm would show nothing
-        self.bar = tqdm(
-            desc=label,
-            total=total,
-            unit=' crops',
-            unit_scale=True,
-            disable=not shown or self.lines,
-            leave=False,
-            ncols=columns,
-            nrows=lines,
-        )
-        self.done = 0
-        self.start = self.last = time.perf_counter()
-
-    def add(self, count: int) -> None:
-        self.bar.update(count)
-        self.done += count
-        now = time.perf_counter()
-        if self.lines and (now - self.last > _LOG_SECONDS or self.done == self.total):
-            self.last = now
-            rate = self.done / max(now - self.start, 1e-9)
-            left = tqdm.format_interval((self.total - self.done) / rate)
-            _logger.info(f'{self.label}{self.done:,} of {self.total:,} crops, {rate:,.1f} crops/s, {left} left')
-
-
-def _record_shards(
-    out: Path,
-    source: CropSource,
-    teachers: EnsembleTeacher,
-    dtype: np.dtype,
-    workers: int,
-    device: torch.device,
-    shown: _Progress,
-) -> None:
-    """Write the shards of `source`, each when its last batch has come."""
-    crops = source.recipe.crops
-    images = {number: stop - start for number, start, stop in source.ranges}
-    (top_k,) = dtype['classes'].shape
-    if not images:
-        return
-    shards: dict[int, _OpenShard] = {}
-    for batch in crop_loader(source, workers, device):
-        for failure in batch.failures:
-            _logger.warning(f'left out, cannot be read: {failure}')
-        if batch.shard not in shards:
-            shards[batch.shard] = _OpenShard(images[batch.shard], crops, dtype)
-        shard = shards[batch.shard]
-        shard.add(batch, *_ask(teachers, batch, top_k, device))
-        if not shard.missing:
-            write_shard(out / shard_file(batch.shard), shard.records, shard.sizes)
-            del shards[batch.shard]
-        shown.add(batch.total)
-    shown.bar.close()
-    assert not shards, 'crops are missing'
-
-
-def _ask(
-    teachers: EnsembleTeacher, batch: CropBatch, top_k: int, device: torch.device
-) -> tuple[np.ndarray, np.ndarray]:
-    """The `top_k` most probable classes of each crop and their probabilities, [n, K] each."""
-    if not batch.crops:
-        return np.empty((0, top_k), np.int64), np.empty((0, top_k), np.float32)
-    probabilities, classes = mean_probabilities(teachers, batch.pixels, device).topk(top_k, dim=1)
+    with torch.no_grad():
+        probabilities = teachers.predict(x)[0].exp()
     if not probabilities.isfinite().all():
-        raise UserError('the teachers answer with NaN: take --teacher-dtype bfloat16 or float32, or none.')
-    return classes.cpu().numpy(), probabilities.cpu().numpy()
+        raise UserError('the teachers predict NaN: take --teacher-dtype bfloat16 or float32, or none.')
+    return probabilities
 
 
-def _pixel_samples(dataset: Dataset, names: Sequence[str], recipe: Recipe, sizes: np.ndarray) -> list[PixelSample]:
-    """Crops spread over the images, to notice a decoder that gives other pixels."""
-    rows = np.flatnonzero((sizes > 0).all(axis=1)).tolist()
-    chosen = dict.fromkeys((rows[len(rows) * i // PIXEL_SAMPLES], i % recipe.crops) for i in range(PIXEL_SAMPLES))
-    samples = []
-    for row, number in chosen:
+def measure(
+    dataset: Dataset,
+    teachers: EnsembleTeacher,
+    meta: StoreMeta,
+    *,
+    workers: int,
+    device: torch.device | str,
+    seconds: float = 20,
+) -> float:
+    """Measure how many samples a second this process records, on images that are spread over the data set.
+
+    Args:
+        dataset: The images.
+        teachers: The ensemble, on `device`.
+        meta: What `describe` gives for these.
+        workers: Worker processes.
+        device: Where the teachers are.
+        seconds: How long to measure, after the start of workers and device.
+    """
+    device = torch.device(device)
+    step = max(1, meta.batch_size // BLOCK_EPOCHS)
+
+    def batches() -> Generator[list[Key], None, None]:
+        chosen = np.random.default_rng(0)
+        while True:
+            images = chosen.integers(meta.images, size=step).tolist()
+            keys = [Key(epoch, image) for image in images for epoch in range(BLOCK_EPOCHS)]
+            yield keys[: meta.batch_size]
+
+    samples = Samples(dataset, meta.augmentation, meta.seed)
+    with closing(batches()) as endless:
+        begin = since = time.perf_counter()
+        count = 0
+        for number, batch in enumerate(_sample_loader(samples, endless, workers, device)):
+            if batch.readable:
+                predict(teachers, batch.pixels, device).topk(meta.top_k, dim=1)[0].cpu()
+            now = time.perf_counter()
+            # While the device got ready for the first batch, the workers have prepared some in advance.
+            if number == 0 or (number <= 2 * workers and now - begin < seconds):
+                since, count = now, 0
+                continue
+            count += len(batch.keys)
+            if now - since > seconds:
+                break
+    return count / (now - since)
+
+
+def _join(out: Path, meta: StoreMeta, names: Sequence[str], samples: Samples, epochs: int) -> StoreMeta:
+    """Make the folder, or join a recording that is there; return its settings, with blocks up to `epochs`."""
+    if (out / META).is_file():
+        former = StoreMeta.read(out)
+        differing = difference(former, meta)
+        if differing:
+            raise UserError(f'{out} is a recording with {differing}: give the same options, or another --out.')
+        SoftLabelStore(out).check_pixels(samples)
+        for leftover in out.glob('.*'):
+            if time.time() - leftover.stat().st_mtime > STALE:
+                leftover.unlink(missing_ok=True)
+        if epochs < former.epochs:
+            _logger.info(f'{out} is a recording of {former.epochs} epochs: all of them are recorded.')
+        meta = former.extend(epochs, BLOCK_EPOCHS)
+        if meta != former:
+            meta.write(out)
+        return meta
+    if out.exists() and not out.is_dir():
+        raise UserError(f'--out {out} is no folder.')
+    # meta.json comes last: the other two may be those of a process that died, or of one that has just begun.
+    if out.exists() and {path.name for path in out.iterdir() if not path.name.startswith('.')} - {NAMES, PIXELS, META}:
+        raise UserError(f'--out {out} holds other files: name a new folder.')
+    out.mkdir(parents=True, exist_ok=True)
+    with replacing(out / NAMES) as temporary:
+        temporary.write_bytes('\0'.join(names).encode('utf-8', 'surrogateescape'))
+    with replacing(out / PIXELS) as temporary:
+        save_file(_pixel_samples(samples, meta, epochs), temporary)
+    meta = meta.extend(epochs, BLOCK_EPOCHS)
+    meta.write(out)
+    differing = difference(StoreMeta.read(out), meta)
+    if differing:
+        raise UserError(f'{out}: another process has begun a recording with {differing}.')
+    return meta
+
+
+def _pixel_samples(samples: Samples, meta: StoreMeta, epochs: int) -> dict[str, np.ndarray]:
+    """Samples spread over images and the first epochs, to tell another decoder from other images."""
+    chosen: dict[str, np.ndarray] = {}
+    for number in range(_PIXEL_SAMPLES):
+        first, epoch = meta.images * number // _PIXEL_SAMPLES, number % min(epochs, BLOCK_EPOCHS)
+        for image in range(first, min(first + 16, meta.images)):  # the first that can be read
+            try:
+                chosen[f'{epoch}-{image}'] = np.ascontiguousarray(samples.sample(epoch, image).pixels)
+                break
+            except UnreadableImage:
+                pass
+    return chosen
+
+
+def _mended_parts(store: SoftLabelStore, samples: Samples) -> set[str]:
+    """Parts to make anew: images in them could not be read, and one of these can be read now."""
+    missing = {part.file for part in store.missing}
+    parts = [part for part in store.meta.parts() if part.file not in missing]
+
+    def unreadable(part: Part, epoch: int) -> list[int]:
+        records = store.read_slice(epoch, part.images.start // store.meta.part_images)
+        return [part.images.start + int(row) for row in np.flatnonzero(records['crc'] == 0)]
+
+    def mended(epoch: int, image: int) -> bool:
         try:
-            image = decode(dataset, row, recipe.img_mode)
-        except UnreadableImage as error:
-            raise UserError(f'an image that was read before cannot be read any more: {error}') from error
-        if image.size != tuple(sizes[row].tolist()):
-            raise UserError(f'{names[row]} has changed since it was recorded: take another --out.')
-        (crop,) = recipe.draw(image, row, [number])
-        samples.append(
-            PixelSample(names[row], number, pixel_hash(image, crop, recipe.image_size, recipe.interpolation))
-        )
-    return samples
+            samples.sample(epoch, image)
+        except UnreadableImage:
+            return False
+        return True
 
-
-def _check(dataset: Dataset, teachers: EnsembleTeacher, recipe: Recipe, top_k: int, batch_size: int) -> None:
-    if isinstance(dataset, IterableDataset) or not hasattr(dataset, '__len__'):
-        raise UserError('a streaming data set has no numbered images to record: take a folder, a tar or hfds/NAME.')
-    if not 1 <= top_k <= teachers.num_classes:
-        raise UserError(f'--top-k must be from 1 to {teachers.num_classes}, the number of classes, got {top_k}.')
-    if batch_size < 1:
-        raise UserError(f'--batch-size must be 1 or more, got {batch_size}.')
-    channels = 1 if recipe.img_mode == 'L' else 3
-    if teachers.in_chans != channels:
-        raise UserError(
-            f'the teachers take {teachers.in_chans} channels, images of mode {recipe.img_mode} have {channels}: '
-            f'set --in-chans {channels} or --input-img-mode.'
-        )
+    if not any(mended(part.epochs.start, image) for part in parts for image in unreadable(part, part.epochs.start)):
+        return set()
+    # An image that is mixed with it in another epoch may be anywhere.
+    return {part.file for part in parts if any(unreadable(part, epoch) for epoch in part.epochs)}

@@ -1,37 +1,39 @@
-"""Ask the teachers again, and compare their answers with those of a store."""
+"""Check a store against its images and teachers, and show what is in it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from PIL import Image, ImageDraw, ImageFont
 
-from timm_mealv2.data.dataset import UnreadableImage, image_names
+from timm_mealv2.data.dataset import UnreadableImage
+from timm_mealv2.data.deterministic import Samples
 from timm_mealv2.errors import UserError
 from timm_mealv2.models.ensemble import EnsembleTeacher
 from timm_mealv2.models.factory import create_ensemble
-from timm_mealv2.soft_labels.crops import decode
-from timm_mealv2.soft_labels.record import mean_probabilities
-from timm_mealv2.soft_labels.recording import describe_teachers
-from timm_mealv2.soft_labels.store import SoftLabelStore, StoreMeta, cut
+from timm_mealv2.soft_labels.meta import StoreMeta, describe_teachers
+from timm_mealv2.soft_labels.record import predict
+from timm_mealv2.soft_labels.store import SoftLabelStore, pixel_crc
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """How recomputed labels differ from the stored ones.
+    """How predictions that were made again differ from the stored ones.
 
     Attributes:
-        samples: Number of crops compared.
+        samples: Number of samples compared.
         max_difference: Largest difference of a stored probability.
         mean_difference: Mean difference of the stored probabilities.
-        agreement: Share of crops with the same most probable class, 0..1.
+        agreement: Share of samples with the same most probable class, 0..1.
+        cosine: Smallest cosine of a sample's stored and new probabilities.
     """
 
     samples: int
     max_difference: float
     mean_difference: float
     agreement: float
+    cosine: float
 
 
 def create_teachers(
@@ -47,21 +49,23 @@ def create_teachers(
     Raises:
         UserError: If one cannot be loaded, or the number of names is another.
     """
-    names = [teacher['name'] for teacher in meta.teachers] if names is None else names
-    if len(names) != len(meta.teachers):
-        recorded = ' '.join(teacher['name'] for teacher in meta.teachers)
-        raise UserError(f'--teachers must name the {len(meta.teachers)} recorded ones ({recorded}), got {len(names)}.')
+    recorded = [teacher['name'] for teacher in meta.teachers]
+    names = names or recorded
+    if len(names) != len(recorded):
+        raise UserError(
+            f'--teachers must name the {len(recorded)} recorded ones ({" ".join(recorded)}), got {len(names)}.'
+        )
     teachers = list(zip(names, meta.teachers, strict=True))
     # Where height and width differ, the size is the teacher's own.
     sizes = [size[0] if size and size[0] == size[1] else None for size in (t['img_size'] for t in meta.teachers)]
     return create_ensemble(
-        names,
+        list(names),
         num_classes=meta.num_classes,
-        in_chans=1 if meta.img_mode == 'L' else 3,
+        in_chans=meta.augmentation.input_size[0],
         weights=[teacher['weight'] for teacher in meta.teachers],
         img_sizes=sizes,  # type: ignore[arg-type]
         classes={name: teacher['classes'] for name, teacher in teachers if teacher['classes'] is not None},
-        autocast_dtype=getattr(torch, meta.teacher_dtype) if meta.teacher_dtype else None,
+        autocast_dtype=getattr(torch, meta.autocast_dtype) if meta.autocast_dtype else None,
         device=device,
     )
 
@@ -72,60 +76,125 @@ def changed_teachers(meta: StoreMeta, teachers: EnsembleTeacher) -> list[str]:
     return [a['name'] for a, b in zip(meta.teachers, now, strict=True) if a['sha256'] != b['sha256']]
 
 
+def read_all(store: SoftLabelStore) -> int:
+    """Read every record of a store, and compare all checksums.
+
+    Returns:
+        The number of records of images that could not be read.
+
+    Raises:
+        UserError: If a part is missing or damaged.
+    """
+    if store.missing:
+        raise UserError(store.incomplete())
+    unreadable = 0
+    for part in store.meta.parts():
+        for epoch in part.epochs:
+            records = store.read_slice(epoch, part.images.start // store.meta.part_images)
+            unreadable += int((records['crc'] == 0).sum())
+    store.names()
+    return unreadable
+
+
 def compare(
     store: SoftLabelStore,
-    dataset: Dataset,
+    samples: Samples,
     teachers: EnsembleTeacher,
+    rows: np.ndarray,
     *,
-    samples: int = 256,
-    batch_size: int = 128,
+    count: int = 256,
     device: torch.device | str = 'cpu',
     seed: int = 42,
 ) -> Comparison:
-    """Recompute the labels of random crops of a store.
+    """Make random samples of a store again, and let the teachers predict them.
 
     Args:
         store: The store.
-        dataset: The images, all of the store or some.
+        samples: The samples, by the images' numbers in the store.
         teachers: The ensemble, on `device`.
-        samples: Number of crops.
-        batch_size: Most crops that go through the teachers at once.
+        rows: The images that are there, by their numbers in the store.
+        count: Number of samples.
         device: Where the teachers are.
         seed: Seed of the choice.
 
     Raises:
-        UserError: If the store has none of the images, or one cannot be read or has another size now.
+        UserError: If pixels have changed, or an image cannot be read any more.
     """
-    indices = {name: index for index, name in enumerate(image_names(dataset))}
-    rows = [row for row, name in enumerate(store.names) if name in indices and store.sizes[row].all()]
-    if not rows:
-        raise UserError(f'{store.path} has labels for none of these images: give the data set that was recorded.')
     generator = np.random.default_rng(seed)
-    chosen = generator.choice(rows, samples), generator.integers(store.meta.crops, size=samples)
+    chosen = generator.integers(store.epochs, size=count), generator.choice(rows, count)
     pairs = sorted(zip(*(array.tolist() for array in chosen), strict=True))
-    differences, same = [], 0
-    for start in range(0, samples, batch_size):
-        pixels, classes, stored = zip(*_crops(store, dataset, indices, pairs[start : start + batch_size]), strict=True)
-        batch = torch.from_numpy(np.stack(pixels))
-        answers = mean_probabilities(teachers, batch, torch.device(device)).cpu().numpy()
-        differences.append(np.abs(np.take_along_axis(answers, np.stack(classes), axis=1) - np.stack(stored)))
-        same += int((answers.argmax(axis=1) == np.stack(classes)[:, 0]).sum())
-    difference = np.concatenate(differences)
-    return Comparison(samples, float(difference.max()), float(difference.mean()), same / samples)
+    records: list[np.ndarray] = []
+    predicted: list[np.ndarray] = []
+    for start in range(0, count, store.meta.batch_size):
+        pixels = []
+        for epoch, row in pairs[start : start + store.meta.batch_size]:
+            record = store.read_epoch(epoch, np.array([row]))[0]
+            if not record['crc']:
+                continue
+            try:
+                sample = samples.sample(epoch, row).pixels
+            except UnreadableImage as error:
+                raise UserError(f'cannot be read any more: {error}') from error
+            if pixel_crc(sample) != record['crc']:
+                raise UserError(f'image {row}, epoch {epoch}: {store.pixels_differ()}')
+            pixels.append(sample)
+            records.append(record)
+        if pixels:
+            batch = torch.from_numpy(np.stack(pixels))
+            predicted.append(predict(teachers, batch, torch.device(device)).cpu().numpy())
+    if not records:
+        raise UserError(f'none of {count} samples of {store.path} could be read when it was recorded: give --samples.')
+    stored, now = np.stack(records), np.concatenate(predicted)
+    former, new = stored['probabilities'].astype(np.float32), np.take_along_axis(now, stored['classes'], axis=1)
+    difference = np.abs(new - former)
+    norms = np.linalg.norm(former, axis=1) * np.linalg.norm(new, axis=1)
+    cosine = (former * new).sum(axis=1) / norms.clip(min=1e-12)
+    same = now.argmax(axis=1) == stored['classes'][:, 0]
+    return Comparison(
+        len(stored), float(difference.max()), float(difference.mean()), float(same.mean()), float(cosine.min())
+    )
 
 
-def _crops(
-    store: SoftLabelStore, dataset: Dataset, indices: dict[str, int], pairs: Sequence[tuple[int, int]]
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """The pixels of crops, given as (row, number), with their stored classes and probabilities."""
-    height, width = store.meta.image_size
-    for row, number in pairs:
-        name = store.names[row]
+def draw_samples(
+    store: SoftLabelStore, samples: Samples, row: int, class_names: Sequence[str] | None = None, count: int = 8
+) -> Image.Image:
+    """Draw the samples of an image in the first epochs, each beside the classes that the teachers gave it.
+
+    Args:
+        store: The store.
+        samples: The samples, by the images' numbers in the store.
+        row: The image's number in the store.
+        class_names: Names of the classes; numbers if None.
+        count: Most samples to draw.
+
+    Raises:
+        UserError: If the image could not be read when it was recorded, or cannot be now.
+    """
+    font, bold = ImageFont.load_default(15), ImageFont.load_default(17)
+    side, text_width, columns = 224, 236, 2
+    count = min(count, store.epochs)
+    lines = -(-count // columns)
+    picture = Image.new('RGB', (columns * (side + text_width) + 12, lines * (side + 12) + 12), 'white')
+    draw = ImageDraw.Draw(picture)
+    for epoch in range(count):
+        record = store.read_epoch(epoch, np.array([row]))[0]
         try:
-            image = decode(dataset, indices[name], store.meta.img_mode)
+            pixels = samples.sample(epoch, row).pixels
         except UnreadableImage as error:
-            raise UserError(f'cannot be read any more: {error}') from error
-        if image.size != tuple(store.sizes[row].tolist()):
-            raise UserError(f'{name} has another size than when {store.path} was recorded: these are other images.')
-        (crop,), classes, probabilities = store.read(row, [number])
-        yield cut(image, crop, (height, width), store.meta.interpolation), classes[0], probabilities[0]
+            raise UserError(f'cannot be read: {error}') from error
+        left, top = 12 + epoch % columns * (side + text_width), 12 + epoch // columns * (side + 12)
+        shown = pixels[0] if len(pixels) == 1 else pixels[:3].transpose(1, 2, 0)
+        picture.paste(Image.fromarray(shown).resize((side, side), Image.Resampling.NEAREST), (left, top))
+        left += side + 10
+        fits = pixel_crc(pixels) == record['crc']
+        draw.text((left, top), f'epoch {epoch}', 'black', bold)
+        if not fits:
+            draw.text((left, top + 22), 'not the recorded pixels', 'red', font)
+            continue
+        rows = list(zip(record['classes'].tolist(), record['probabilities'].tolist(), strict=True))[:6]
+        for line, (index, probability) in enumerate(rows):
+            y = top + 30 + 31 * line
+            name = str(index) if class_names is None else class_names[index]
+            draw.rectangle((left, y + 19, left + (text_width - 30) * probability, y + 23), '#4477aa')
+            draw.text((left, y), f'{100 * probability:5.1f}%  {name[:22]}', 'black', font)
+    return picture

@@ -14,6 +14,7 @@ from timm.utils import ParseKwargs
 
 from timm_mealv2.errors import UserError
 from timm_mealv2.models.factory import TeacherSpec
+from timm_mealv2.soft_labels.store import SoftLabelStore
 from timm_mealv2.training.checks import OptionError, check_args, mixes
 from timm_mealv2.training.options import build_parser
 
@@ -63,6 +64,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     texts = args.teachers or ([args.kd_model_name] if args.kd_model_name else [])
     args.teachers = [str(spec) for spec in TeacherSpec.parse_all(texts)]
     args.kd_model_name = None
+    if args.soft_labels:
+        asked = {name: getattr(args, name) for name in args.explicit if hasattr(args, name)}
+        asked['teachers'] = args.teachers
+        vars(args).update(SoftLabelStore(args.soft_labels).training_settings(asked))
     try:
         check_args(args)
     except OptionError as error:

@@ -48,6 +48,8 @@ from timm_mealv2.data.seed import Stream, counted_seed, seed_all
 from timm_mealv2.errors import UserError
 from timm_mealv2.models.ensemble import EnsembleTeacher
 from timm_mealv2.models.factory import create_ensemble, read_classes
+from timm_mealv2.soft_labels.replay import replay
+from timm_mealv2.soft_labels.store import SoftLabelStore
 from timm_mealv2.task import MealV2Task, scale_discriminator_lr
 from timm_mealv2.training.checks import mixes
 from timm_mealv2.training.loop import Stepper, updates_per_epoch
@@ -423,22 +425,31 @@ def build_train_loader(
         erasing, augmentation = Erasing(augmentation, args.seed), replace(augmentation, reprob=0.0)
         collate = CollateMixed(mixing, erasing, seed=args.seed, rank=args.rank, off_epoch=args.mixup_off_epoch)
     # MEAL V2 does not look at labels, or not at unknown ones (-1); mixing does.
-    unknown = args.kd_distill_type == 'mealv2' and bool(args.teachers) and not mixing
+    unknown = args.kd_distill_type == 'mealv2' and bool(args.teachers or args.soft_labels) and not mixing
     labels = None if args.unlabeled else range(-1 if unknown else 0, args.num_classes)
-    samples = Samples(dataset, augmentation, args.seed, labels=labels, input_sizes=input_sizes)
-    sampler = EpochSampler(
-        len(samples),
-        args.batch_size,
-        seed=args.seed,
-        rank=args.rank,
-        world_size=args.world_size,
-        samples_per_decode=args.crops_per_decode,
-        pairs=augmentation.mixes,
-        repeats=args.aug_repeats,
-        sizes=sizes,
-    )
+    place: dict[str, Any] = {'rank': args.rank, 'world_size': args.world_size}
+    place['samples_per_decode'] = args.crops_per_decode
+    sampler: EpochSampler
     if args.soft_labels:
-        raise UserError('--soft-labels: stored labels are being rebuilt.')
+        samples, sampler, collate = replay(
+            SoftLabelStore(args.soft_labels),
+            dataset,
+            args.batch_size,
+            labels=labels,
+            allow_pixel_change=args.allow_decoder_change,
+            **place,
+        )
+    else:
+        samples = Samples(dataset, augmentation, args.seed, labels=labels, input_sizes=input_sizes)
+        sampler = EpochSampler(
+            len(samples),
+            args.batch_size,
+            seed=args.seed,
+            pairs=augmentation.mixes,
+            repeats=args.aug_repeats,
+            sizes=sizes,
+            **place,
+        )
     return TrainLoader(
         samples,
         sampler,

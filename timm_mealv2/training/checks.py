@@ -382,22 +382,13 @@ def _check_mealv2(args: argparse.Namespace) -> None:
 
 
 def _check_stored_labels(args: argparse.Namespace) -> None:
-    """Refuse what would make the stored crops others, and set what goes without saying."""
-    label = 'the stored label belongs to the very pixels that were recorded'
-    for name in ('aa', 'color_jitter', 'grayscale_prob', 'gaussian_blur_prob', 'reprob', 'vflip', 'no_aug'):
-        if name in args.explicit and getattr(args, name):
-            _refuse(name, getattr(args, name), f'refused with --soft-labels, {label}; leave it out')
-    args.color_jitter = 0.0
-    if args.train_crop_mode not in (None, 'rrc'):
-        _refuse('train_crop_mode', args.train_crop_mode, f'refused with --soft-labels, {label}; leave it out')
+    """Refuse what does not go with stored labels; what decides the pixels has been compared with the store."""
     for name in ('aug_repeats', 'train_img_sizes'):
         if getattr(args, name):
             _refuse(name, getattr(args, name), 'refused with --soft-labels, which says what an epoch shows and how big')
     for name in ('teacher_weights', 'teacher_dtype', 'teacher_img_size', 'teacher_classes'):
         if getattr(args, name) is not None:
-            _refuse(name, getattr(args, name), 'the answers are stored; it is an option of mealv2-softlabels record')
-    if args.no_prefetcher:
-        _refuse('no_prefetcher', True, 'refused with --soft-labels, whose crops are normalised on the device')
+            _refuse(name, getattr(args, name), 'the predictions are stored: an option of mealv2-softlabels record')
     if 'discriminator_weight' not in args.explicit:
         args.discriminator_weight = 0.0
     elif args.discriminator_weight and args.label_rest != 'uniform':

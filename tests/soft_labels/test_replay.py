@@ -1,0 +1,149 @@
+"""Training on a store: the samples of the live training, each with its own record, and nothing else."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from timm_mealv2.data.dataset import open_dataset
+from timm_mealv2.data.deterministic import EpochSampler, Samples
+from timm_mealv2.errors import UserError
+from timm_mealv2.models.ensemble import EnsembleTeacher
+from timm_mealv2.soft_labels.meta import describe
+from timm_mealv2.soft_labels.record import record
+from timm_mealv2.soft_labels.replay import replay
+from timm_mealv2.soft_labels.store import SoftLabelStore
+
+
+@pytest.mark.parametrize('name', ['recorded', 'mixed'])
+@pytest.mark.parametrize('rank', [0, 1])
+def test_the_samples_are_those_of_the_live_training_with_their_records(
+    name: str, rank: int, train: Dataset, request: pytest.FixtureRequest
+) -> None:
+    store: SoftLabelStore = request.getfixturevalue(name)
+    augmentation = store.meta.augmentation
+    live = Samples(train, augmentation, 42)
+    batches = EpochSampler(21, 4, seed=42, rank=rank, world_size=2, pairs=augmentation.mixes)
+    samples, sampler, collate = replay(store, train, 4, rank=rank, world_size=2)
+    assert len(sampler) == len(batches)
+    for epoch in range(store.epochs + 2):
+        recorded = epoch % store.epochs
+        records = store.read_epoch(recorded, np.arange(21))
+        batches.set_position(recorded, 1)
+        sampler.set_position(epoch, 1)
+        for ours, expected in zip(sampler, batches, strict=True):
+            assert [key._replace(label=None) for key in ours.keys] == expected.keys
+            pixels, labels = collate(ours, [samples[key] for key in ours.keys])
+            assert labels.dtype == torch.float32
+            for image, label, key in zip(pixels, labels.numpy(), expected.keys, strict=True):
+                sample = live[key]
+                assert (image.numpy() == sample.pixels).all()
+                assert label[0] == (sample.target if sample.share == 1 else -1)
+                assert (label[1:4] == records[key.index]['classes']).all()
+                assert (label[4:] == records[key.index]['probabilities']).all()
+
+
+def test_several_samples_of_a_decoded_image_have_records_of_their_own(recorded: SoftLabelStore, train: Dataset) -> None:
+    samples, sampler, collate = replay(recorded, train, 6, samples_per_decode=7)
+    taken = []
+    for epoch in range(14):  # two blocks of seven epochs, of which the store has 12
+        sampler.set_position(epoch)
+        batches = list(sampler)
+        assert sum(len(batch.keys) for batch in batches) == 21
+        collate(batches[0], [samples[key] for key in batches[0].keys])  # compares the pixels with the records
+        taken += [(key.epoch, key.index) for batch in batches for key in batch.keys]
+    assert set(taken) == {(epoch, image) for epoch in range(12) for image in range(21)}
+
+
+def test_some_of_the_images_in_another_order_keep_their_records(
+    recorded: SoftLabelStore, mixed: SoftLabelStore, image_folder: Path, tmp_path: Path
+) -> None:
+    root = Path(shutil.copytree(image_folder / 'train', tmp_path / 'train'))
+    shutil.rmtree(root / 'plain')
+    (root / 'cold' / '003.png').unlink()
+    data = open_dataset('', str(root), 'train')
+    samples, sampler, collate = replay(recorded, data, 5)
+    sampler.set_position(3)
+    found = []
+    for batch in sampler:
+        _, labels = collate(batch, [samples[key] for key in batch.keys])  # compares the pixels with the records
+        found += [(key.index, label) for key, label in zip(batch.keys, labels[:, 0].tolist(), strict=True)]
+    expected = [*range(3), *range(4, 7), *range(14, 21)]  # with the labels of the smaller data set
+    assert sorted(found) == [(image, float(image > 6)) for image in expected]
+    with pytest.raises(UserError, match='has 21 images, which are mixed with each other, the data set 13'):
+        replay(mixed, data, 4)
+    replay(recorded, data, 4, allow_pixel_change=True)  # compares those that are there
+
+
+def test_all_images_in_another_order_are_mixed_as_when_recorded(mixed: SoftLabelStore, image_folder: Path) -> None:
+    data = open_dataset('', str(image_folder), 'train')
+    order = np.random.default_rng(0).permutation(21)
+    tables = data.reader.samples  # type: ignore[attr-defined]
+    data.reader.samples = [tables[row] for row in order]  # type: ignore[attr-defined]
+    samples, sampler, collate = replay(mixed, data, 4)
+    for batch in sampler:
+        collate(batch, [samples[key] for key in batch.keys])  # compares the pixels with the records
+
+
+def test_what_could_not_be_read_is_never_trained_on(
+    image_folder: Path,
+    teachers: EnsembleTeacher,
+    mixed: SoftLabelStore,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    root = Path(shutil.copytree(image_folder / 'train', tmp_path / 'train'))
+    whole = (root / 'plain' / '002.png').read_bytes()
+    (root / 'plain' / '002.png').write_bytes(b'broken')
+    data = open_dataset('', str(root), 'train')
+    store = record(tmp_path / 'store', data, teachers, describe(data, teachers, mixed.meta.augmentation, top_k=3), 1)
+    (root / 'plain' / '002.png').write_bytes(whole)
+    _, sampler, _ = replay(store, data, 4)
+    batches = list(sampler)
+    known = set(np.flatnonzero(store.read_epoch(0, np.arange(21))['crc']))
+    assert {key.index for batch in batches for key in batch.keys} <= known
+    assert 9 not in known
+    assert len(known) == 19
+    assert sum(len(batch.keys) for batch in batches) in (18, 19)
+    assert '2 samples of this epoch' in caplog.text
+    assert min(len(batch.keys) for batch in batches) >= 2
+
+
+def test_other_pixels_stop_the_training_unless_small_changes_are_allowed(
+    recorded: SoftLabelStore, image_folder: Path, tmp_path: Path
+) -> None:
+    root = Path(shutil.copytree(image_folder / 'train', tmp_path / 'train'))
+    for path in root.rglob('*.png'):
+        pixels = np.array(Image.open(path))
+        Image.fromarray(np.where(pixels > 127, pixels - 1, pixels + 1).astype(np.uint8)).save(path)
+    data = open_dataset('', str(root), 'train')
+    samples, sampler, collate = replay(recorded, data, 4)
+    batch = next(iter(sampler))
+    made = [samples[key] for key in batch.keys]
+    with pytest.raises(UserError, match=r'image \d+, epoch 0: .* was recorded from other pixels.*Pillow'):
+        collate(batch, made)
+    # RandAugment makes more of a difference of one level than a decoder does.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr('timm_mealv2.soft_labels.store.MAX_PIXEL_CHANGE', 20.0)
+        _, _, collate = replay(recorded, data, 4, allow_pixel_change=True)
+    assert collate(batch, made)[1].shape == (4, 7)
+    Image.new('RGB', (24, 24)).save(root / 'cold' / '000.png')
+    with pytest.raises(UserError, match='levels on average'):
+        replay(recorded, data, 4, allow_pixel_change=True)
+
+
+def test_a_store_that_is_not_whole_gives_the_epochs_that_are(
+    recorded: SoftLabelStore, train: Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = Path(shutil.copytree(recorded.path, tmp_path / 'store'))
+    (path / 'part-00010-00002').unlink()
+    _, sampler, _ = replay(SoftLabelStore(path), train, 4)
+    assert sampler.epochs == 10
+    assert 'Taking the first 10 of 12 epochs' in caplog.text
+    (path / 'part-00000-00002').unlink()
+    with pytest.raises(UserError, match='2 of 10 parts of'):
+        replay(SoftLabelStore(path), train, 4)
