@@ -36,9 +36,3 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def spoilt(image_folder: Path, tmp_path: Path) -> Path:
     """A copy of the sample images, to spoil."""
     return Path(shutil.copytree(image_folder, tmp_path / 'spoilt'))
-
-
-def cut_off(path: Path) -> str:
-    """Cut off a file, and return its path."""
-    path.write_bytes(path.read_bytes()[:200])
-    return str(path)

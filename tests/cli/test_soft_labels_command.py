@@ -103,7 +103,11 @@ def test_pixels_are_the_teachers_or_those_of_a_student(folder: Path, tmp_path: P
     arguments[arguments.index('--out') + 1] = str(tmp_path / 'student')
     main([*arguments, '--model', 'resnet18', '--mean', '0.4'])
     augmentation = SoftLabelStore(tmp_path / 'student').meta.augmentation
-    assert (augmentation.input_size, augmentation.mean, augmentation.std) == ((3, 224, 224), (0.4,) * 3, (0.229, 0.224, 0.225))
+    assert (augmentation.input_size, augmentation.mean, augmentation.std) == (
+        (3, 224, 224),
+        (0.4,) * 3,
+        (0.229, 0.224, 0.225),
+    )
 
 
 def test_the_classes_of_a_teacher_are_chosen(folder: Path, tmp_path: Path) -> None:
