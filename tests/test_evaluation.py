@@ -8,6 +8,7 @@ import timm
 import torch
 from timm.data.distributed_sampler import OrderedDistributedSampler
 from torch import nn
+from tqdm import tqdm
 
 from timm_mealv2.errors import UserError
 from timm_mealv2.evaluation import evaluate, member_names, metrics_as_json
@@ -232,6 +233,8 @@ def distributed_evaluation(rank, folder):
     pictures, labels = zip(*lookup_batches(saved['labels'], [1] * len(saved['labels'])), strict=True)
     data = torch.utils.data.TensorDataset(torch.cat(pictures), torch.cat(labels))
     loader = torch.utils.data.DataLoader(data, batch_size=2, sampler=OrderedDistributedSampler(data))
+    if rank:  # a bar around the loader hides nothing
+        loader = tqdm(loader, disable=True)
     result = evaluate(
         {'model': Lookup(saved['logits']), 'ensemble': Lookup(saved['reference'])},
         loader,

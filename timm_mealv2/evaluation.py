@@ -72,7 +72,7 @@ def evaluate(
     device = device or next((parameter.device for parameter in parameters), torch.device('cpu'))
     names = [name for name, model in models.items() for name in (name, *(member_names(name, model) if members else ()))]
     meters = {name: _Meter(device, calibration) for name in names}
-    remaining = evaluation_sample_limit(loader)
+    remaining = evaluation_sample_limit(getattr(loader, 'iterable', loader))  # of the loader in a bar of tqdm's
     with _eval_mode(models.values()):
         for x, target in loader:
             x, target = x.to(device, non_blocking=True), target.to(device, non_blocking=True)

@@ -291,7 +291,7 @@ def test_an_image_that_cannot_be_read_is_left_out_named_and_counted(tmp_path, ca
     main([str(arg) for arg in (f'test_resnet={tmp_path}/model.pth', '--data-dir', tmp_path / 'data', '-j', 0)])
     *_, row, said = capsys.readouterr().out.splitlines()
     assert row.split()[1:3] == ['8', f'{expected:.2f}']
-    assert said == '1 images could not be read and are left out.'
+    assert said == 'Images that cannot be read and are left out: 1'
     assert '001.png' in caplog.text
 
 

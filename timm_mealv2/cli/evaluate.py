@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     results = {name: results[name] for name in models}
     print(_table(results))
     if bad.found:
-        print(f'{len(bad.found)} images could not be read and are left out.')
+        print(f'Images that cannot be read and are left out: {len(bad.found)}')
     if args.json is not None:
         for name, model in models.items():
             parameters = sum(parameter.numel() for parameter in model.parameters())
