@@ -100,6 +100,11 @@ def test_documented_command_parses(command: str, argv: list[str], monkeypatch: p
             raise
 
 
+def test_the_settings_shown_are_those_of_the_example() -> None:
+    (shown,) = blocks(ROOT / 'docs/own_data.md', 'yaml')
+    assert (ROOT / 'examples/digits/digits.yaml').read_text().endswith(f'\n{shown}')
+
+
 @pytest.mark.parametrize('block', PYTHON)
 def test_documented_imports_exist(block: str) -> None:
     imports = [node for node in ast.parse(block).body if isinstance(node, ast.Import | ast.ImportFrom)]
