@@ -95,6 +95,7 @@ def test_the_header_has_the_measured_accuracy_and_what_the_hub_looks_for(run_fol
 
 def test_the_text_tells_how_it_was_made_and_measured(run_folder: Path, tmp_path: Path) -> None:
     card = card_of(run_folder / 'last.pth.tar', tmp_path / 'student')
+    assert card.text.startswith('\n# student\n\n')
     expected = row(run_folder, 2)
     assert f'| top-1 accuracy, % | {float(expected["eval_top1"]):.2f} |' in card.text
     assert f'| loss, nats | {float(expected["eval_loss"]):.2f} |' in card.text
