@@ -3,9 +3,9 @@
 import base64
 import csv
 import html
-import io
 import math
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -140,25 +140,10 @@ def draw_runs(
         The file.
     """
     loaded = {label: read_run(folder) for label, folder in runs.items()}
-    png = _draw(loaded, panels, first_epochs, top1_lines, top1_from, title)
-    with replacing(out_png) as path:
-        path.write_bytes(png)
-    return Path(out_png)
-
-
-def _draw(
-    runs: Mapping[str, Run],
-    panels: Sequence[str] | None = None,
-    first_epochs: Mapping[str, int] | None = None,
-    top1_lines: Mapping[str, float] | None = None,
-    top1_from: float | None = None,
-    title: str = '',
-) -> bytes:
-    """Draw curves; return the PNG's bytes."""
     drawn = [
         PANELS[name]
         for name in panels or PANELS
-        if any(run.values(column) for run in runs.values() for column in PANELS[name].columns)
+        if any(run.values(column) for run in loaded.values() for column in PANELS[name].columns)
     ]
     if not drawn:
         raise UserError(f'nothing to draw: summary.csv has none of the columns of {", ".join(panels or PANELS)}.')
@@ -172,7 +157,7 @@ def _draw(
     grid = figure.add_gridspec(down, across)
     for index, panel in enumerate(drawn):
         axes = figure.add_subplot(grid[divmod(index, across)])
-        _draw_panel(axes, panel, runs, first_epochs or {})
+        _draw_panel(axes, panel, loaded, first_epochs or {})
         if panel is PANELS['top1']:
             for number, (label, value) in enumerate((top1_lines or {}).items()):
                 style = LINE_STYLES[1 + number % 3]
@@ -180,9 +165,9 @@ def _draw(
             axes.set_ylim(bottom=top1_from)
         if len(axes.get_lines()) > 1 or len(runs) > 1:
             axes.legend(fontsize=8, framealpha=0.9, edgecolor='none')
-    file = io.BytesIO()
-    figure.savefig(file, format='png', dpi=120)
-    return file.getvalue()
+    with replacing(out_png) as path:
+        figure.savefig(path, format='png', dpi=120)
+    return Path(out_png)
 
 
 def _draw_panel(axes: Axes, panel: Panel, runs: Mapping[str, Run], first_epochs: Mapping[str, int]) -> None:
@@ -225,7 +210,8 @@ def write_report(run_folder: StrPath | Mapping[str, StrPath], out_html: StrPath 
     folders = run_folder if isinstance(run_folder, Mapping) else {Path(run_folder).resolve().name: run_folder}
     runs = {label: read_run(folder) for label, folder in folders.items()}
     out = Path(out_html) if out_html is not None else Path(next(iter(folders.values()))) / 'report.html'
-    picture = base64.b64encode(_draw(runs)).decode()
+    with tempfile.TemporaryDirectory() as temporary:
+        picture = base64.b64encode(draw_runs(folders, Path(temporary, 'curves.png')).read_bytes()).decode()
     title = html.escape(', '.join(runs))
     text = PAGE.format(title=title, picture=picture, results=_results_html(runs), settings=_settings_html(runs))
     with replacing(out) as path:
