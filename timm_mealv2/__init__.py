@@ -5,10 +5,20 @@ Importing the package registers its models with timm: the students `mealv1_*` an
 """
 
 from timm_mealv2.discriminator import Discriminator
+from timm_mealv2.errors import UserError
 from timm_mealv2.losses import DiscriminatorLoss
 from timm_mealv2.models import mealv2_students, mealv2_teachers  # noqa: F401  (registers the models)
 from timm_mealv2.models.ensemble import EnsembleTeacher
+from timm_mealv2.models.factory import create_ensemble
 from timm_mealv2.task import MealV2Task
 from timm_mealv2.version import __version__
 
-__all__ = ['Discriminator', 'DiscriminatorLoss', 'EnsembleTeacher', 'MealV2Task', '__version__']
+__all__ = [
+    'Discriminator',
+    'DiscriminatorLoss',
+    'EnsembleTeacher',
+    'MealV2Task',
+    'UserError',
+    '__version__',
+    'create_ensemble',
+]

@@ -3,8 +3,9 @@
 Half types are raised to float32 before any softmax, sum over classes or binary cross-entropy; float64 stays float64.
 """
 
+import math
+
 import torch
-from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -13,8 +14,6 @@ SMALLEST_PROBABILITY = 2.0**-24
 
 LABEL_RESTS = ('uniform', 'renormalize', 'drop')
 """What becomes of the probability that a stored label's K classes leave over; see `sparse_similarity_loss`."""
-
-_cross_entropy = SoftTargetCrossEntropy()
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -36,7 +35,8 @@ def similarity_loss(logits: Tensor, target_log_probs: Tensor) -> tuple[Tensor, T
         The loss and the mean entropy H(p) in nats: two scalars, at least float32.
     """
     p = at_least_float32(target_log_probs.detach()).exp()
-    return _cross_entropy(at_least_float32(logits), p), torch.special.entr(p).sum(dim=1).mean()
+    log_q = F.log_softmax(at_least_float32(logits), dim=1)
+    return -_times(p, log_q).sum(dim=1).mean(), torch.special.entr(p).sum(dim=1).mean()
 
 
 def sparse_similarity_loss(
@@ -68,13 +68,13 @@ def sparse_similarity_loss(
     p = p.gather(1, order)
     again = F.pad(classes[:, 1:] == classes[:, :-1], (1, 0))  # a class that the column before has, too
     log_q_k = log_q.gather(1, classes)
-    loss = -(p * log_q_k).sum(dim=1)
+    loss = -_times(p, log_q_k).sum(dim=1)
     p_of_class = torch.zeros_like(p).scatter_add(1, (~again).cumsum(dim=1) - 1, p)
     entropy = torch.special.entr(p_of_class).sum(dim=1)
     if rest == 'uniform':
         others = logits.shape[1] - (~again).sum(dim=1)
         share = _share(p, others)
-        loss = loss - share * (log_q.sum(dim=1) - log_q_k.masked_fill(again, 0).sum(dim=1))
+        loss = loss - _times(share, log_q.sum(dim=1) - log_q_k.masked_fill(again, 0).sum(dim=1))
         entropy = entropy + others * torch.special.entr(share)
     return loss.mean(), entropy.mean()
 
@@ -96,6 +96,11 @@ def dense_log_target(indices: Tensor, probabilities: Tensor, num_classes: int) -
     return dense.clamp(min=SMALLEST_PROBABILITY).log()
 
 
+def _times(p: Tensor, log_q: Tensor) -> Tensor:
+    """Return p log q, which is 0 where p is 0, also at q = 0."""
+    return (p * log_q).masked_fill(p == 0, 0)
+
+
 def _share(p: Tensor, others: Tensor) -> Tensor:
     """Probability [B] of each of the `others` [B] classes that share what the stored p [B, K] leave over."""
     return (1 - p.sum(dim=1)).clamp(min=0) / others.clamp(min=1)
@@ -109,6 +114,8 @@ class DiscriminatorLoss(nn.Module):
     Its gradient reaches the discriminator and the student, never the teachers. The student's gradient has the loss's
     own sign, which makes the student easier to tell apart (the official form); put a `GradientReversal` before it
     for an adversary.
+
+    A logit of -inf, of a class that a model leaves out, enters as one of probability `SMALLEST_PROBABILITY`.
 
     Computed in the dtype of the discriminator's weights whatever autocast says, the cross-entropy in at least float32.
 
@@ -133,6 +140,8 @@ class DiscriminatorLoss(nn.Module):
         assert student_logits.shape == teacher_logits.shape, f'{student_logits.shape} != {teacher_logits.shape}'
         dtype = next(self.discriminator.parameters()).dtype
         rows = torch.cat([student_logits.to(dtype), teacher_logits.detach().to(dtype)])
+        floor = rows.detach().logsumexp(dim=1, keepdim=True) + math.log(SMALLEST_PROBABILITY)
+        rows = torch.where(rows == -math.inf, floor, rows)
         with torch.autocast(rows.device.type, enabled=False):
             output = at_least_float32(self.discriminator(rows))
         is_teacher = torch.arange(len(rows), device=rows.device) >= len(student_logits)

@@ -26,13 +26,16 @@ from timm_mealv2.losses import (
     sparse_similarity_loss,
 )
 from timm_mealv2.models.ensemble import EnsembleTeacher
-from timm_mealv2.models.factory import create_ensemble
+from timm_mealv2.models.factory import TeacherSpec, create_ensemble
 
 _logger = logging.getLogger(__name__)
 
+LARGE_DISCRIMINATOR = 10_000_000
+"""Parameters above which a discriminator is warned of."""
+
 DISCRIMINATOR_MODES = ('official', 'adversarial')
 
-Teacher = str | nn.Module
+Teacher = str | TeacherSpec | nn.Module
 
 
 class MealV2TrainableModule(nn.Module):
@@ -94,7 +97,7 @@ class MealV2Task(TrainingTask):
     p = mean_i softmax(z_i), the loss is L = L_sim + discriminator_weight * L_D: L_sim is the cross-entropy of the
     student with p at temperature 1, L_D the loss of a discriminator between the rows s and mean_i z_i (see
     `DiscriminatorLoss`). Student and discriminator are trained by one backward pass and one optimizer; the teachers
-    stay in eval mode, get no gradient, and are in no DDP, checkpoint or `state_dict()`.
+    stay in eval mode, get no gradient, and are in no DDP, checkpoint or `state_dict()` (see `EnsembleTeacher`).
 
     Two modes of the discriminator:
 
@@ -104,7 +107,7 @@ class MealV2Task(TrainingTask):
     - 'adversarial' is what the paper draws: the gradient is reversed between discriminator and student, which makes
       the student harder to tell apart, and no final ReLU.
 
-    With `teacher_model=None` the teachers' answers come with the target: float32 [B, 1 + 2K], a row being the hard
+    With `teacher_model=None` the teachers' predictions come with the target: float32 [B, 1 + 2K], a row being the hard
     label (-1 where unknown), K class indices, K probabilities; the label of a mixed image has those of both images, 2K
     instead of K, with the probabilities weighted by area. What these leave of 1 is spread evenly over the other classes
     (see `label_rest`), and the discriminator's rows are log-probabilities on both sides, as logits are not stored.
@@ -114,10 +117,10 @@ class MealV2Task(TrainingTask):
     to the last layer. `scale_discriminator_lr` then sets its learning rate.
 
     Args:
-        student_model: The student. Input is taken as normalised with the mean and std of its `pretrained_cfg` as it is
+        student_model: The student. Input is taken as normalized with the mean and std of its `pretrained_cfg` as it is
             now (ImageNet's where it has none).
-        teacher_model: An `EnsembleTeacher`, used as it is; or a module, a timm model name, or a list of these, of which
-            an ensemble is made; or None with stored labels.
+        teacher_model: An `EnsembleTeacher`, used as it is; or what `create_ensemble` makes one of (a module, a text
+            that names teachers, or a list of these); or None with stored labels.
         discriminator_weight: Weight of L_D; 0 builds no discriminator.
         discriminator_mode: 'official' or 'adversarial'.
         hard_label_weight: Weight of `criterion(output, target)`. At 0 the target is not looked at, stored labels apart.
@@ -129,10 +132,11 @@ class MealV2Task(TrainingTask):
         label_rest: What becomes of the probability beyond the stored labels' K classes: 'uniform', 'renormalize' or
             'drop', see `timm_mealv2.losses.sparse_similarity_loss`. A discriminator goes with 'uniform' alone: its
             rows are whole distributions.
+        discriminator_reduction: Factor by which each hidden layer of the discriminator is narrower than the one before.
 
     Raises:
-        UserError: If class counts of student and teachers differ or are unknown, a weight is negative, a mode is
-            unknown, or a discriminator is to see labels without their rest.
+        UserError: If class counts of student and teachers differ or are unknown, a teacher shares weights with the
+            student, a weight is negative, a mode is unknown, or a discriminator is to see labels without their rest.
     """
 
     def __init__(
@@ -147,6 +151,7 @@ class MealV2Task(TrainingTask):
         dtype: torch.dtype | None = None,
         verbose: bool = True,
         label_rest: str = 'uniform',
+        discriminator_reduction: int = 8,
     ) -> None:
         parameter = next(student_model.parameters())
         super().__init__(device=device or parameter.device, dtype=dtype or parameter.dtype, verbose=verbose)
@@ -176,9 +181,9 @@ class MealV2Task(TrainingTask):
         self.num_classes = num_classes
         self.teacher = None if teacher_model is None else self._build_teacher(teacher_model, student)
         self._student_cfg = dict(getattr(student, 'pretrained_cfg', None) or {})
-        self.trainable_module: nn.Module = self._build_trainable_module(student_model, discriminator_mode)
-        self.register_state_dict_post_hook(_leave_teacher_out)
-        self.register_load_state_dict_post_hook(_expect_no_teacher)
+        discriminator_loss, rows = self._build_discriminator(discriminator_mode, discriminator_reduction)
+        self.trainable_module: nn.Module = MealV2TrainableModule(student_model, discriminator_loss, rows)
+        self.register_buffer('first_output_weights', self._output_weights(), persistent=False)
         if self.verbose:
             _logger.info(
                 f'MealV2Task: {num_classes} classes, discriminator '
@@ -190,7 +195,7 @@ class MealV2Task(TrainingTask):
         """Compute the loss of one batch.
 
         Args:
-            input: Images [B, chans, H, W], normalised for the student.
+            input: Images [B, chans, H, W], normalized for the student.
             target: Class indices [B] or soft targets [B, C], only looked at with a `hard_label_weight`; stored labels
                 float32 [B, 1 + 2K] if there are no live teachers.
 
@@ -203,7 +208,7 @@ class MealV2Task(TrainingTask):
         teacher_rows: Tensor | None
         # The teachers first: their activations are gone before the student's are made.
         if self.teacher is not None:
-            log_probs, teacher_rows, teacher_top1 = self._ask_teachers(self.teacher, input)
+            log_probs, teacher_rows, teacher_top1 = self._teacher_targets(self.teacher, input)
             output, discriminator_loss, accuracy = self.trainable_module(input, teacher_rows)
             similarity, entropy = similarity_loss(output, log_probs)
         else:
@@ -229,6 +234,25 @@ class MealV2Task(TrainingTask):
     def discriminator(self) -> nn.Module | None:
         """The discriminator that is trained, None if there is none."""
         return _discriminator_of(self.trainable_module)
+
+    def discriminator_warning(self) -> str | None:
+        """Return what to tell the user about a discriminator that has learned nothing since it got its weights.
+
+        To be asked for once after some updates; it waits for the device. An output whose weights have not moved is dead
+        (the ReLU after it is 0 for every row) or gets no signal from dead hidden units; where both are, the loss stays
+        at ln 2.
+        """
+        weights = self._output_weights()
+        if weights is None:
+            return None
+        dead = weights.eq(self.get_buffer('first_output_weights')).all(dim=1).tolist()
+        if not any(dead):
+            return None
+        names = ' and '.join(name for name, is_dead in zip(("'student'", "'teacher'"), dead, strict=True) if is_dead)
+        return (
+            f'The discriminator is dead: its output {names} has not learned anything, as happens with some seeds; it '
+            'stays so. Take another seed or discriminator_mode adversarial, or set discriminator_weight to 0.'
+        )
 
     def prepare_distributed(self, device_ids: list[int] | None = None, **ddp_kwargs: Any) -> Self:
         """Wrap student and discriminator together in DistributedDataParallel; the teachers stay outside."""
@@ -258,15 +282,15 @@ class MealV2Task(TrainingTask):
 
     @torch.no_grad()
     def nonfinite_teachers(self, input: Tensor) -> list[str]:
-        """Ask every live teacher about a batch; return the names of those whose logits are not all finite.
+        """Run every live teacher on a batch; return the names of those whose probabilities are not all finite.
 
         Args:
-            input: Images [B, chans, H, W], normalised for the student.
+            input: Images [B, chans, H, W], normalized for the student.
         """
         if self.teacher is None:
             return []
         logits = self.teacher.teacher_logits(self._pixels_for(self.teacher, input))
-        finite = logits.isfinite().flatten(1).all(dim=1).tolist()
+        finite = logits.softmax(dim=2).isfinite().flatten(1).all(dim=1).tolist()
         return [name for name, whole in zip(self.teacher.names, finite, strict=True) if not whole]
 
     def get_clip_parameters(self, exclude_head: bool = False) -> list[nn.Parameter]:
@@ -297,6 +321,7 @@ class MealV2Task(TrainingTask):
         discriminator_state = (state or {}).get('discriminator')
         if discriminator is not None and discriminator_state is not None:
             discriminator.load_state_dict(discriminator_state, strict=strict)
+            self.first_output_weights = self._output_weights()
         elif discriminator is not None:
             _logger.warning('The checkpoint holds no discriminator: it starts from its initial weights.')
         elif discriminator_state is not None and strict:
@@ -307,7 +332,7 @@ class MealV2Task(TrainingTask):
             teacher = teacher_model.to(self.device)
         else:
             teacher = create_ensemble(
-                [teacher_model] if isinstance(teacher_model, str | nn.Module) else teacher_model,
+                teacher_model,
                 num_classes=self.num_classes,
                 in_chans=getattr(student, 'in_chans', None),
                 device=self.device,
@@ -316,31 +341,47 @@ class MealV2Task(TrainingTask):
             raise UserError(
                 f'The student has {self.num_classes} classes, the teachers {teacher.num_classes}: all must be the same.'
             )
+        own = {parameter.data_ptr() for parameter in student.parameters() if parameter.numel()}
+        for name, module in zip(teacher.names, teacher.teachers, strict=True):
+            if any(parameter.data_ptr() in own for parameter in module.parameters()):
+                raise UserError(
+                    f'Teacher {name} shares weights with the student: pass a copy, or leave the student out of the '
+                    'teachers.'
+                )
         return teacher
 
-    def _build_trainable_module(self, student_model: nn.Module, mode: str) -> MealV2TrainableModule:
+    def _build_discriminator(self, mode: str, reduction: int) -> tuple[DiscriminatorLoss | None, nn.Module | None]:
+        """The discriminator's loss, and what makes its rows of the student's logits."""
         if not self.discriminator_weight:
-            return MealV2TrainableModule(student_model)
-        discriminator = Discriminator(self.num_classes, final_relu=mode == 'official')
+            return None, None
+        discriminator = Discriminator(self.num_classes, reduction, final_relu=mode == 'official')
+        size = sum(parameter.numel() for parameter in discriminator.parameters())
+        if size > LARGE_DISCRIMINATOR:
+            _logger.warning(
+                f'The discriminator has {size / 1e6:.1f} M parameters at {self.num_classes} classes: '
+                f'a discriminator_reduction above {reduction} makes it smaller.'
+            )
         discriminator.to(device=self.device, dtype=torch.promote_types(self.dtype, torch.float32))
         rows = nn.Sequential()
         if self.teacher is None:
             rows.append(nn.LogSoftmax(dim=1))
         if mode == 'adversarial':
             rows.append(GradientReversal())
-        return MealV2TrainableModule(student_model, DiscriminatorLoss(discriminator), rows)
+        return DiscriminatorLoss(discriminator), rows
 
-    def _ask_teachers(self, teacher: EnsembleTeacher, input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _output_weights(self) -> Tensor | None:
+        """A copy of the weights of the discriminator's last layer, a row for each of its two outputs."""
+        return None if self.discriminator is None else self.discriminator.get_parameter('fc3.weight').detach().clone()
+
+    def _teacher_targets(self, teacher: EnsembleTeacher, input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of live teachers: log p [B, C], the discriminator's rows [B, C], and the top-1 [B]."""
         log_probs, logits = teacher.predict(self._pixels_for(teacher, input))
         return log_probs, logits, log_probs.argmax(dim=1)
 
     def _pixels_for(self, teacher: EnsembleTeacher, input: Tensor) -> Tensor:
-        """The student's images, normalised for the teachers."""
-        chans = input.shape[1]
-        return renormalize(
-            input, *channel_stats(self._student_cfg, chans), *channel_stats(teacher.pretrained_cfg, chans)
-        )
+        """The student's images, normalized for the teachers."""
+        mine, theirs = (channel_stats(cfg, input.shape[1]) for cfg in (self._student_cfg, teacher.pretrained_cfg))
+        return renormalize(at_least_float32(input), *mine, *theirs)
 
     def _read_labels(self, target: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor | None, Tensor]:
         """Of stored labels: hard labels [B], (indices, probabilities) [B, K], and rows and top-1 as above."""
@@ -399,8 +440,7 @@ def scale_discriminator_lr(
             continue
         found += len(own)
         if len(own) < len(group['params']):
-            group['params'] = [parameter for parameter in group['params'] if parameter not in wanted]
-            group = {**group, 'params': own}
+            group = _split_off(group, wanted)
             groups.append(group)
         group['lr_scale'] = scale
         if 'lr' in group:
@@ -416,13 +456,13 @@ def _discriminator_of(module: nn.Module | None) -> nn.Module | None:
     return None if loss is None else loss.discriminator
 
 
-def _leave_teacher_out(task: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
-    """Hook on `state_dict()`: teachers are given, not learnt."""
-    for key in [key for key in state_dict if key.startswith(f'{prefix}teacher.')]:
-        del state_dict[key]
-
-
-def _expect_no_teacher(task: nn.Module, incompatible_keys: Any) -> None:
-    """Hook on `load_state_dict()`: what `_leave_teacher_out` leaves out is not missing."""
-    missing = incompatible_keys.missing_keys
-    missing[:] = [key for key in missing if not key.startswith('teacher.')]
+def _split_off(group: dict[str, Any], wanted: set[nn.Parameter]) -> dict[str, Any]:
+    """Take parameters out of an optimizer's group into a new one of the same settings; names go with them."""
+    taken = [parameter in wanted for parameter in group['params']]
+    own = dict(group)
+    for key in ('params', 'param_names'):
+        if key in group:
+            values = list(zip(group[key], taken, strict=True))
+            group[key] = [value for value, is_taken in values if not is_taken]
+            own[key] = [value for value, is_taken in values if is_taken]
+    return own

@@ -1,10 +1,13 @@
 """An ensemble of teachers as one frozen model."""
 
+import copy
+import functools
+import logging
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import combinations
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from timm.models import PretrainedCfg, filter_pretrained_cfg, get_model_input_config
@@ -13,14 +16,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from timm_mealv2.data.normalize import channel_stats, renormalize
-from timm_mealv2.errors import UserError
+from timm_mealv2.errors import UserError, one_line
 from timm_mealv2.losses import at_least_float32
+
+_logger = logging.getLogger(__name__)
 
 Size = int | tuple[int, int] | None
 
 
 class ClassSubset(nn.Module):
-    """A model's answers for some of its classes: the softmax of these logits is its probability, renormalized.
+    """A model's predictions for some of its classes: the softmax of these logits is its probability, renormalized.
 
     Attributes:
         model: The model.
@@ -59,32 +64,36 @@ class ClassSubset(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits of the classes taken, [B, num_classes]."""
         logits: Tensor = self.model(x)
-        _check_logits(logits, self._name, (len(x), self._width))
+        _check_logits(logits, self._name, x, self._width)
         return logits.index_select(1, self.get_buffer('indices'))
 
 
 class EnsembleTeacher(nn.Module):
-    """Frozen teachers that answer as one: the (weighted) mean of their probabilities.
+    """Frozen teachers that predict as one: the (weighted) mean of their probabilities.
 
-    The input is taken as normalised with the mean and std of the ensemble's own `pretrained_cfg` as it is at the call.
-    Each teacher gets it normalised with its own mean and std and, where its input size is fixed or one is asked for,
+    The input is taken as normalized with the mean and std of the ensemble's own `pretrained_cfg` as it is at the call.
+    Each teacher gets it normalized with its own mean and std and, where its input size is fixed or one is asked for,
     resized (bicubic, antialias) for itself; where nothing differs, the very same values.
 
-    The teachers are taken over: eval mode, no gradient, channels_last where they have convolutions. They stay so
-    whatever `train()`, `requires_grad_()` or `apply()` is called on the ensemble or a module around it. They run under
-    inference mode, so that no gradient reaches them and an optimizer that holds their parameters has nothing to apply.
-    (To train on one of them elsewhere, pass a deepcopy.)
+    The teachers are copies in eval mode, without gradient. The modules given stay as they are; a copy has buffers of
+    its own and shares the memory of the parameters, so that weights are held once. The copies are no submodules:
+    nothing that walks over the ensemble or a module around it (`train()`, `requires_grad_()`, `modules()`, `apply()`,
+    an optimizer, DDP, `state_dict()` of a parent) reaches them, also under `torch.compile`. `to()` and its kind do,
+    and the ensemble's own `parameters()`, `buffers()` and `state_dict()` are the teachers'. They run under inference
+    mode.
 
     They run in the dtype of their weights whatever autocast the caller is in, so that the targets do not depend on the
     student's mixed precision; with `autocast_dtype`, under an autocast of their own.
 
     Attributes:
-        teachers: The modules. A member that is an `EnsembleTeacher` itself is replaced by its members.
+        teachers: The copies. A member that is an `EnsembleTeacher` itself is replaced by its members.
         weights: The weight of each teacher; they sum to 1.
         names: A readable name of each teacher.
+        img_sizes: The one size (H, W) that each teacher sees, None if it takes any.
+        autocast_dtypes: The dtype of each teacher's autocast, None for none.
         num_classes: Number of classes C.
         in_chans: Number of input channels.
-        pretrained_cfg: What the input is normalised with ('mean', 'std') and sized for; the first teacher's unless set.
+        pretrained_cfg: What the input is normalized with ('mean', 'std') and sized for; the first teacher's unless set.
 
     Args:
         teachers: Models [B, chans, H, W] -> logits [B, C], with an attribute `num_classes`. Without a `pretrained_cfg`,
@@ -92,12 +101,14 @@ class EnsembleTeacher(nn.Module):
         weights: One per teacher, 0 or more; equal if None. A teacher of weight 0 is not run.
         names: One per teacher, for logs and tables; the architectures' names if None.
         img_sizes: One per teacher: the image size (square) that it is to see; None leaves the input's.
-        autocast_dtype: Dtype of the teachers' autocast; None for none.
+        autocast_dtype: Dtype of the teachers' autocast; None for none. A member that is an ensemble keeps its own.
 
     Raises:
         UserError: If there is no teacher, one is there twice, class counts or channels differ, or a weight or an image
             size is not possible.
     """
+
+    teachers: nn.ModuleList
 
     def __init__(
         self,
@@ -117,22 +128,25 @@ class EnsembleTeacher(nn.Module):
         names = [teacher_name(teacher) for teacher in teachers] if names is None else names
         sizes: Sequence[Size] = [None] * count if img_sizes is None else img_sizes
         given = zip(teachers, _normalized_weights(weights, count), names, sizes, strict=True)
-        members = [inner for member in given for inner in _flat(*member)]
-        self.teachers = nn.ModuleList(member[0] for member in members)
-        self.weights: tuple[float, ...] = tuple(member[1] for member in members)
-        self.names: tuple[str, ...] = tuple(member[2] for member in members)
-        self.img_sizes: tuple[tuple[int, int] | None, ...] = tuple(
-            _input_size(teacher, name, size) for teacher, _, name, size in members
-        )
-        self.autocast_dtype = autocast_dtype
-        self.num_classes = self._common('num_classes', [_num_classes(t, n) for t, _, n, _ in members])
-        self.in_chans = self._common('in_chans', [_in_chans(teacher) for teacher in self.teachers])
+        members = [inner for values in given for inner in _flat(_Member(*values, autocast_dtype))]
+        # Not `self.teachers = ...`, which would register them: see above.
+        self.__dict__['teachers'] = nn.ModuleList(member.teacher for member in members)
+        self.weights: tuple[float, ...] = tuple(member.weight for member in members)
+        self.names: tuple[str, ...] = tuple(member.name for member in members)
+        self.img_sizes = tuple(_input_size(member.teacher, member.name, member.img_size) for member in members)
+        self.autocast_dtypes = tuple(member.autocast_dtype for member in members)
+        self.num_classes = self._common('num_classes', [_num_classes(m.teacher, m.name) for m in members])
+        self.in_chans = self._common('in_chans', [_input_config(m.teacher)['input_size'][0] for m in members])
         self._refuse_twins()
-
-        self._channels_last = tuple(_to_channels_last(teacher) for teacher in self.teachers)
+        self._channels_last = tuple(_is_channels_last(teacher) for teacher in self.teachers)
         self.pretrained_cfg: dict[str, Any] = self._first_cfg()
-        self.requires_grad_(False)
         self.train()
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """The dtype of the teachers' autocast; None for none, or where they differ."""
+        dtypes = set(self.autocast_dtypes)
+        return dtypes.pop() if len(dtypes) == 1 else None
 
     @property
     def default_cfg(self) -> dict[str, Any]:
@@ -151,9 +165,8 @@ class EnsembleTeacher(nn.Module):
         """Return log of the mean probability and mean logits, both [B, C], at least float32, without gradient.
 
         Args:
-            x: Images [B, chans, H, W], normalised with the ensemble's `pretrained_cfg`.
+            x: Images [B, chans, H, W], normalized with the ensemble's `pretrained_cfg`.
         """
-        self._stay_frozen()
         log_probs: Tensor | None = None
         mean_logits: Tensor | None = None
         for index, weight in enumerate(self.weights):
@@ -171,7 +184,6 @@ class EnsembleTeacher(nn.Module):
     @torch.no_grad()
     def teacher_logits(self, x: Tensor) -> Tensor:
         """Return the logits of every teacher [N, B, C], at least float32, for images as in `predict`."""
-        self._stay_frozen()
         return torch.stack([self._logits(index, x) for index in range(len(self.teachers))])
 
     def train(self, mode: bool = True) -> Self:
@@ -180,26 +192,59 @@ class EnsembleTeacher(nn.Module):
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
         """Stay without gradient, whatever is asked for."""
-        return super().requires_grad_(False)
-
-    def apply(self, fn: Callable[[nn.Module], Any]) -> Self:
-        """Call `fn` on the ensemble alone: what initialises or switches the modules around does not reach teachers."""
-        fn(self)
         return self
+
+    def named_parameters(self, prefix: str = '', *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the teachers' parameters; those of a module around the ensemble leave them out."""
+        return self.teachers.named_parameters(f'{prefix}.teachers' if prefix else 'teachers', *args, **kwargs)
+
+    def named_buffers(self, prefix: str = '', *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
+        """Yield the teachers' buffers; those of a module around the ensemble leave them out."""
+        return self.teachers.named_buffers(f'{prefix}.teachers' if prefix else 'teachers', *args, **kwargs)
+
+    def named_modules(self, memo: Any = None, prefix: str = '', remove_duplicate: bool = True) -> Iterator[Any]:
+        """Yield the ensemble alone; for `torch.export`, which puts a module around it, the teachers as well."""
+        yield from super().named_modules(memo, prefix, remove_duplicate)
+        if torch.compiler.is_exporting():
+            inner = f'{prefix}.teachers' if prefix else 'teachers'
+            yield from self.teachers.named_modules(memo, inner, remove_duplicate)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Return the teachers' weights; the state dict of a module around the ensemble leaves them out."""
+        if kwargs.get('destination') is None:
+            kwargs['prefix'] = f'{kwargs.get("prefix", "")}teachers.'
+            return self.teachers.state_dict(*args, **kwargs)
+        destination: dict[str, Any] = kwargs['destination']
+        return destination
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load what `state_dict` returned."""
+        teachers = nn.Module()
+        teachers.teachers = self.teachers
+        return teachers.load_state_dict(state_dict, strict, assign)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        pass  # a module around the ensemble has nothing of it in its state dict
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.teachers._apply(fn, recurse)  # what `to()`, `half()`, `cuda()` and the like call
+        return super()._apply(fn, recurse)
 
     def _logits(self, index: int, x: Tensor) -> Tensor:
         """Logits [B, C] of one teacher, at least float32; an inference tensor, or what was made of one."""
-        x = self._input_for(index, x)
-        with (
-            torch.inference_mode(),
-            torch.autocast(x.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None),
-        ):
+        x, dtype = self._input_for(index, x), self.autocast_dtypes[index]
+        with torch.inference_mode(), torch.autocast(x.device.type, dtype=dtype, enabled=dtype is not None):
             logits = self.teachers[index](x)
-        _check_logits(logits, self.names[index], (len(x), self.num_classes))
+        _check_logits(logits, self.names[index], x, self.num_classes)
         return at_least_float32(logits)
 
     def _input_for(self, index: int, x: Tensor) -> Tensor:
         """The images as one teacher wants them: its mean and std, size, dtype and memory format."""
+        if x.shape[1] != self.in_chans:
+            raise UserError(
+                f'The teachers take images with {self.in_chans} channels, got {x.shape[1]}: teachers made by name get '
+                "the student's, where it has an attribute in_chans."
+            )
         teacher, size = self.teachers[index], self.img_sizes[index]
         mine, its = (channel_stats(cfg, self.in_chans) for cfg in (self.pretrained_cfg, _cfg_of(teacher)))
         x = renormalize(at_least_float32(x), *mine, *its)
@@ -207,11 +252,6 @@ class EnsembleTeacher(nn.Module):
             x = F.interpolate(x, size, mode='bicubic', antialias=True)
         x = x.to(next((p.dtype for p in teacher.parameters() if p.is_floating_point()), x.dtype))
         return x.contiguous(memory_format=torch.channels_last) if self._channels_last[index] else x
-
-    def _stay_frozen(self) -> None:
-        # `train()` of the ensemble cannot see a loop over the modules around it that switches each one by itself.
-        if not torch.compiler.is_compiling() and any(module.training for module in self.modules()):
-            self.train()
 
     def _common(self, attribute: str, values: Sequence[int]) -> int:
         if len(set(values)) > 1:
@@ -230,7 +270,7 @@ class EnsembleTeacher(nn.Module):
     def _first_cfg(self) -> dict[str, Any]:
         first = _source(self.teachers[0])
         cfg = filter_pretrained_cfg({**PretrainedCfg().to_dict(), **_cfg_of(first)}, remove_source=True)
-        height, width = self.img_sizes[0] or get_model_input_config(first)['input_size'][-2:]
+        height, width = self.img_sizes[0] or _input_config(first)['input_size'][-2:]
         cfg.update(
             architecture='mealv2_ensemble',
             num_classes=self.num_classes,
@@ -244,17 +284,48 @@ class EnsembleTeacher(nn.Module):
         return cfg
 
 
-def _flat(teacher: nn.Module, weight: float, name: str, size: Size) -> list[tuple[nn.Module, float, str, Size]]:
-    """The members of a member: itself, unless it is an ensemble. Thus mean logits are those of all teachers."""
-    inner = unwrap_model(teacher)
+class _Member(NamedTuple):
+    teacher: nn.Module
+    weight: float
+    name: str
+    img_size: Size
+    autocast_dtype: torch.dtype | None
+
+
+def _flat(member: _Member) -> list[_Member]:
+    """The frozen copy of a member; of an ensemble, those of its members, so that mean logits are of all teachers."""
+    inner = unwrap_model(member.teacher)
     if not isinstance(inner, EnsembleTeacher):
-        return [(teacher, weight, name, size)]
-    return [
-        (member, weight * inner_weight, inner_name, inner_size or size)
-        for member, inner_weight, inner_name, inner_size in zip(
-            inner.teachers, inner.weights, inner.names, inner.img_sizes, strict=True
-        )
-    ]
+        return [member._replace(teacher=_frozen_copy(member.teacher, member.name))]
+    compiled = getattr(member.teacher, 'dynamo_ctx', None)  # of a compiled ensemble each teacher is compiled likewise
+    members = []
+    for teacher, weight, name, size, dtype in zip(
+        inner.teachers, inner.weights, inner.names, inner.img_sizes, inner.autocast_dtypes, strict=True
+    ):
+        if teacher._compiled_call_impl is None:  # a copy of a module that was compiled in place is not compiled
+            teacher = _frozen_copy(teacher, name)
+        teacher = teacher if compiled is None else compiled(teacher)
+        settings = (size or member.img_size, dtype or member.autocast_dtype)
+        members.append(_Member(teacher, member.weight * weight, name, *settings))
+    return members
+
+
+def _frozen_copy(teacher: nn.Module, name: str) -> nn.Module:
+    """A copy in eval mode for good, without gradient, which shares the memory of the parameters."""
+    frozen = teacher
+    try:
+        shared = {id(p): nn.Parameter(p.detach(), False) for p in teacher.parameters() if type(p) is nn.Parameter}
+        frozen = copy.deepcopy(teacher, shared)
+    except Exception as error:  # whatever a module of the user's has that cannot be copied
+        _logger.warning(f'Teacher {name} cannot be copied and is frozen itself: {one_line(error)}')
+    frozen.eval().requires_grad_(False)
+    for module in frozen.modules():
+        module.__dict__['train'] = functools.partial(_stay_in_eval_mode, module)
+    return frozen
+
+
+def _stay_in_eval_mode(module: nn.Module, mode: bool = True) -> nn.Module:
+    return module
 
 
 def _normalized_weights(weights: Sequence[float] | None, count: int) -> list[float]:
@@ -275,11 +346,11 @@ def _source(teacher: nn.Module) -> nn.Module:
     return _source(model.model) if isinstance(model, ClassSubset) else model
 
 
-def _check_logits(logits: Any, name: str, shape: tuple[int, int]) -> None:
-    if not isinstance(logits, Tensor) or logits.shape != shape:
+def _check_logits(logits: Any, name: str, x: Tensor, width: int) -> None:
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != x.shape[0] or logits.shape[1] != width:
         got = f'a tensor of shape {list(logits.shape)}' if isinstance(logits, Tensor) else type(logits).__name__
         raise UserError(
-            f'Teacher {name} must answer with logits {list(shape)}, got {got}: '
+            f'Teacher {name} must answer with logits {[x.shape[0], width]}, got {got}: '
             'its num_classes has to be the width of its logits.'
         )
 
@@ -302,15 +373,15 @@ def _num_classes(teacher: nn.Module, name: str) -> int:
     return num_classes
 
 
-def _in_chans(teacher: nn.Module) -> int:
-    in_chans: int = get_model_input_config(_source(teacher))['input_size'][0]
-    return in_chans
+def _input_config(teacher: nn.Module) -> dict[str, Any]:
+    config: dict[str, Any] = get_model_input_config(_source(teacher))
+    return config
 
 
 def _input_size(teacher: nn.Module, name: str, asked: Size) -> tuple[int, int] | None:
     """The one size (H, W) that the teacher is to see; None if it takes any and none is asked for."""
     model = _source(teacher)
-    config = get_model_input_config(model)
+    config = _input_config(teacher)
     patch_embed: Any = getattr(model, 'patch_embed', None)
     fixed: tuple[int, int] | None = None
     if getattr(patch_embed, 'strict_img_size', False) and patch_embed.img_size is not None:
@@ -323,12 +394,10 @@ def _input_size(teacher: nn.Module, name: str, asked: Size) -> tuple[int, int] |
     return size or fixed
 
 
-def _to_channels_last(teacher: nn.Module) -> bool:
-    """Lay the weights of 2d convolutions out channels_last; tells whether there are any."""
-    convolutions = [module for module in teacher.modules() if isinstance(module, nn.Conv2d)]
-    for convolution in convolutions:
-        convolution.to(memory_format=torch.channels_last)
-    return bool(convolutions)
+def _is_channels_last(teacher: nn.Module) -> bool:
+    """Whether a 2d convolution's weights are laid out channels_last, and hence the images are to be."""
+    weights = (module.weight for module in teacher.modules() if isinstance(module, nn.Conv2d))
+    return any(w.is_contiguous(memory_format=torch.channels_last) and not w.is_contiguous() for w in weights)
 
 
 def _same_weights(a: nn.Module, b: nn.Module) -> bool:

@@ -135,7 +135,23 @@ class TeacherSpec:
         if self.kind == 'python':
             return self._call_function()
         if self.kind == 'checkpoint':
-            return TrainingCheckpoint.read(self.path or '', _known(self.name)).build(num_classes)
+            model = TrainingCheckpoint.read(self.path or '', _known(self.name)).build(num_classes)
+        else:
+            model = self._create(num_classes, in_chans, img_size, pretrained, cache_dir)
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):  # the faster layout for inference, which all of timm's models take
+                module.to(memory_format=torch.channels_last)
+        return model
+
+    def _create(
+        self,
+        num_classes: int | None,
+        in_chans: int | None,
+        img_size: int | None,
+        pretrained: bool,
+        cache_dir: str | Path | None,
+    ) -> nn.Module:
+        """The timm model of a name, a folder or a repository."""
         name = _known(self.name) if self.kind == 'timm' else str(self)
         try:
             if is_ensemble(self._architecture(name, cache_dir)):  # its arguments are for `create_ensemble`
@@ -310,7 +326,9 @@ def _subset(teacher: nn.Module, name: str, classes: Sequence[int], num_classes: 
         members = [ClassSubset(member, classes) for member in inner.teachers]
     except UserError as error:
         raise UserError(f'Teacher {name}: {error}') from error
-    return EnsembleTeacher(members, inner.weights, names=inner.names, img_sizes=inner.img_sizes)
+    subset = EnsembleTeacher(members, inner.weights, names=inner.names, img_sizes=inner.img_sizes)
+    subset.autocast_dtypes = inner.autocast_dtypes
+    return subset
 
 
 def _known(name: str) -> str:

@@ -1,7 +1,7 @@
 """The registered ensembles of teachers. timm groups models by the file that registers them, hence this file's name."""
 
+import inspect
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,42 +42,52 @@ default_cfgs = generate_default_cfgs(
 )
 
 
+# What a config.json may set of `create_ensemble`: what the ensemble is, not what is downloaded or where it runs.
+_OF_A_FILE = ('teachers', 'weights', 'img_sizes', 'classes', 'num_classes', 'in_chans')
+
+
 def _create(
     name: str,
     pretrained: bool,
-    teachers: Sequence[str | nn.Module] | None = None,
+    teachers: str | nn.Module | Sequence[str | TeacherSpec | nn.Module] | None = None,
     pretrained_cfg: Any = None,
     pretrained_cfg_overlay: dict[str, Any] | None = None,
-    pretrained_model_args: dict[str, Any] | None = None,
     dtype: torch.dtype | None = None,
     **kwargs: Any,
 ) -> EnsembleTeacher:
     """Create a registered ensemble from what `timm.create_model` hands over; `kwargs` are `create_ensemble`'s.
 
-    `dtype` is that of the weights, as for every timm model.
+    `dtype` is that of the weights, as for every timm model, and `img_size` the size that all teachers are to see.
     """
     given = pretrained_cfg.to_dict() if isinstance(pretrained_cfg, PretrainedCfg) else pretrained_cfg
     given = {**given} if isinstance(given, dict) else {}
-    # timm takes a config.json without the key 'pretrained_cfg' as one flat dict, the model's arguments included.
-    model_args = dict(given.pop('model_args', None) or {})
+    from_file = given.get('source') in ('local-dir', 'hf-hub')
+    # timm hands over the model_args of a config.json among `kwargs`, or, without a key 'pretrained_cfg', in its dict.
+    model_args = {**(kwargs.pop('pretrained_model_args', None) or {}), **(given.pop('model_args', None) or {})}
+    if from_file and (unknown := [key for key in model_args if key not in _OF_A_FILE]):
+        raise UserError(f'model_args of a config.json of {name} must be of {", ".join(_OF_A_FILE)}, got {unknown}.')
     teachers = model_args.pop('teachers', ()) if teachers is None else teachers
     kwargs = {**model_args, **kwargs}
-    folder = Path(given['file']) if given.get('source') == 'local-dir' else None
     overlay = dict(pretrained_cfg_overlay or {})
-    if (given.get('file') and not folder) or any(overlay.get(key) for key in ('file', 'url', 'hf_hub_id')):
+    if any(overlay.get(key) for key in ('file', 'url', 'hf_hub_id')) or (given.get('file') and not from_file):
         raise UserError(f'{name} has no weights file of its own: give each teacher its file, as NAME=PATH.')
-    given_teachers = [teachers] if isinstance(teachers, str | nn.Module) else teachers
+    if (img_size := kwargs.pop('img_size', None)) is not None:
+        kwargs.setdefault('img_sizes', [img_size])
+    if unknown := [key for key in kwargs if key not in inspect.signature(create_ensemble).parameters]:
+        raise UserError(f'{name} has no features, layers or pooling of its own: leave out {", ".join(unknown)}.')
     specs: list[TeacherSpec | nn.Module] = []
-    for teacher in given_teachers:
-        specs += TeacherSpec.parse_all([teacher]) if isinstance(teacher, str) else [teacher]
+    for member in [teachers] if isinstance(teachers, str | nn.Module) else teachers:
+        specs += TeacherSpec.parse_all([member]) if isinstance(member, str) else [member]
+    if not specs and not pretrained and not from_file:
+        specs = [TeacherSpec.parse('resnet18')]  # for programs that create every model of timm's list
 
     if name != 'mealv2_ensemble' or pretrained_cfg:
         given = given or resolve_pretrained_cfg(name, pretrained_cfg).to_dict()
-    if given.get('source') in ('local-dir', 'hf-hub'):
-        for spec in specs:
-            if isinstance(spec, TeacherSpec) and spec.kind == 'python':
-                raise UserError(f'{spec} is refused in a config.json: code is run only where you name it yourself.')
-    if folder is not None:  # the paths that a config.json names are taken from its folder
+    for spec in specs:
+        if from_file and isinstance(spec, TeacherSpec) and spec.kind == 'python':
+            raise UserError(f'{spec} is refused in a config.json: code is run only where you name it yourself.')
+    if given.get('source') == 'local-dir':  # the paths that a config.json names are taken from its folder
+        folder = given['file']
         specs = [spec.under(folder) if isinstance(spec, TeacherSpec) else spec for spec in specs]
         classes = kwargs.get('classes') or {}
         kwargs['classes'] = {str(TeacherSpec.parse(text).under(folder)): indices for text, indices in classes.items()}
