@@ -192,3 +192,24 @@ def test_autocast_does_not_touch_the_discriminator() -> None:
 def test_rows_of_different_shapes_are_a_programming_error() -> None:
     with pytest.raises(AssertionError):
         DiscriminatorLoss(Discriminator(4))(torch.randn(3, 4), torch.randn(2, 4))
+
+
+def test_a_class_of_probability_zero_adds_nothing_even_where_the_student_excludes_it() -> None:
+    s = torch.tensor([[1.0, 2.0, -torch.inf]], requires_grad=True)
+    p = torch.tensor([[0.25, 0.75, 0.0]])
+    expected = -(p[:, :2] * s[:, :2].log_softmax(dim=1)).sum()
+    for loss, _ in (similarity_loss(s, p.log()), sparse_similarity_loss(s, torch.tensor([[0, 1]]), p[:, :2])):
+        torch.testing.assert_close(loss, expected)
+        (gradient,) = torch.autograd.grad(loss, s)
+        assert gradient.isfinite().all()
+
+
+def test_an_excluded_class_leaves_the_discriminators_loss_finite() -> None:
+    s, t = torch.randn(4, 10, requires_grad=True), torch.randn(4, 10)
+    discriminator_loss = DiscriminatorLoss(Discriminator(10))
+    loss = discriminator_loss(s, t.index_fill(1, torch.tensor(3), -torch.inf))
+    loss.backward()
+    assert loss.isfinite()
+    assert s.grad.isfinite().all()
+    floor = t.index_fill(1, torch.tensor(3), -torch.inf).logsumexp(dim=1) + np.log(2.0**-24)
+    torch.testing.assert_close(loss, discriminator_loss(s, t.index_copy(1, torch.tensor([3]), floor[:, None])))

@@ -50,7 +50,10 @@ def test_public_names_and_models_are_there():
         'DiscriminatorLoss',
         'EnsembleTeacher',
         'MealV2Task',
+        'UserError',
         '__version__',
+        'create_ensemble',
+        'evaluate',
     }
     assert all(hasattr(timm_mealv2, name) for name in timm_mealv2.__all__)
     assert set(timm.list_models('mealv*')) == {

@@ -319,6 +319,38 @@ def test_teachers_may_be_a_module_a_list_an_ensemble_or_a_name(tmp_path: Path) -
     assert make_task(cnn(), ensemble).teacher is ensemble
 
 
+def test_a_text_may_name_several_teachers(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"'b' is no timm model"):
+        make_task(cnn(), 'test_resnet,b')
+
+
+def test_a_teacher_that_shares_weights_with_the_student_is_refused() -> None:
+    student = cnn()
+    for teachers in ([cnn(seed=1), student], EnsembleTeacher([student])):
+        with pytest.raises(UserError, match=r'Teacher test_resnet\.r160_in1k shares weights with the student'):
+            make_task(student, teachers)
+    assert make_task(student, [copy.deepcopy(student)]).teacher is not None
+
+
+def test_half_precision_pixels_are_rounded_for_no_teacher() -> None:
+    student = cnn(pretrained_cfg_overlay={'mean': (0.1, 0.2, 0.3), 'std': (0.4, 0.5, 0.6)}).bfloat16()
+    a, b = cnn(seed=1), cnn(seed=2, pretrained_cfg_overlay={'mean': (0.2, 0.3, 0.4), 'std': (0.3, 0.4, 0.5)})
+    x = images(dtype=torch.bfloat16)
+    kl = [make_task(student, teachers)(x, labels())['kl'] for teachers in ([a, b], [b, a])]
+    torch.testing.assert_close(*kl, rtol=1e-5, atol=1e-7)
+
+
+def test_a_class_that_a_teacher_excludes_leaves_the_losses_finite() -> None:
+    teacher = cnn(seed=1)
+    nn.init.constant_(teacher.fc.bias[3:4], -torch.inf)
+    task = make_task(cnn(), [teacher, cnn(seed=2)])
+    result = task(images(), labels())
+    result['loss'].backward()
+    assert all(value.isfinite().all() for value in result.values())
+    assert all(p.grad.isfinite().all() for p in task.get_trainable_module().parameters())
+    assert task.nonfinite_teachers(images()) == []
+
+
 def test_teachers_stay_as_they_were_while_the_task_trains() -> None:
     task = make_task()
     before = copy.deepcopy(task.teacher.state_dict())
@@ -388,6 +420,16 @@ def test_state_dict_has_no_teacher_and_loads_strictly() -> None:
     del state[next(iter(state))]
     with pytest.raises(RuntimeError, match='Missing key'):
         other.load_state_dict(state)
+
+
+def test_inside_another_module_it_loads_its_own_state_dict() -> None:
+    outer, other = nn.Sequential(make_task()), nn.Sequential(make_task(cnn(seed=5)))
+    other.load_state_dict(outer.state_dict(), strict=True)
+    averaged = torch.optim.swa_utils.AveragedModel(outer)
+    averaged.load_state_dict(averaged.state_dict(), strict=True)
+    assert not any('teacher' in name for name in outer.state_dict())
+    for a, b in zip(outer.state_dict().values(), other.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_a_checkpoint_holds_student_and_discriminator_and_resumes(tmp_path: Path) -> None:
@@ -539,6 +581,15 @@ def test_the_discriminators_learning_rate_is_scaled_through_the_schedule(
         plain_scheduler.step(epoch + 1)
 
 
+def test_names_of_parameters_go_with_them() -> None:
+    task = make_task()
+    optimizer = torch.optim.SGD(list(task.get_trainable_module().named_parameters()), lr=0.1)
+    scale_discriminator_lr(optimizer, task, 0.5)
+    names = {id(parameter): name for name, parameter in task.get_trainable_module().named_parameters()}
+    for group in optimizer.param_groups:
+        assert group['param_names'] == [names[id(parameter)] for parameter in group['params']]
+
+
 def test_parameter_groups_can_be_scaled_before_there_is_an_optimizer() -> None:
     task = make_task()
     groups: list[dict[str, Any]] = [{'params': list(task.get_trainable_module().parameters())}]
@@ -682,3 +733,34 @@ def test_a_compiled_task_gives_the_same_step_and_the_same_checkpoint(backend: st
         assert {name: set(part) for name, part in state.items()} == {name: set(part) for name, part in expected.items()}
     with torch.no_grad():
         torch.testing.assert_close(model.eval()(images()), task.get_eval_model().eval()(images()), rtol=1e-4, atol=1e-5)
+
+
+# The discriminator's size and health
+
+
+def test_its_size_is_an_option_and_a_large_one_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    task = make_task(cnn(21841), [cnn(21841, seed=1)], discriminator_reduction=8)
+    assert 'The discriminator has 60.6 M parameters at 21841 classes: a discriminator_reduction above 8' in caplog.text
+    caplog.clear()
+    task = make_task(cnn(21841), [cnn(21841, seed=1)], discriminator_reduction=64)
+    assert caplog.text == ''
+    assert task.discriminator.fc1.out_features == 341
+
+
+@pytest.mark.parametrize(
+    ('dead', 'names'),
+    [((), None), ((0,), "'student'"), ((0, 1), "'student' and 'teacher'")],
+    ids=['alive', 'one', 'both'],
+)
+def test_a_dead_discriminator_is_told(dead: tuple[int, ...], names: str | None) -> None:
+    task = live_discriminator(make_task())
+    with torch.no_grad():
+        task.discriminator.fc3.bias[list(dead)] = -100
+        task.discriminator.fc2.bias.fill_(1)
+    optimizer = torch.optim.SGD(task.get_trainable_module().parameters(), lr=0.1)
+    for _ in range(2):
+        task(images(), labels())['loss'].backward()
+        optimizer.step()
+    warning = task.discriminator_warning()
+    assert warning is None if names is None else f'The discriminator is dead: its output {names} has not' in warning
+    assert make_task(discriminator_weight=0).discriminator_warning() is None

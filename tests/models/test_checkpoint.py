@@ -8,7 +8,8 @@ import timm
 import torch
 from safetensors.torch import save_file
 from timm.utils import ModelEmaV3
-from tiny_models import HALF, images, same_state, save_training_checkpoint, tiny
+from tiny_models import HALF, images, same_state, save_folder, save_training_checkpoint, tiny
+from torch import nn
 
 from timm_mealv2.errors import UserError
 from timm_mealv2.models.checkpoint import TrainingCheckpoint
@@ -120,3 +121,78 @@ class TestCheckpoint:
         ensemble = create_ensemble([f'vit_tiny_patch16_224={tmp_path / "a.pth"}'])
         assert ensemble.img_sizes == ((32, 32),)
         assert ensemble(images()).shape == (3, 10)
+
+    def test_batch_norm_is_that_of_the_training(self, tmp_path):
+        model = tiny(0, 'test_efficientnet', bn_eps=0.1, bn_momentum=0.3)
+        args = argparse.Namespace(model='test_efficientnet', bn_eps=0.1, bn_momentum=0.3)
+        torch.save({'state_dict': model.state_dict(), 'args': args}, tmp_path / 'a.pth')
+        ensemble = create_ensemble(f'test_efficientnet={tmp_path / "a.pth"}')
+        norms = [module for module in ensemble.teachers[0].modules() if isinstance(module, nn.BatchNorm2d)]
+        assert {(norm.eps, norm.momentum) for norm in norms} == {(0.1, 0.3)}
+        torch.testing.assert_close(ensemble(images()), EnsembleTeacher([model])(images()), rtol=1e-4, atol=1e-4)
+
+
+class TestWhatAFileMayDecide:
+    @pytest.mark.parametrize('arch', ['test_resnet', None])
+    def test_nothing_is_fetched_on_its_word(self, tmp_path, noting_server, arch):
+        model = tiny(0, 'test_resnet')
+        kwargs = {
+            'pretrained': True,
+            'pretrained_cfg_overlay': {'url': f'{noting_server.url}/weights.pth', 'hf_hub_id': None},
+            'pretrained_cfg': {'url': f'{noting_server.url}/weights.pth'},
+            'checkpoint_path': '/etc/passwd',
+            'cache_dir': str(tmp_path / 'cache'),
+            'drop_rate': 0.5,
+        }
+        args = argparse.Namespace(model='test_resnet', model_kwargs=kwargs)
+        torch.save({'state_dict': model.state_dict(), 'args': args}, tmp_path / 'a.pth')
+        rebuilt: Any = TrainingCheckpoint.read(tmp_path / 'a.pth', arch).build()
+        assert same_state(rebuilt.state_dict(), model.state_dict())
+        assert rebuilt.drop_rate == 0.5
+        assert noting_server.requests == []
+        assert not (tmp_path / 'cache').exists()
+
+    def test_the_name_of_a_repository_is_looked_up_in_the_cache_alone(self, tmp_path):
+        model = tiny(0, 'test_resnet')
+        args = argparse.Namespace(model='hf-hub:someone/model', model_kwargs={})
+        torch.save({'state_dict': model.state_dict(), 'args': args}, tmp_path / 'a.pth')
+        with pytest.raises(UserError, match=r'was trained from hf-hub:someone/model, whose config.json is not on this'):
+            TrainingCheckpoint.read(tmp_path / 'a.pth').build()
+        assert TrainingCheckpoint.read(tmp_path / 'a.pth', 'test_resnet').build().num_classes == 10
+
+    def test_a_folder_that_the_training_began_with_tells_the_architecture(self, tmp_path):
+        model = tiny(0)
+        args = argparse.Namespace(model=save_folder(tmp_path / 'start', model), model_kwargs={})
+        torch.save({'state_dict': model.state_dict(), 'args': args}, tmp_path / 'a.pth')
+        rebuilt = TrainingCheckpoint.read(tmp_path / 'a.pth').build()
+        assert same_state(rebuilt.state_dict(), model.state_dict())
+
+
+class TestContents:
+    def test_what_a_file_says_is_read_once(self, tmp_path):
+        model, averaged = tiny(0, 'test_resnet'), tiny(1, 'test_resnet')
+        args = argparse.Namespace(model='test_resnet', lr=0.5)
+        saved = {'state_dict': model.state_dict(), 'state_dict_ema': averaged.state_dict(), 'args': args, 'epoch': 3}
+        saved |= {'class_names': ['a', 'b'], 'data_config': {'mean': [0.5], 'of no interest': 1}}
+        torch.save(saved, tmp_path / 'a.pth')
+        checkpoint = TrainingCheckpoint.read(tmp_path / 'a.pth')
+        (tmp_path / 'a.pth').unlink()
+        assert (checkpoint.args['lr'], checkpoint.contents['epoch']) == (0.5, 3)
+        assert (checkpoint.class_names, checkpoint.data_config) == (('a', 'b'), {'mean': (0.5,)})
+        assert same_state(checkpoint.state_dict(), averaged.state_dict())
+        assert same_state(checkpoint.state_dict(ema=False), model.state_dict())
+        assert same_state(checkpoint.build(ema=False).state_dict(), model.state_dict())
+
+    def test_weights_without_an_architecture_are_refused(self, tmp_path):
+        torch.save(tiny(0, 'test_resnet').state_dict(), tmp_path / 'a.pth')
+        checkpoint = TrainingCheckpoint.read(tmp_path / 'a.pth')
+        assert (checkpoint.args, checkpoint.data_config, checkpoint.class_names) == ({}, {}, ())
+        with pytest.raises(UserError, match='does not tell its model: name its architecture'):
+            checkpoint.build()
+
+    def test_a_student_of_ours_is_also_its_vanilla_architecture(self, tmp_path):
+        model = timm.create_model('mealv2_resnet18', num_classes=3, in_chans=1)
+        args = argparse.Namespace(model='mealv2_resnet18', in_chans=1, gp='max')
+        torch.save({'state_dict': model.state_dict(), 'args': args}, tmp_path / 'a.pth')
+        rebuilt: Any = TrainingCheckpoint.read(tmp_path / 'a.pth', 'resnet18').build()
+        assert (rebuilt.global_pool.pool_type, rebuilt.pretrained_cfg['architecture']) == ('max', 'resnet18')

@@ -1,6 +1,8 @@
 """The ensemble against plain NumPy, and frozen whatever is called."""
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from tiny_models import (
     state_of,
     tiny,
 )
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from timm_mealv2.errors import UserError
@@ -92,6 +94,18 @@ class TestArithmetic:
         assert not torch.equal(half, exact)
         torch.testing.assert_close(half.exp(), by_hand, rtol=1e-3, atol=1e-4)
 
+    def test_a_class_that_teachers_leave_out_has_probability_zero(self):
+        ensemble = EnsembleTeacher(
+            [Scripted(np.array([[-np.inf, 1.0, 2.0]])), Scripted(np.array([[-np.inf, 0.0, 0.0]]))]
+        )
+        log_probs, mean_logits = ensemble.predict(images(1))
+        assert log_probs.exp().tolist()[0] == pytest.approx([0, (0.2689414 + 0.5) / 2, (0.7310586 + 0.5) / 2])
+        assert mean_logits.tolist() == [[-np.inf, 0.5, 1.0]]
+
+    def test_images_with_other_channels_are_refused(self):
+        with pytest.raises(UserError, match='take images with 3 channels, got 1'):
+            EnsembleTeacher([tiny(0)])(images(chans=1))
+
     def test_an_answer_of_another_width_is_refused(self):
         teacher = Scripted(np.zeros((3, 5)))
         teacher.num_classes = 6
@@ -126,7 +140,8 @@ class TestInput:
         teacher.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
         EnsembleTeacher([teacher])(images())
         assert torch.equal(seen[0], images())
-        assert seen[0].is_contiguous(memory_format=torch.channels_last)
+        assert seen[0].data_ptr() != 0
+        assert seen[0].is_contiguous()
 
     def test_grey_pictures_take_the_average_of_a_colour_config(self):
         grey = tiny(0, in_chans=1)  # its config has three means
@@ -170,27 +185,27 @@ class Parent(nn.Module):
         self.teacher = EnsembleTeacher([tiny(0), tiny(1)])
 
 
+CALLS: dict[str, Callable[[Any], Any]] = {
+    'train': lambda parent: parent.train(),
+    'own train': lambda parent: parent.teacher.train(),
+    'requires_grad_': lambda parent: parent.requires_grad_(True),
+    'own requires_grad_': lambda parent: parent.teacher.requires_grad_(True),
+    'apply': lambda parent: parent.apply(lambda module: module.train()),
+    'each module': lambda parent: [module.train() for module in parent.modules()],
+    'each module of a teacher': lambda parent: [module.train() for module in parent.teacher.teachers.modules()],
+    'initialize': lambda parent: [nn.init.normal_(parameter) for parameter in parent.parameters()],
+    'synchronize': nn.SyncBatchNorm.convert_sync_batchnorm,
+}
+
+
 class TestFrozen:
-    @pytest.mark.parametrize(
-        'call',
-        [
-            lambda parent: parent.train(),
-            lambda parent: parent.teacher.train(),
-            lambda parent: parent.requires_grad_(True),
-            lambda parent: parent.teacher.requires_grad_(True),
-            lambda parent: parent.apply(lambda module: module.train()),
-            lambda parent: [module.train() for module in parent.modules()],
-            lambda parent: parent.apply(lambda m: m.reset_parameters() if hasattr(m, 'reset_parameters') else None),
-        ],
-        ids=['train', 'own train', 'requires_grad_', 'own requires_grad_', 'apply', 'each module', 'apply an init'],
-    )
-    @pytest.mark.parametrize('copied', [False, True])
-    def test_training_a_parent_changes_nothing(self, call, copied):
+    @pytest.mark.parametrize('call', CALLS)
+    def test_whatever_is_called_around_it_changes_nothing(self, call):
         parent = Parent()
-        if copied:
+        if call == 'train':
             parent = copy.deepcopy(parent)
         before, answer = state_of(parent.teacher), parent.teacher(images())
-        call(parent)
+        CALLS[call](parent)
         optimizer = torch.optim.SGD(parent.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
         adam = torch.optim.AdamW(parent.parameters(), lr=0.1, weight_decay=0.1)
         for _ in range(2):
@@ -199,7 +214,7 @@ class TestFrozen:
             optimizer.step()
             adam.step()
         assert all(p.grad is None for p in parent.teacher.parameters())
-        assert not any(module.training for module in parent.teacher.modules())
+        assert not any(module.training for module in parent.teacher.teachers.modules())
         assert same_state(before, parent.teacher.state_dict())
         assert torch.equal(parent.teacher(images()), answer)
 
@@ -215,12 +230,95 @@ class TestFrozen:
             copy.deepcopy(ensemble).double()(images()).float(), ensemble(images()), rtol=1e-3, atol=1e-3
         )
 
-    def test_compiled_it_answers_the_same(self):
+    def test_a_module_around_has_nothing_of_the_teachers(self):
+        parent = Parent()
+        assert [name for name, _ in parent.named_parameters() if 'teacher' in name] == []
+        assert [name for name in parent.state_dict() if 'teacher' in name] == []
+        before = parent.teacher.state_dict()
+        Parent().load_state_dict(parent.state_dict(), strict=True)
+        parent.load_state_dict({**parent.state_dict(), **{f'teacher.{key}': value for key, value in before.items()}})
+        assert len(before) == len(tiny().state_dict()) * 2
+        assert parent.double().teacher(images().double()).dtype == torch.float64
+
+    def test_compiled_it_predicts_the_same_and_stays_frozen(self):
         ensemble = EnsembleTeacher([tiny(0), tiny(1)])
         ensemble.pretrained_cfg.update(mean=HALF, std=HALF)
-        compiled = torch.compile(ensemble, backend='aot_eager')
-        torch.testing.assert_close(compiled(images()), ensemble(images()), rtol=1e-4, atol=1e-4)
+        compiled, expected, before = (
+            torch.compile(ensemble, backend='aot_eager'),
+            ensemble(images()),
+            state_of(ensemble),
+        )
+        torch.testing.assert_close(compiled(images()), expected, rtol=1e-4, atol=1e-4)
+        for module in (*compiled.modules(), *ensemble.teachers.modules()):
+            module.train()
+        torch.testing.assert_close(compiled(images()), expected, rtol=1e-4, atol=1e-4)
         assert not compiled(images()).is_inference()
+        assert same_state(ensemble.state_dict(), before)
+
+    def test_exported_with_a_dynamic_batch_it_predicts_the_same(self):
+        ensemble = EnsembleTeacher([tiny(0), tiny(1)])
+        batch = torch.export.Dim('batch', min=2, max=64)
+        exported = torch.export.export(ensemble, (images(),), dynamic_shapes=({0: batch},)).module()
+        torch.testing.assert_close(exported(images(5)), ensemble(images(5)))
+
+
+class LeNet(nn.Module):
+    """As in the tutorials: it flattens with `view`, which takes no channels_last activations."""
+
+    num_classes = 10
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.linear = nn.Conv2d(3, 4, 5), nn.BatchNorm2d(4), nn.Linear(4 * 60 * 60, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.conv(x))
+        return self.linear(x.view(len(x), -1))
+
+
+class TestCallersModule:
+    def test_it_stays_as_it_was(self):
+        model = LeNet()
+        before = state_of(model)
+        ensemble = EnsembleTeacher([model]).to(torch.float64)
+        assert ensemble(images().double()).shape == (3, 10)
+        assert all(module.training for module in model.modules())
+        assert all(p.requires_grad and p.dtype == torch.float32 and p.is_contiguous() for p in model.parameters())
+        assert same_state(model.state_dict(), before)
+        model(images()).sum().backward()
+        assert model.train(False).training is False
+        assert model.train().norm.training
+
+    def test_weights_are_held_once_and_buffers_are_the_teachers_own(self):
+        model = LeNet()
+        ensemble = EnsembleTeacher([model])
+        assert [p.data_ptr() for p in ensemble.parameters()] == [p.data_ptr() for p in model.parameters()]
+        expected = ensemble(images())
+        model(images())  # in training mode: its running statistics move
+        assert torch.equal(ensemble(images()), expected)
+
+    def test_a_module_that_cannot_be_copied_is_frozen_itself(self, caplog):
+        model = LeNet()
+        model.linear = nn.utils.weight_norm(model.linear)  # type: ignore[assignment]
+        ensemble = EnsembleTeacher([model])
+        assert 'cannot be copied and is frozen itself' in caplog.text
+        assert ensemble(images()).shape == (3, 10)
+
+
+class TestNested:
+    def test_autocast_and_compilation_are_kept(self):
+        inner = EnsembleTeacher([tiny(0), tiny(1)], autocast_dtype=torch.bfloat16)
+        expected = inner(images())
+        whole = EnsembleTeacher([torch.compile(inner, backend='eager')])
+        inner.teachers[0].compile(backend='eager')
+        each = EnsembleTeacher([inner])
+        assert [hasattr(teacher, '_orig_mod') for teacher in whole.teachers] == [True, True]
+        assert [teacher._compiled_call_impl is not None for teacher in each.teachers] == [True, False]
+        for nested in (whole, each):
+            assert nested.autocast_dtype == torch.bfloat16
+            assert torch.equal(nested(images()), expected)
+        outer = EnsembleTeacher([inner, tiny(2)], autocast_dtype=torch.float16)
+        assert outer.autocast_dtypes == (torch.bfloat16, torch.bfloat16, torch.float16)
 
 
 class TestRefused:

@@ -41,6 +41,86 @@ class TestParsing:
         ]
 
 
+class TestGiven:
+    def test_one_text_one_module_and_parsed_texts_serve_too(self, tmp_path):
+        a, b = tiny(0, 'test_resnet'), tiny(1, 'test_efficientnet')
+        torch.save(a.state_dict(), tmp_path / 'a.pth')
+        spec = TeacherSpec.parse(f'test_resnet={tmp_path / "a.pth"}')
+        expected = create_ensemble([a])(images())
+        for teachers in (str(spec), spec, a, [spec], (a,)):
+            torch.testing.assert_close(create_ensemble(teachers)(images()), expected, rtol=1e-4, atol=1e-4)
+        pair = create_ensemble('test_resnet,test_efficientnet', pretrained=False, num_classes=3)
+        assert pair.names == ('test_resnet', 'test_efficientnet')
+        assert (
+            len(create_ensemble([a, TeacherSpec.parse('test_vit'), b], pretrained=False, num_classes=10).teachers) == 3
+        )
+
+    def test_models_made_here_are_channels_last_and_a_callers_is_left(self, tmp_path):
+        a = tiny(0, 'test_resnet')
+        torch.save(a.state_dict(), tmp_path / 'a.pth')
+        seen = []
+        ensemble = create_ensemble([f'test_resnet={tmp_path / "a.pth"}', tiny(1)])
+        for teacher in ensemble.teachers:
+            teacher.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        ensemble(images())
+        layouts = [x.is_contiguous(memory_format=torch.channels_last) for x in seen]
+        assert layouts == [True, False]
+
+
+class TestCheck:
+    @pytest.mark.parametrize(
+        ('text', 'message'),
+        [
+            ('resnet5', 'is no timm model'),
+            ('mealv2_resnet18', 'has no pretrained weights'),
+            ('resnet5=a.pth', 'is no timm model'),
+            ('mealv2_ensemble=a.pth', 'an ensemble has no checkpoint of its own'),
+            ('resnet18=/not/there.pth', 'there is no such file'),
+            ('local-dir:/not/there', 'Config file not found'),
+            ('python:a b:c', 'must be python:package.module:function'),
+        ],
+    )
+    def test_what_cannot_be_built_is_told_without_building(self, text, message):
+        with pytest.raises(UserError, match=message):
+            TeacherSpec.parse(text).check()
+
+    def test_what_can_be_built_passes_without_a_download(self, tmp_path):
+        torch.save({}, tmp_path / 'a.pth')
+        save_folder(tmp_path / 'a', tiny(0))
+        texts = [
+            'senet154.gluon_in1k',
+            'mealv2_ensemble_gluon',
+            'hf-hub:me/a',
+            'python:a.b:c',
+            f'local-dir:{tmp_path}/a',
+        ]
+        for text in (*texts, f'resnet18={tmp_path}/a.pth'):
+            TeacherSpec.parse(text).check()
+
+
+class TestWhatAConfigMayDecide:
+    @pytest.mark.parametrize('key', ['pretrained_cfg_overlay', 'url'])
+    def test_nothing_is_fetched_on_its_word(self, tmp_path, noting_server, key):
+        """Neither the folder of a model, nor that of an ensemble, sends the program to an address."""
+        source = {'url': f'{noting_server.url}/weights.pth', 'hf_hub_id': '', 'source': '', 'file': ''}
+        model = tiny(0, 'test_resnet')
+        spec = save_folder(tmp_path / 'a', model)
+        config = json.loads((tmp_path / 'a/config.json').read_text())
+        if key == 'url':
+            config['pretrained_cfg'].update(source)
+        else:
+            config['model_args'] = {key: source, 'pretrained': True, 'cache_dir': str(tmp_path / 'cache')}
+        (tmp_path / 'a/config.json').write_text(json.dumps(config))
+        ensemble = create_ensemble(spec)
+        torch.testing.assert_close(ensemble(images()), EnsembleTeacher([model])(images()), rtol=1e-4, atol=1e-4)
+        for rest in ({}, {'pretrained_cfg': {}}):
+            outer = write_ensemble(tmp_path / 'e', model_args={'teachers': [spec], key: source}, **rest)
+            with pytest.raises(UserError):
+                create_ensemble(outer)
+        assert noting_server.requests == []
+        assert not (tmp_path / 'cache').exists()
+
+
 class TestRefused:
     @pytest.mark.parametrize(
         ('spec', 'message'),

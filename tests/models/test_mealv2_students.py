@@ -94,6 +94,12 @@ def test_unknown_tag_lists_the_known_ones(pretrained):
         timm.create_model('mealv2_resnet50.in22k', pretrained=pretrained)
 
 
+def test_torch_hub_with_an_old_timm_says_so(monkeypatch):
+    monkeypatch.setattr(timm, '__version__', '1.0.9')
+    with pytest.raises(ImportError, match=r'needs timm 1\.0\.31 or newer, found 1\.0\.9: pip install -U timm'):
+        runpy.run_path(str(ROOT / 'hubconf.py'))
+
+
 def test_torch_hub_offers_every_student_and_needs_no_installed_package(tmp_path):
     offered = {name for name, value in runpy.run_path(str(ROOT / 'hubconf.py')).items() if callable(value)}
     assert offered == set(ARCHITECTURES)

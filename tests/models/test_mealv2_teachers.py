@@ -57,6 +57,30 @@ class TestRegistered:
         assert model(images(chans=1)).shape == (3, 7)
         assert copy.deepcopy(model)(images(chans=1)).dtype == torch.float32
 
+    def test_a_program_that_creates_every_model_goes_through(self):
+        model = timm.create_model('mealv2_ensemble', num_classes=5, in_chans=1)
+        assert model(images(chans=1)).shape == (3, 5)
+
+    def test_one_text_and_one_image_size_serve(self):
+        model = timm.create_model(
+            'mealv2_ensemble', teachers='test_resnet, test_efficientnet', num_classes=3, img_size=96
+        )
+        assert model.img_sizes == ((96, 96), (96, 96))
+        assert timm.create_model('mealv2_ensemble', teachers=tiny(0)).names == ('resnet10t.c3_in1k',)
+
+    @pytest.mark.parametrize('option', [{'features_only': True}, {'global_pool': 'avg'}, {'out_indices': (1,)}])
+    def test_what_only_a_single_network_has_is_refused(self, option):
+        with pytest.raises(
+            UserError, match=f'has no features, layers or pooling of its own: leave out {next(iter(option))}'
+        ):
+            timm.create_model('mealv2_ensemble', teachers=['test_resnet'], **option)
+
+    @pytest.mark.parametrize('rest', [{}, {'pretrained_cfg': {}}], ids=['flat', 'nested'])
+    def test_a_config_file_sets_what_the_ensemble_is_and_nothing_else(self, tmp_path, rest):
+        folder = write_ensemble(tmp_path / 'e', model_args={'teachers': [], 'device': 'cuda'}, **rest)
+        with pytest.raises(UserError, match=r"must be of teachers, .*, got \['device'\]"):
+            timm.create_model(folder, pretrained=True)
+
     def test_teachers_are_required_and_files_belong_to_them(self):
         with pytest.raises(UserError, match='at least one teacher'):
             timm.create_model('mealv2_ensemble', pretrained=True)

@@ -130,7 +130,7 @@ class EnsembleTeacher(nn.Module):
         given = zip(teachers, _normalized_weights(weights, count), names, sizes, strict=True)
         members = [inner for values in given for inner in _flat(_Member(*values, autocast_dtype))]
         # Not `self.teachers = ...`, which would register them: see above.
-        self.__dict__['teachers'] = nn.ModuleList(member.teacher for member in members)
+        self.__dict__['teachers'] = _freeze(nn.ModuleList(member.teacher for member in members))
         self.weights: tuple[float, ...] = tuple(member.weight for member in members)
         self.names: tuple[str, ...] = tuple(member.name for member in members)
         self.img_sizes = tuple(_input_size(member.teacher, member.name, member.img_size) for member in members)
@@ -293,35 +293,39 @@ class _Member(NamedTuple):
 
 
 def _flat(member: _Member) -> list[_Member]:
-    """The frozen copy of a member; of an ensemble, those of its members, so that mean logits are of all teachers."""
+    """A copy of a member; of an ensemble, those of its members, so that mean logits are those of all teachers."""
     inner = unwrap_model(member.teacher)
     if not isinstance(inner, EnsembleTeacher):
-        return [member._replace(teacher=_frozen_copy(member.teacher, member.name))]
+        return [member._replace(teacher=_copy(member.teacher, member.name))]
     compiled = getattr(member.teacher, 'dynamo_ctx', None)  # of a compiled ensemble each teacher is compiled likewise
     members = []
     for teacher, weight, name, size, dtype in zip(
         inner.teachers, inner.weights, inner.names, inner.img_sizes, inner.autocast_dtypes, strict=True
     ):
         if teacher._compiled_call_impl is None:  # a copy of a module that was compiled in place is not compiled
-            teacher = _frozen_copy(teacher, name)
+            teacher = _copy(teacher, name)
         teacher = teacher if compiled is None else compiled(teacher)
         settings = (size or member.img_size, dtype or member.autocast_dtype)
         members.append(_Member(teacher, member.weight * weight, name, *settings))
     return members
 
 
-def _frozen_copy(teacher: nn.Module, name: str) -> nn.Module:
-    """A copy in eval mode for good, without gradient, which shares the memory of the parameters."""
-    frozen = teacher
+def _copy(teacher: nn.Module, name: str) -> nn.Module:
+    """A copy of a module that shares the memory of its parameters."""
     try:
         shared = {id(p): nn.Parameter(p.detach(), False) for p in teacher.parameters() if type(p) is nn.Parameter}
-        frozen = copy.deepcopy(teacher, shared)
+        return copy.deepcopy(teacher, shared)
     except Exception as error:  # whatever a module of the user's has that cannot be copied
         _logger.warning(f'Teacher {name} cannot be copied and is frozen itself: {one_line(error)}')
-    frozen.eval().requires_grad_(False)
-    for module in frozen.modules():
+        return teacher
+
+
+def _freeze(teachers: nn.ModuleList) -> nn.ModuleList:
+    """Put modules into eval mode for good, without gradient."""
+    teachers.eval().requires_grad_(False)
+    for module in teachers.modules():
         module.__dict__['train'] = functools.partial(_stay_in_eval_mode, module)
-    return frozen
+    return teachers
 
 
 def _stay_in_eval_mode(module: nn.Module, mode: bool = True) -> nn.Module:

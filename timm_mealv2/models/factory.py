@@ -295,6 +295,9 @@ def create_ensemble(
     for name in classes:
         if name not in names:
             raise UserError(f'Classes are given for {name}, which is no teacher: name one of {", ".join(names)}.')
+    for member in members:  # all of them before the first is built or downloaded
+        if isinstance(member, TeacherSpec) and pretrained:
+            member.check()
     modules = []
     for member, name, size in zip(members, names, sizes, strict=True):
         module = (

@@ -66,7 +66,8 @@ def _create(
     model_args = {**(kwargs.pop('pretrained_model_args', None) or {}), **(given.pop('model_args', None) or {})}
     if from_file and (unknown := [key for key in model_args if key not in _OF_A_FILE]):
         raise UserError(f'model_args of a config.json of {name} must be of {", ".join(_OF_A_FILE)}, got {unknown}.')
-    teachers = model_args.pop('teachers', ()) if teachers is None else teachers
+    named = model_args.pop('teachers', ())
+    teachers = named if teachers is None else teachers
     kwargs = {**model_args, **kwargs}
     overlay = dict(pretrained_cfg_overlay or {})
     if any(overlay.get(key) for key in ('file', 'url', 'hf_hub_id')) or (given.get('file') and not from_file):
