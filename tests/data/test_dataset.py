@@ -1,15 +1,28 @@
 """Opening data sets, comparing their classes, and reading one image."""
 
 import errno
+import pickle
+import shutil
 import tarfile
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from images import cut_off
+from timm.data import create_dataset
 
 from timm_mealv2.data import dataset as dataset_module
-from timm_mealv2.data.dataset import UnreadableImage, check_classes, class_names, open_dataset, read_image, unlabeled
+from timm_mealv2.data.dataset import (
+    PathsAndTargets,
+    UnreadableImage,
+    check_classes,
+    class_names,
+    open_dataset,
+    read_image,
+    unlabeled,
+)
 from timm_mealv2.errors import UserError
 
 
@@ -85,3 +98,49 @@ def test_what_cannot_be_decoded_counts_at_once(spoilt: Path, monkeypatch: pytest
     for index in range(2):
         with pytest.raises(UnreadableImage, match=f'00{index}.png: .'):
             read_image(dataset, index)
+
+
+def test_paths_are_kept_as_one_array(image_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / 'n\u00e4me \udcff').mkdir()  # of bytes that are no UTF-8
+    shutil.copy(image_folder / 'train' / 'cold' / '000.png', tmp_path / 'n\u00e4me \udcff')
+    shutil.copytree(image_folder / 'train', tmp_path, dirs_exist_ok=True)
+    theirs: Any = create_dataset('', root=tmp_path)
+    ours: Any = open_dataset('', str(tmp_path), 'train')
+    assert isinstance(ours.reader.samples, PathsAndTargets)
+    assert list(ours.reader.samples) == theirs.reader.samples
+    assert ours.reader.samples[-1] == theirs.reader.samples[-1]
+    assert ours.reader.samples[3:5] == theirs.reader.samples[3:5]
+    assert ours.filenames() == theirs.filenames()
+    assert ours.filename(2, absolute=True) == theirs.filename(2, absolute=True)
+    with pytest.raises(IndexError):
+        ours.reader.samples[22]
+
+
+def _private_kilobytes() -> int:
+    lines = Path('/proc/self/smaps_rollup').read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith(('Private_Clean', 'Private_Dirty')))
+
+
+def _read_all(samples: PathsAndTargets, answers: Any) -> None:
+    before = _private_kilobytes()
+    for index in range(len(samples)):
+        path, _ = samples[index]
+    answers.put((path, _private_kilobytes() - before))
+
+
+@pytest.mark.skipif(not Path('/proc/self/smaps_rollup').exists(), reason='Linux tells what a process has of its own')
+def test_workers_do_not_copy_the_paths() -> None:
+    paths = [(f'/data/imagenet/train/n{i % 1000:08}/n{i:08}_{i}.JPEG', i % 1000) for i in range(60_000)]
+    samples = PathsAndTargets(paths)
+    context = torch.multiprocessing.get_context('fork')
+    found: Any = context.Queue()
+    process: Any = context.Process(target=_read_all, args=(samples, found))
+    process.start()
+    last, grown = found.get(timeout=60)
+    process.join()
+    assert last == paths[-1][0]
+    assert grown < 2_000  # of the list it is 10 MB
+    # A process that is started afresh gets the tensors as shared memory.
+    assert len(ForkingPickler.dumps(samples)) < 2_000
+    assert samples.letters.is_shared()
+    assert list(pickle.loads(pickle.dumps(samples)))[-1] == paths[-1]

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from images import cut_off
 from timm.data import create_transform
 from timm.data.random_erasing import RandomErasing
 from torch.utils.data import DistributedSampler
@@ -101,14 +102,12 @@ def test_mixing_ends_with_its_epoch(image_folder: Path) -> None:
     ]
 
 
-def test_a_pair_with_an_unreadable_image_is_unreadable(image_folder: Path, tmp_path: Path) -> None:
-    dataset = open_dataset('', str(image_folder), 'train')
-    (tmp_path / 'broken.png').write_bytes(b'no image')
-    dataset.reader.samples[4] = (str(tmp_path / 'broken.png'), 0)  # type: ignore[attr-defined]
-    made = Samples(dataset, ALL, 7)
+def test_a_pair_with_an_unreadable_image_is_unreadable(spoilt: Path) -> None:
+    cut_off(spoilt / 'train' / 'cold' / '004.png')
+    made = samples(spoilt)
     pair = made.pair(0, 4)
     for index in {pair.first, pair.second} - {None}:
-        with pytest.raises(UnreadableImage, match=r'broken\.png') as error:
+        with pytest.raises(UnreadableImage, match=r'004\.png') as error:
             made.sample(0, index)  # type: ignore[arg-type]
         assert error.value.index == 4
 

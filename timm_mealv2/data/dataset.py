@@ -1,14 +1,18 @@
 """Data sets of images, as timm opens them: what they are called, which classes they have, and one image of one."""
 
+import os
 import time
+from collections.abc import Sequence
 from contextlib import closing
 from copy import copy
 from pathlib import Path
 from tarfile import TarError
 from typing import Any
 
+import torch
 from PIL import Image
 from timm.data import ImageDataset, create_dataset
+from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch.utils.data import Dataset, IterableDataset
 
 from timm_mealv2.errors import UserError
@@ -31,9 +35,37 @@ def open_dataset(name: str, root: str | None, split: str, **kwargs: Any) -> Data
         dataset = create_dataset(name, root=root, split=split, **kwargs)
     except (AssertionError, ImportError, OSError, RuntimeError, TarError, ValueError) as error:
         raise UserError(f'cannot open split {split!r} of {name or root!r}: {error}') from error
+    reader = getattr(dataset, 'reader', None)
+    if isinstance(reader, ReaderImageFolder):
+        reader.samples = PathsAndTargets(reader.samples)
     if hasattr(dataset, '__len__') and not len(dataset) and not isinstance(dataset, IterableDataset):
         raise UserError(f'split {split!r} of {name or root!r} holds no images.')
     return dataset
+
+
+class PathsAndTargets(Sequence[tuple[str, int]]):
+    """A list of paths and class indices that takes 16 bytes a file beside the letters of its path.
+
+    Worker processes that are forked share these arrays, where each would soon have a copy of a list of tuples: reading
+    an object writes its reference count. Workers that are started afresh get the tensors in shared memory.
+    """
+
+    def __init__(self, samples: Sequence[tuple[str, int]]) -> None:
+        paths = [os.fsencode(path) for path, _ in samples]
+        self.letters = torch.frombuffer(bytearray(b''.join(paths)), dtype=torch.uint8)
+        self.ends = torch.tensor([len(path) for path in paths]).cumsum(0)
+        self.targets = torch.tensor([target for _, target in samples])
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[number] for number in range(len(self))[index]]
+        number = range(len(self))[index]  # also counts from the end, and raises IndexError
+        start = int(self.ends[number - 1]) if number else 0
+        path = self.letters[start : int(self.ends[number])].numpy().tobytes()
+        return os.fsdecode(path), int(self.targets[number])
 
 
 def unlabeled(dataset: Dataset) -> Dataset:

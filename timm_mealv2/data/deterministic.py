@@ -290,7 +290,7 @@ class Samples:
         if self._mixed is None or self._mixed[0] != made_from:
             self._mixed = made_from, self._mix(self._mixing, key, pair.number, (pair.first, pair.second))
         sample = self._mixed[1][key.index == pair.second]
-        return sample._replace(pixels=sample.pixels.copy())  # which erasing then changes
+        return sample._replace(pixels=sample.pixels.copy()) if self._erasing.probability else sample
 
     def _mix(self, mixing: FastCollateMixup, key: Key, number: int, images: tuple[int, int]) -> list[Sample]:
         first, second = (self._augmented(key._replace(index=index)) for index in images)
