@@ -267,7 +267,6 @@ def make():
 """
 
 
-@pytest.mark.xfail(reason='the factory still forces channels_last')
 def test_the_tutorials_lenet_is_evaluated_and_works_for_its_owner_afterwards(
     tmp_path, image_folder, capsys, monkeypatch
 ):
