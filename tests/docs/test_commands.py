@@ -93,7 +93,9 @@ def test_documented_command_parses(command: str, argv: list[str], monkeypatch: p
     try:
         parse(command, argv)
     except UserError as error:
-        if not re.search(r'(there is no (such file|such folder|\S*/)|holds no soft labels)', str(error)):  # an earlier command makes it
+        if not re.search(
+            r'(there is no (such file|such folder|\S*/)|holds no soft labels)', str(error)
+        ):  # an earlier command makes it
             raise
     except SystemExit:
         if '--list-recipes' not in argv:
