@@ -1,7 +1,6 @@
 """A training sample depends on (seed, epoch, image) alone, and is what timm's pieces make of it."""
 
 import dataclasses
-import json
 import random
 from collections import Counter
 from pathlib import Path
@@ -12,11 +11,11 @@ import pytest
 import torch
 from images import cut_off
 from timm.data import create_transform
-from timm.data.random_erasing import RandomErasing
 from torch.utils.data import DistributedSampler
 
+from timm_mealv2.data.augmentation import Augmentation
 from timm_mealv2.data.dataset import UnreadableImage, open_dataset, read_image
-from timm_mealv2.data.deterministic import Augmentation, EpochSampler, Erasing, Samples
+from timm_mealv2.data.deterministic import EpochSampler, Samples
 from timm_mealv2.data.seed import Stream, counted_seed, seed_cpu
 from timm_mealv2.errors import UserError
 
@@ -120,51 +119,6 @@ def test_clean_and_augmented_copies(image_folder: Path) -> None:
     assert np.array_equal(erased[0], plain[0])
     assert (erased[1:] != plain[1:]).any(axis=(1, 2, 3)).all()
     assert (plain[0] != plain[1]).any()
-
-
-@pytest.mark.parametrize('mode', ['const', 'rand', 'pixel'])
-def test_erasing_has_the_distribution_of_timm(mode: str) -> None:
-    mean, std, size = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3), 24
-    augmentation = Augmentation((3, size, size), mean=mean, std=std, reprob=0.6, remode=mode, recount=3)
-    ours = Erasing(augmentation, seed=1)
-    timms = RandomErasing(0.6, mode=mode, max_count=3, device='cpu')
-    random.seed(2)
-    torch.manual_seed(2)
-    found: dict[str, list[np.ndarray]] = {'ours': [], 'timm': []}
-    background = 255  # far from every fill; a filled pixel may be it by chance, in both alike
-    for index in range(1500):
-        pixels = np.full((3, size, size), background, dtype=np.uint8)
-        ours(pixels, 0, index)
-        found['ours'].append(pixels)
-        fill = timms(torch.full((3, size, size), torch.nan))
-        fill = fill * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
-        found['timm'].append((fill * 255).round().clamp(0, 255).nan_to_num(background).numpy().astype(np.uint8))
-    figures = []
-    for images in map(np.stack, found.values()):
-        mask = (images != background).any(axis=1)
-        values = images.transpose(0, 2, 3, 1)[mask].astype(float)
-        areas = mask.mean(axis=(1, 2))
-        rows = np.nonzero(mask)[1]
-        figures.append([(areas > 0).mean(), areas.mean(), areas.std(), rows.mean() / size, rows.std() / size])
-        figures[-1] += [*values.mean(axis=0) / 255, *values.std(axis=0) / 255]
-    assert np.allclose(*figures, atol=0.03)
-    if mode == 'const':
-        assert np.allclose(figures[0][5:8], mean, atol=0.003)
-
-
-def test_resplit_without_copies_erases_half_as_many() -> None:
-    counts = []
-    for resplit in (False, True):
-        erasing = Erasing(Augmentation((3, 8, 8), reprob=0.8, resplit=resplit), seed=0)
-        images = np.full((500, 3, 8, 8), 7, dtype=np.uint8)
-        for index, image in enumerate(images):
-            erasing(image, 0, index)
-        counts.append(float((images != 7).any(axis=(1, 2, 3)).mean()))
-    assert counts == pytest.approx([0.8, 0.4], abs=0.05)
-
-
-def test_an_augmentation_survives_json() -> None:
-    assert Augmentation(**json.loads(json.dumps(dataclasses.asdict(ALL)))) == ALL
 
 
 def keys_of(sampler: EpochSampler, epoch: int, start: int = 0) -> list[list[tuple[int, int]]]:

@@ -10,9 +10,10 @@ from images import cut_off
 from timm.data import create_loader
 from torch import Tensor
 
+from timm_mealv2.data.augmentation import Augmentation, Erasing
 from timm_mealv2.data.bad_images import BadImages
 from timm_mealv2.data.dataset import open_dataset, unlabeled
-from timm_mealv2.data.deterministic import Augmentation, EpochSampler, Erasing, Samples
+from timm_mealv2.data.deterministic import EpochSampler, Samples
 from timm_mealv2.data.loader import CollateMixed, CollatePairs, TrainLoader, collate_labels, eval_loader
 from timm_mealv2.errors import UserError
 

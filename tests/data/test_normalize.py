@@ -1,4 +1,4 @@
-"""Tests of timm_mealv2/normalisation.py."""
+"""Pixels normalized for one model, brought to what another takes."""
 
 import pytest
 import torch
@@ -10,14 +10,14 @@ IMAGENET = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
 
-def normalise(pixels, mean, std):
+def normalize(pixels, mean, std):
     return (pixels - pixels.new_tensor(mean)[:, None, None]) / pixels.new_tensor(std)[:, None, None]
 
 
-def test_pixels_come_out_as_if_normalised_with_the_other_statistics():
+def test_pixels_come_out_as_if_normalized_with_the_other_statistics():
     pixels = torch.rand(2, 3, 5, 4, dtype=torch.float64)
-    result = renormalize(normalise(pixels, *IMAGENET), *IMAGENET, *HALF)
-    torch.testing.assert_close(result, normalise(pixels, *HALF), rtol=0, atol=1e-14)
+    result = renormalize(normalize(pixels, *IMAGENET), *IMAGENET, *HALF)
+    torch.testing.assert_close(result, normalize(pixels, *HALF), rtol=0, atol=1e-14)
 
 
 def test_equal_statistics_return_the_very_tensor():

@@ -9,8 +9,8 @@ import timm
 import torch
 from torch.utils.data import Dataset
 
+from timm_mealv2.data.augmentation import Augmentation
 from timm_mealv2.data.dataset import open_dataset
-from timm_mealv2.data.deterministic import Augmentation
 from timm_mealv2.models.ensemble import EnsembleTeacher
 from timm_mealv2.models.factory import create_ensemble
 from timm_mealv2.soft_labels.meta import StoreMeta, describe

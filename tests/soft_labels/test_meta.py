@@ -8,7 +8,7 @@ import pytest
 from torch import nn
 from torch.utils.data import Dataset
 
-from timm_mealv2.data.deterministic import Augmentation
+from timm_mealv2.data.augmentation import Augmentation
 from timm_mealv2.errors import UserError
 from timm_mealv2.models.ensemble import EnsembleTeacher
 from timm_mealv2.models.factory import create_ensemble

@@ -19,8 +19,9 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from timm_mealv2.data.augmentation import Augmentation
 from timm_mealv2.data.dataset import open_dataset
-from timm_mealv2.data.deterministic import Augmentation, Samples
+from timm_mealv2.data.deterministic import Samples
 from timm_mealv2.errors import UserError
 from timm_mealv2.models.ensemble import EnsembleTeacher
 from timm_mealv2.models.factory import create_ensemble

@@ -30,8 +30,8 @@ from timm_mealv2.cli.parser import (
     add_options,
     run_cli,
 )
+from timm_mealv2.data.augmentation import Augmentation
 from timm_mealv2.data.dataset import class_names, open_dataset
-from timm_mealv2.data.deterministic import Augmentation
 from timm_mealv2.errors import UserError
 from timm_mealv2.models.ensemble import EnsembleTeacher
 from timm_mealv2.models.factory import TeacherSpec, create_ensemble, read_classes

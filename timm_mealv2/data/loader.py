@@ -18,9 +18,10 @@ from timm.data.mixup import one_hot
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
+from timm_mealv2.data.augmentation import Erasing
 from timm_mealv2.data.bad_images import BadImages, Batch, Collate, ReadableBatches, ReportingLoader, SampleSource
 from timm_mealv2.data.dataset import read_image
-from timm_mealv2.data.deterministic import EpochSampler, Erasing, Key, KeyBatch, Sample
+from timm_mealv2.data.deterministic import EpochSampler, Key, KeyBatch, Sample
 from timm_mealv2.data.seed import Stream, counted_seed, seed_all, seed_cpu
 from timm_mealv2.data.workers import ignore_signals, keep_signals_from_workers
 

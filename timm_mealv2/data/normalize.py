@@ -1,4 +1,4 @@
-"""Pixels normalised with one mean and std, brought to another: models differ in what they were trained with."""
+"""Pixels normalized with one mean and std, brought to another: models differ in what they were trained with."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -27,12 +27,12 @@ def channel_stats(cfg: Mapping[str, Any] | None, in_chans: int) -> tuple[Stats, 
 
 
 def renormalize(x: Tensor, from_mean: Stats, from_std: Stats, to_mean: Stats, to_std: Stats) -> Tensor:
-    """Bring pixels [B, C, H, W] from one normalisation to another; with equal statistics, `x` itself is returned.
+    """Bring pixels [B, C, H, W] from one normalization to another; with equal statistics, `x` itself is returned.
 
     Computed in at least float32, returned in the dtype and memory format of `x`; gradients pass. Waits for no device.
 
     Args:
-        x: Pixels normalised as (pixel - from_mean) / from_std.
+        x: Pixels normalized as (pixel - from_mean) / from_std.
         from_mean: One number per channel, as are the other three (`channel_stats` makes them).
         from_std: See `from_mean`.
         to_mean: The pixels returned are (pixel - to_mean) / to_std.

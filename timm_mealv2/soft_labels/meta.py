@@ -18,8 +18,8 @@ from PIL import features
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 
+from timm_mealv2.data.augmentation import Augmentation
 from timm_mealv2.data.dataset import image_names
-from timm_mealv2.data.deterministic import Augmentation
 from timm_mealv2.errors import UserError
 from timm_mealv2.files import replacing
 from timm_mealv2.models.ensemble import ClassSubset, EnsembleTeacher

@@ -33,9 +33,10 @@ from torch.distributed import PrefixStore, Store
 from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 from torch.utils.data import Dataset, IterableDataset
 
+from timm_mealv2.data.augmentation import Augmentation, Erasing
 from timm_mealv2.data.bad_images import BadImages, Collate
 from timm_mealv2.data.dataset import check_classes, dataset_root, open_dataset, unlabeled
-from timm_mealv2.data.deterministic import Augmentation, EpochSampler, Erasing, Samples
+from timm_mealv2.data.deterministic import EpochSampler, Samples
 from timm_mealv2.data.loader import (
     CollateMixed,
     CollatePairs,

@@ -1,0 +1,58 @@
+"""The settings of augmentation, and erasing in the distribution of timm."""
+
+import dataclasses
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from timm.data.random_erasing import RandomErasing
+
+from timm_mealv2.data.augmentation import Augmentation, Erasing
+
+
+@pytest.mark.parametrize('mode', ['const', 'rand', 'pixel'])
+def test_erasing_has_the_distribution_of_timm(mode: str) -> None:
+    mean, std, size = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3), 24
+    augmentation = Augmentation((3, size, size), mean=mean, std=std, reprob=0.6, remode=mode, recount=3)
+    ours = Erasing(augmentation, seed=1)
+    timms = RandomErasing(0.6, mode=mode, max_count=3, device='cpu')
+    random.seed(2)
+    torch.manual_seed(2)
+    found: dict[str, list[np.ndarray]] = {'ours': [], 'timm': []}
+    background = 255  # far from every fill; a filled pixel may be it by chance, in both alike
+    for index in range(1500):
+        pixels = np.full((3, size, size), background, dtype=np.uint8)
+        ours(pixels, 0, index)
+        found['ours'].append(pixels)
+        fill = timms(torch.full((3, size, size), torch.nan))
+        fill = fill * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
+        found['timm'].append((fill * 255).round().clamp(0, 255).nan_to_num(background).numpy().astype(np.uint8))
+    figures = []
+    for images in map(np.stack, found.values()):
+        mask = (images != background).any(axis=1)
+        values = images.transpose(0, 2, 3, 1)[mask].astype(float)
+        areas = mask.mean(axis=(1, 2))
+        rows = np.nonzero(mask)[1]
+        figures.append([(areas > 0).mean(), areas.mean(), areas.std(), rows.mean() / size, rows.std() / size])
+        figures[-1] += [*values.mean(axis=0) / 255, *values.std(axis=0) / 255]
+    assert np.allclose(*figures, atol=0.03)
+    if mode == 'const':
+        assert np.allclose(figures[0][5:8], mean, atol=0.003)
+
+
+def test_resplit_without_copies_erases_half_as_many() -> None:
+    counts = []
+    for resplit in (False, True):
+        erasing = Erasing(Augmentation((3, 8, 8), reprob=0.8, resplit=resplit), seed=0)
+        images = np.full((500, 3, 8, 8), 7, dtype=np.uint8)
+        for index, image in enumerate(images):
+            erasing(image, 0, index)
+        counts.append(float((images != 7).any(axis=(1, 2, 3)).mean()))
+    assert counts == pytest.approx([0.8, 0.4], abs=0.05)
+
+
+def test_an_augmentation_survives_json() -> None:
+    augmentation = Augmentation((3, 16, 20), scale=(0.3, 1.0), cutmix_minmax=(0.2, 0.8), train_crop_mode='rkrc')
+    assert Augmentation(**json.loads(json.dumps(dataclasses.asdict(augmentation)))) == augmentation
