@@ -1,6 +1,8 @@
 """The loaders: what a batch holds depends on its counters alone, and what cannot be read is left out."""
 
 import dataclasses
+import pickle
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +91,16 @@ def test_processes_and_batch_sizes_change_no_pixel(image_folder: Path, mode: str
     assert len(whole) == 21
     assert pixels(6) == pixels(3) == whole
     assert pixels(6, 0, 2) | pixels(6, 1, 2) == whole
+
+
+@pytest.mark.parametrize('mode', ['', 'batch', 'pair'])
+def test_a_worker_that_is_started_afresh_makes_the_same_batches(image_folder: Path, mode: str) -> None:
+    """Python 3.14 and Windows hand the data set to a worker as a pickle."""
+    loader: Any = make(image_folder, mode=mode, augmentation=ERASED, without_labels=True)
+    sent = loader.loader.loader.loader.dataset
+    received = pickle.loads(ForkingPickler.dumps(sent))
+    for batch in loader.sampler:
+        assert_same([sent[batch].batch[0]], [received[batch].batch[0]])
 
 
 def test_every_image_comes_once_and_the_last_batch_is_kept(image_folder: Path) -> None:
@@ -272,6 +284,10 @@ def test_a_split_without_one_readable_image_is_refused(spoilt: Path) -> None:
     with pytest.raises(UserError, match='--max-bad-images allows 5'):
         list(make(spoilt, bad=bad).batches(0))
     assert len(bad.found) < 21  # the folder is not searched to its end
+    bad = BadImages(5)
+    with pytest.raises(UserError, match='--max-bad-images allows 5'):
+        list(make(spoilt, bad=bad, batch_size=21).batches(0))
+    assert len(bad.found) == 6  # nor is a batch
 
 
 @pytest.mark.parametrize('workers', [0, 1])

@@ -117,10 +117,11 @@ class ReadableBatches(Dataset):
         fill: Fill up a batch of which less than two images are left: every process has something to train on, and
             batch norm a variance. The next images of the data set take the place, or, where the labels are stored,
             copies of what is left.
-        limit: Images that may be unreadable: beyond that, a folder that is gone is not searched to its end.
+        limit: Images that may be unreadable: beyond that the batch is given up, as a folder that is gone takes long to
+            search to its end.
     """
 
-    def __init__(self, samples: SampleSource, collate: Collate, *, fill: bool = False, limit: int = 0) -> None:
+    def __init__(self, samples: SampleSource, collate: Collate, *, limit: int, fill: bool = False) -> None:
         self.samples, self.collate, self.fill, self.limit = samples, collate, fill, limit
 
     def __getitem__(self, batch: KeyBatch) -> Fetched | UserError:
@@ -129,7 +130,8 @@ class ReadableBatches(Dataset):
         try:
             with preserved_generators():
                 for key in batch.keys:
-                    self._add(key, read, unreadable)
+                    if len(unreadable) <= self.limit:
+                        self._add(key, read, unreadable)
                 if self.fill and len(read) < min(2, len(batch.keys)):
                     self._fill_up(batch.keys, read, unreadable)
                 if not read:

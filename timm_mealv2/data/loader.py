@@ -253,10 +253,11 @@ def eval_loader(
         return loader
     prefetch = kwargs.pop('use_prefetcher', True)
     dtype = kwargs.pop('img_dtype', torch.float32)
+    bad = bad or BadImages()
     samples = _EvalSamples(dataset, create_transform(**config, is_training=False, use_prefetcher=True))
     rank, processes = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
     inner = DataLoader(
-        ReadableBatches(samples, collate_labels),
+        ReadableBatches(samples, collate_labels, limit=bad.limit),
         batch_size=None,
         sampler=_EvalBatches(range(rank, len(samples), processes), batch_size),
         collate_fn=_unchanged,
@@ -264,7 +265,7 @@ def eval_loader(
         generator=torch.Generator(),
         **kwargs,
     )
-    reporting = ReportingLoader(inner, bad or BadImages(), 'validation', skip_empty=True)
+    reporting = ReportingLoader(inner, bad, 'validation', skip_empty=True)
     where = device if prefetch else torch.device('cpu')
     return _normalizing(reporting, tuple(config['mean']), tuple(config['std']), where, dtype)
 
