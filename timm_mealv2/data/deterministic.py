@@ -159,7 +159,7 @@ class Samples:
 
     def __getitem__(self, key: Key) -> Sample:
         """Return the sample of a key; see `sample`."""
-        sample = self._mixed_or_not(key)
+        sample = self._before_erasing(key)
         self._erasing(sample.pixels, key.epoch, key.index, *key.turn)
         return sample
 
@@ -168,7 +168,7 @@ class Samples:
         drawn = len(self), self.seed, epoch
         return _pair_at(_order_of_epoch(*drawn), int(_places_of_images(*drawn)[index]))
 
-    def _mixed_or_not(self, key: Key) -> Sample:
+    def _before_erasing(self, key: Key) -> Sample:
         if self._mixing is None or 0 < self.augmentation.mixup_off_epoch <= key.epoch:
             return self._augmented(key)
         pair = key.pair or self.pair(key.epoch, key.index)
