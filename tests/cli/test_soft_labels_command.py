@@ -110,6 +110,19 @@ def test_pixels_are_the_teachers_or_those_of_a_student(folder: Path, tmp_path: P
     )
 
 
+def test_settings_come_from_a_recipe_and_a_file(folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / 'settings.yaml'
+    file.write_text(f'data_dir: {folder}/images\nepochs: 2\nlr: 0.1\nreprob: 0.5\nscale: [0.5, 1]\nworkers: 0\n')
+    torch.manual_seed(0)
+    torch.save(timm.create_model('test_resnet', num_classes=10, in_chans=1).state_dict(), tmp_path / 'gray.pth')
+    arguments = ['record', '--recipe', 'quickstart', '-c', str(file), '--out', str(tmp_path / 'store')]
+    main([*arguments, '--teachers', f'test_resnet={tmp_path}/gray.pth', '--device', 'cpu', '--reprob', '0.4'])
+    meta = SoftLabelStore(tmp_path / 'store').meta
+    augmentation = meta.augmentation
+    assert (meta.epochs, augmentation.reprob, augmentation.scale) == (2, 0.4, (0.5, 1))
+    assert (augmentation.input_size, augmentation.mean, augmentation.color_jitter) == ((1, 32, 32), (0.286,), 0)
+
+
 def test_the_classes_of_a_teacher_are_chosen(folder: Path, tmp_path: Path) -> None:
     (tmp_path / 'classes.txt').write_text('5\n0\n3\n')
     spec = f'test_resnet={folder}/teacher.pth'

@@ -39,6 +39,7 @@ from timm_mealv2.soft_labels.meta import StoreMeta, describe
 from timm_mealv2.soft_labels.record import measure, record
 from timm_mealv2.soft_labels.store import SoftLabelStore
 from timm_mealv2.soft_labels.verify import changed_teachers, compare, create_teachers, draw_samples, read_all
+from timm_mealv2.training.arguments import _read_settings, _recipe
 from timm_mealv2.training.build import build_augmentation
 
 _logger = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     commands = build_parser()
     args = commands.parse_args(argv)
     if args.run in (_record, _estimate):
-        args.given = _given(args.parser, argv[1:])
+        args = _parse_with_files(args.parser, argv[1:])
         if not args.teachers:
             raise UserError('--teachers: name the teachers, or a --recipe that does.')
         if not args.epochs:
@@ -63,10 +64,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.run(args)
 
 
-def _given(parser: argparse.ArgumentParser, argv: Sequence[str]) -> set[str]:
+def _parse_with_files(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    """Parse a command line, with its recipe and its configuration file as defaults."""
+    defaults = {action.dest: action.default for action in parser._actions}
     for action in parser._actions:
         action.default = argparse.SUPPRESS
-    return set(vars(parser.parse_args(argv)))
+    given = vars(parser.parse_args(argv))
+    settings = _recipe(given['recipe']) if 'recipe' in given else {}
+    settings |= _read_settings(Path(given['config'])) if 'config' in given else {}
+    settings = {name: value for name, value in settings.items() if name in defaults and name not in given}
+    parser.set_defaults(**{**defaults, **settings})
+    return parser.parse_args(argv, argparse.Namespace(given={*given, *settings}))
 
 
 def cli() -> None:
@@ -126,6 +134,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_recording(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group('recording').add_argument
+    add('--recipe', metavar='NAME', help='settings of a published training as defaults')
+    add('-c', '--config', metavar='FILE', help='YAML file of settings as defaults, such as the args.yaml of a run')
     add('--epochs', type=COUNT, metavar='M', help='epochs to record, those that are there included')
     add('--top-k', type=COUNT, metavar='K', help='most probable classes to keep; 10, or all where there are fewer')
     add('--seed', type=SEED, default=42, help="the training's seed: that of crops, augmentation and order")

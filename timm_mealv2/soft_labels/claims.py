@@ -12,6 +12,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from tqdm import tqdm
@@ -97,7 +98,7 @@ class PartQueue:
         if time.monotonic() - self.renewed > HEARTBEAT:
             self.renewed = time.monotonic()
             for part in self.claims.values():
-                if self._claim_file(part).exists():  # otherwise this process has been taken for dead
+                with suppress(FileNotFoundError):  # this process has been taken for dead
                     os.utime(self._claim_file(part))
 
     def release(self, part: Part) -> None:

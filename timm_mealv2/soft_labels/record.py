@@ -7,7 +7,7 @@ the teachers together is fixed, so that a part's bytes do not depend on who make
 import logging
 import time
 from collections.abc import Generator, Iterable, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -251,8 +251,9 @@ def _join(out: Path, meta: StoreMeta, names: Sequence[str], samples: Samples, ep
             raise UserError(f'{out} is a recording with {differing}: give the same options, or another --out.')
         SoftLabelStore(out).check_pixels(samples)
         for leftover in out.glob('.*'):
-            if time.time() - leftover.stat().st_mtime > STALE:
-                leftover.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):  # another process may just rename it
+                if time.time() - leftover.stat().st_mtime > STALE:
+                    leftover.unlink()
         if epochs < former.epochs:
             _logger.info(f'{out} is a recording of {former.epochs} epochs: all of them are recorded.')
         meta = former.extend(epochs, BLOCK_EPOCHS)
