@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
-from timm.models import group_parameters
-from timm.optim import auto_group_layers
 from timm.task import TrainingTask, resolve_classification_loss
 from timm.utils import unwrap_model
 from torch import Tensor, nn
@@ -27,67 +25,13 @@ from timm_mealv2.losses import (
 )
 from timm_mealv2.models.ensemble import EnsembleTeacher
 from timm_mealv2.models.factory import TeacherSpec, create_ensemble
+from timm_mealv2.trainable import MealV2TrainableModule
 
 _logger = logging.getLogger(__name__)
-
-LARGE_DISCRIMINATOR = 10_000_000
-"""Parameters above which a discriminator is warned of."""
 
 DISCRIMINATOR_MODES = ('official', 'adversarial')
 
 Teacher = str | TeacherSpec | nn.Module
-
-
-class MealV2TrainableModule(nn.Module):
-    """Student and discriminator in one module, so that one forward pass, DDP, EMA and clipping see both.
-
-    Args:
-        student_model: The student, [B, ...] -> logits [B, C].
-        discriminator_loss: Holds the discriminator; None trains the student alone.
-        student_rows: Turns the student's logits, at least float32, into the discriminator's rows [B, C].
-    """
-
-    def __init__(
-        self,
-        student_model: nn.Module,
-        discriminator_loss: DiscriminatorLoss | None = None,
-        student_rows: nn.Module | None = None,
-    ) -> None:
-        super().__init__()
-        self.student = student_model
-        self.discriminator_loss = discriminator_loss
-        self.student_rows = student_rows or nn.Identity()
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of the parameters without weight decay: the student's own choice, and the whole discriminator."""
-        student_names: set[str] = getattr(unwrap_model(self.student), 'no_weight_decay', set)()
-        discriminator_names = {name for name, _ in self.named_parameters() if name.startswith('discriminator_loss.')}
-        return {f'student.{name}' for name in student_names} | discriminator_names
-
-    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
-        """Layer of each parameter for layer decay: the student's layers, the discriminator in the last of them."""
-        student = unwrap_model(self.student)
-        if hasattr(student, 'group_matcher'):
-            layers = group_parameters(student, student.group_matcher(coarse=coarse), reverse=True)
-        else:
-            layers = auto_group_layers(student)
-        last = max(layers.values(), default=0)
-        return lambda name: layers.get(name.removeprefix('student.'), last)
-
-    def forward(self, input: Tensor, teacher_rows: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Run the student and, where there is one, the discriminator.
-
-        Args:
-            input: Images [B, ...].
-            teacher_rows: The discriminator's teacher rows [B, C], without gradient.
-
-        Returns:
-            Student logits [B, C], the discriminator's loss and its accuracy (None without a discriminator or rows).
-        """
-        output = self.student(input)
-        if self.discriminator_loss is None or teacher_rows is None:
-            return output, None, None
-        return output, *self.discriminator_loss.measure(self.student_rows(at_least_float32(output)), teacher_rows)
 
 
 class MealV2Task(TrainingTask):
@@ -208,7 +152,8 @@ class MealV2Task(TrainingTask):
         teacher_rows: Tensor | None
         # The teachers first: their activations are gone before the student's are made.
         if self.teacher is not None:
-            log_probs, teacher_rows, teacher_top1 = self._teacher_targets(self.teacher, input)
+            log_probs, teacher_rows = self.teacher.predict(self._pixels_for(self.teacher, input))
+            teacher_top1 = log_probs.argmax(dim=1)
             output, discriminator_loss, accuracy = self.trainable_module(input, teacher_rows)
             similarity, entropy = similarity_loss(output, log_probs)
         else:
@@ -243,9 +188,7 @@ class MealV2Task(TrainingTask):
         at ln 2.
         """
         weights = self._output_weights()
-        if weights is None:
-            return None
-        dead = weights.eq(self.get_buffer('first_output_weights')).all(dim=1).tolist()
+        dead = [] if weights is None else weights.eq(self.get_buffer('first_output_weights')).all(dim=1).tolist()
         if not any(dead):
             return None
         names = ' and '.join(name for name, is_dead in zip(("'student'", "'teacher'"), dead, strict=True) if is_dead)
@@ -260,11 +203,7 @@ class MealV2Task(TrainingTask):
         return self
 
     def compile(self, backend: str = 'inductor', mode: str | None = None, **compile_kwargs: Any) -> nn.Module:
-        """Compile the training step's modules, each teacher and the student for evaluation, before DDP wraps.
-
-        Returns:
-            The compiled student.
-        """
+        """Compile the training step's modules, each teacher and the student for evaluation, before DDP wraps; return the student."""
         options = {'backend': backend, 'mode': mode, **compile_kwargs}
         eval_model: Any = torch.compile(self.get_eval_model(), **options)
         trainable_module: Any = torch.compile(self.trainable_module, **options)
@@ -338,9 +277,7 @@ class MealV2Task(TrainingTask):
                 device=self.device,
             )
         if teacher.num_classes != self.num_classes:
-            raise UserError(
-                f'The student has {self.num_classes} classes, the teachers {teacher.num_classes}: all must be the same.'
-            )
+            raise UserError(f'The student has {self.num_classes} classes, its teachers {teacher.num_classes}.')
         own = {parameter.data_ptr() for parameter in student.parameters() if parameter.numel()}
         for name, module in zip(teacher.names, teacher.teachers, strict=True):
             if any(parameter.data_ptr() in own for parameter in module.parameters()):
@@ -356,7 +293,7 @@ class MealV2Task(TrainingTask):
             return None, None
         discriminator = Discriminator(self.num_classes, reduction, final_relu=mode == 'official')
         size = sum(parameter.numel() for parameter in discriminator.parameters())
-        if size > LARGE_DISCRIMINATOR:
+        if size > 10_000_000:
             _logger.warning(
                 f'The discriminator has {size / 1e6:.1f} M parameters at {self.num_classes} classes: '
                 f'a discriminator_reduction above {reduction} makes it smaller.'
@@ -373,22 +310,16 @@ class MealV2Task(TrainingTask):
         """A copy of the weights of the discriminator's last layer, a row for each of its two outputs."""
         return None if self.discriminator is None else self.discriminator.get_parameter('fc3.weight').detach().clone()
 
-    def _teacher_targets(self, teacher: EnsembleTeacher, input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of live teachers: log p [B, C], the discriminator's rows [B, C], and the top-1 [B]."""
-        log_probs, logits = teacher.predict(self._pixels_for(teacher, input))
-        return log_probs, logits, log_probs.argmax(dim=1)
-
     def _pixels_for(self, teacher: EnsembleTeacher, input: Tensor) -> Tensor:
         """The student's images, normalized for the teachers."""
         mine, theirs = (channel_stats(cfg, input.shape[1]) for cfg in (self._student_cfg, teacher.pretrained_cfg))
         return renormalize(at_least_float32(input), *mine, *theirs)
 
     def _read_labels(self, target: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor | None, Tensor]:
-        """Of stored labels: hard labels [B], (indices, probabilities) [B, K], and rows and top-1 as above."""
+        """Of stored labels: hard labels [B], (indices, probabilities) [B, K], the rows [B, C], top-1 [B]."""
         k = (target.shape[-1] - 1) // 2
-        of_one = (
-            k // 2 if k > self.num_classes and k % 2 == 0 else k
-        )  # the label of a mixed image has two images' classes
+        # The label of a mixed image has two images' classes.
+        of_one = k // 2 if k > self.num_classes and k % 2 == 0 else k
         if target.ndim != 2 or target.shape[1] != 1 + 2 * k or not 1 <= of_one <= self.num_classes:
             raise UserError(
                 f'teacher_model=None expects stored labels [B, 1 + 2K] with 1 <= K <= {self.num_classes}, got a target '

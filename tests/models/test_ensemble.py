@@ -297,6 +297,7 @@ class TestCallersModule:
         model(images())  # in training mode: its running statistics move
         assert torch.equal(ensemble(images()), expected)
 
+    @pytest.mark.filterwarnings('ignore:.*weight_norm:FutureWarning')
     def test_a_module_that_cannot_be_copied_is_frozen_itself(self, caplog):
         model = LeNet()
         model.linear = nn.utils.weight_norm(model.linear)  # type: ignore[assignment]

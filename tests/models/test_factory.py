@@ -255,7 +255,7 @@ class TestClasses:
             ('Scripted', [0, 1, 2], 'must have one class for each of the 2, got 3'),
             ('Scripted', [0, 8], 'Teacher Scripted: .* from 0 to 7, got 8'),
             ('Scripted', [0, -1], 'from 0 to 7, got -1'),
-            ('Scripted', [4, 4], 'must differ, got 4 more than once'),
+            ('Scripted', [4, 4], r'at least one and differ, got \[4, 4\]'),
             ('Scripted', [0, 0.5], 'must be whole numbers'),
         ],
     )

@@ -27,11 +27,6 @@ Size = int | tuple[int, int] | None
 class ClassSubset(nn.Module):
     """A model's predictions for some of its classes: the softmax of these logits is its probability, renormalized.
 
-    Attributes:
-        model: The model.
-        num_classes: Number of the classes taken.
-        pretrained_cfg: The model's.
-
     Args:
         model: A model [B, chans, H, W] -> logits [B, C], with an attribute `num_classes`.
         classes: The model's class of each new one, from 0 to C - 1.
@@ -48,14 +43,10 @@ class ClassSubset(nn.Module):
             indices = [operator.index(index) for index in classes]
         except TypeError as error:
             raise UserError(f'Classes of a teacher must be whole numbers, got {classes!r}.') from error
-        if not indices:
-            raise UserError('Classes of a teacher must be at least one, got none.')
-        for index in indices:
-            if not 0 <= index < self._width:
-                raise UserError(f'Classes of a teacher must be from 0 to {self._width - 1}, got {index}.')
-        if len(set(indices)) < len(indices):
-            twice = next(index for index in indices if indices.count(index) > 1)
-            raise UserError(f'Classes of a teacher must differ, got {twice} more than once.')
+        if not indices or len(set(indices)) < len(indices):
+            raise UserError(f'Classes of a teacher must be at least one and differ, got {indices}.')
+        if wrong := [index for index in indices if not 0 <= index < self._width]:
+            raise UserError(f'Classes of a teacher must be from 0 to {self._width - 1}, got {wrong[0]}.')
         self.model = model
         self.num_classes = len(indices)
         self.pretrained_cfg = _cfg_of(model)
@@ -136,7 +127,9 @@ class EnsembleTeacher(nn.Module):
         self.img_sizes = tuple(_input_size(member.teacher, member.name, member.img_size) for member in members)
         self.autocast_dtypes = tuple(member.autocast_dtype for member in members)
         self.num_classes = self._common('num_classes', [_num_classes(m.teacher, m.name) for m in members])
-        self.in_chans = self._common('in_chans', [_input_config(m.teacher)['input_size'][0] for m in members])
+        self.in_chans = self._common(
+            'in_chans', [get_model_input_config(_source(m.teacher))['input_size'][0] for m in members]
+        )
         self._refuse_twins()
         self._channels_last = tuple(_is_channels_last(teacher) for teacher in self.teachers)
         self.pretrained_cfg: dict[str, Any] = self._first_cfg()
@@ -154,10 +147,7 @@ class EnsembleTeacher(nn.Module):
         return self.pretrained_cfg
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the log of the mean probability, at least float32 [B, C], for images [B, chans, H, W].
-
-        As logits at temperature 1 they give the mean probability itself.
-        """
+        """Return the log of the mean probability, logits at temperature 1, at least float32 [B, C]; see `predict`."""
         return self.predict(x)[0]
 
     @torch.no_grad()
@@ -211,17 +201,15 @@ class EnsembleTeacher(nn.Module):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Return the teachers' weights; the state dict of a module around the ensemble leaves them out."""
-        if kwargs.get('destination') is None:
-            kwargs['prefix'] = f'{kwargs.get("prefix", "")}teachers.'
-            return self.teachers.state_dict(*args, **kwargs)
-        destination: dict[str, Any] = kwargs['destination']
-        return destination
+        destination: dict[str, Any] | None = kwargs.get('destination')
+        if destination is not None:
+            return destination
+        return self.teachers.state_dict(*args, **{**kwargs, 'prefix': f'{kwargs.get("prefix", "")}teachers.'})
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load what `state_dict` returned."""
-        teachers = nn.Module()
-        teachers.teachers = self.teachers
-        return teachers.load_state_dict(state_dict, strict, assign)
+        own = {key.removeprefix('teachers.'): value for key, value in state_dict.items()}
+        return self.teachers.load_state_dict(own, strict, assign)
 
     def _load_from_state_dict(self, *args: Any) -> None:
         pass  # a module around the ensemble has nothing of it in its state dict
@@ -261,7 +249,7 @@ class EnsembleTeacher(nn.Module):
 
     def _refuse_twins(self) -> None:
         for (name_a, a), (name_b, b) in combinations(zip(self.names, self.teachers, strict=True), 2):
-            if a is b or _same_weights(a, b):
+            if _same_weights(a, b):
                 raise UserError(
                     f'Teachers must differ, but {name_a} and {name_b} have the same weights: leave one out '
                     '(pin the tags, as in resnet50.a1_in1k; --teacher-weights counts one more than another).'
@@ -270,7 +258,7 @@ class EnsembleTeacher(nn.Module):
     def _first_cfg(self) -> dict[str, Any]:
         first = _source(self.teachers[0])
         cfg = filter_pretrained_cfg({**PretrainedCfg().to_dict(), **_cfg_of(first)}, remove_source=True)
-        height, width = self.img_sizes[0] or _input_config(first)['input_size'][-2:]
+        height, width = self.img_sizes[0] or get_model_input_config(first)['input_size'][-2:]
         cfg.update(
             architecture='mealv2_ensemble',
             num_classes=self.num_classes,
@@ -377,15 +365,10 @@ def _num_classes(teacher: nn.Module, name: str) -> int:
     return num_classes
 
 
-def _input_config(teacher: nn.Module) -> dict[str, Any]:
-    config: dict[str, Any] = get_model_input_config(_source(teacher))
-    return config
-
-
 def _input_size(teacher: nn.Module, name: str, asked: Size) -> tuple[int, int] | None:
     """The one size (H, W) that the teacher is to see; None if it takes any and none is asked for."""
     model = _source(teacher)
-    config = _input_config(teacher)
+    config = get_model_input_config(model)
     patch_embed: Any = getattr(model, 'patch_embed', None)
     fixed: tuple[int, int] | None = None
     if getattr(patch_embed, 'strict_img_size', False) and patch_embed.img_size is not None:
