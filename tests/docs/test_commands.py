@@ -87,15 +87,15 @@ def parse(command: str, argv: list[str]) -> None:
 
 
 @pytest.mark.parametrize(('command', 'argv'), CALLS)
-@pytest.mark.usefixtures('clone')
-def test_documented_command_parses(command: str, argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_documented_command_parses(command: str, argv: list[str], clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / Path(command).parent)  # scripts import what lies beside them
+    for name in re.findall(r'output/\S+\.(?:pth\.tar|safetensors)', ' '.join(argv)):  # an earlier command makes it
+        (clone / name).parent.mkdir(parents=True, exist_ok=True)
+        (clone / name).touch()
     try:
         parse(command, argv)
     except UserError as error:
-        if not re.search(
-            r'(there is no (such file|such folder|\S*/)|holds no soft labels)', str(error)
-        ):  # an earlier command makes it
+        if 'holds no soft labels' not in str(error):
             raise
     except SystemExit:
         if '--list-recipes' not in argv:
