@@ -203,7 +203,7 @@ class MealV2Task(TrainingTask):
         return self
 
     def compile(self, backend: str = 'inductor', mode: str | None = None, **compile_kwargs: Any) -> nn.Module:
-        """Compile the training step's modules, each teacher and the student for evaluation, before DDP wraps; return the student."""
+        """Compile what trains, each teacher and the student for evaluation, before DDP wraps; return the student."""
         options = {'backend': backend, 'mode': mode, **compile_kwargs}
         eval_model: Any = torch.compile(self.get_eval_model(), **options)
         trainable_module: Any = torch.compile(self.trainable_module, **options)
