@@ -19,6 +19,7 @@ from timm_mealv2.data.dataset import (
     UnreadableImage,
     check_classes,
     class_names,
+    image_names,
     open_dataset,
     read_image,
     unlabeled,
@@ -110,7 +111,7 @@ def test_paths_are_kept_as_one_array(image_folder: Path, tmp_path: Path) -> None
     assert list(ours.reader.samples) == theirs.reader.samples
     assert ours.reader.samples[-1] == theirs.reader.samples[-1]
     assert ours.reader.samples[3:5] == theirs.reader.samples[3:5]
-    assert ours.filenames() == theirs.filenames()
+    assert ours.filenames() == theirs.filenames() == image_names(ours) == image_names(theirs)
     assert ours.filename(2, absolute=True) == theirs.filename(2, absolute=True)
     with pytest.raises(IndexError):
         ours.reader.samples[22]

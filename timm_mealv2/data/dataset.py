@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 from contextlib import closing
 from copy import copy
+from itertools import pairwise
 from pathlib import Path
 from tarfile import TarError
 from typing import Any
@@ -66,6 +67,12 @@ class PathsAndTargets(Sequence[tuple[str, int]]):
         start = int(self.ends[number - 1]) if number else 0
         path = self.letters[start : int(self.ends[number])].numpy().tobytes()
         return os.fsdecode(path), int(self.targets[number])
+
+    def names(self, root: str) -> list[str]:
+        """Return the paths without the folder `root`, which all of them begin with."""
+        data, begin = self.letters.numpy().tobytes(), len(os.fsencode(root)) + 1
+        names = b'\0'.join(data[start + begin : end] for start, end in pairwise([0, *self.ends.tolist()]))
+        return os.fsdecode(names).split('\0')
 
 
 def unlabeled(dataset: Dataset) -> Dataset:
@@ -132,6 +139,9 @@ class UnreadableImage(Exception):
 def image_names(dataset: Dataset) -> list[str]:
     """Names of the images in the order of their indices: file names relative to the split, `#index` without files."""
     if isinstance(dataset, ImageDataset):
+        samples, root = getattr(dataset.reader, 'samples', None), getattr(dataset.reader, 'root', '')
+        if isinstance(samples, PathsAndTargets) and root == os.path.normpath(root):
+            return samples.names(root)  # what follows takes 10 s for a million files
         try:
             names = [str(name) for name in dataset.filenames()]
         except (AssertionError, KeyError, TypeError, ValueError):  # a reader that does not know

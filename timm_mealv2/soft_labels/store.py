@@ -110,7 +110,7 @@ class SoftLabelStore:
             Records [n] of `meta.dtype`, in the order of `rows`.
         """
         records = np.empty(len(rows), self.meta.dtype)
-        order = np.argsort(rows, kind='stable')
+        order = np.argsort(rows)
         step = self.meta.part_images
         bounds = np.searchsorted(rows, np.arange(0, self.meta.images + step, step), sorter=order)
         for number, (low, high) in enumerate(pairwise(bounds)):
