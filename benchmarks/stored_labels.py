@@ -67,7 +67,8 @@ from timm_mealv2.soft_labels.meta import FORMAT, StoreMeta, library_versions, na
 from timm_mealv2.soft_labels.replay import CollateStored, replay
 from timm_mealv2.soft_labels.store import NAMES, SoftLabelStore, checksum
 from timm_mealv2.training.checkpoint_saver import Progress
-from timm_mealv2.training.loop import EpochEvents, Meters, Stepper, train_one_epoch
+from timm_mealv2.training.loop import EpochEvents, Stepper, train_one_epoch
+from timm_mealv2.training.metric_logging import Meters
 
 WIDTH, HEIGHT = 500, 375
 CLASSES = 1000
@@ -396,7 +397,7 @@ def measure_throughput(args: argparse.Namespace) -> dict[str, Any]:
                 rate = loading_rate(loader, number)
             else:
                 start, quiet = Progress(epoch=number), EpochEvents(log=False)
-                rate = train_one_epoch(stepper, loader, start=start, meters=Meters(), events=quiet)['images_per_second']
+                rate = train_one_epoch(stepper, loader, start, Meters(), quiet)['images_per_second']
             if number:  # the first round starts the workers
                 rates[arm].append(rate)
     print('| arm | images/s, median | ratio to plain, median (quartiles) |\n|---|---:|---:|')

@@ -6,17 +6,19 @@ from collections.abc import Sequence
 import pytest
 
 from timm_mealv2.cli import parser as shared
-from timm_mealv2.cli.parser import OneLineParser, OneOf, Option, Range, add_options, flag, run_cli
+from timm_mealv2.cli.option_types import OneOf, Range
+from timm_mealv2.cli.parser import OneLineParser, Option, add_options, flag, run_cli
 from timm_mealv2.errors import UserError
+from timm_mealv2.training.options import build_parser as build_training_parser
 
 
 def example() -> argparse.ArgumentParser:
     parser = OneLineParser(prog='example')
     rows = (
-        Option('--epochs', type=Range(int, 1), default=3, metavar='N', help='number of epochs'),
-        Option('--smoothing', type=Range(float, 0, below=1), metavar='SHARE', help='smoothing'),
-        Option('--rate', type=Range(float, above=0), metavar='LR', help='rate'),
-        Option('--kind', type=OneOf('', 'a', 'b'), default='', metavar='KIND', help='a or b'),
+        Option('--epochs', Range(int, 1), 'N', 'number of epochs', 3),
+        Option('--smoothing', Range(float, 0, below=1), 'SHARE', 'smoothing'),
+        Option('--rate', Range(float, above=0), 'LR', 'rate'),
+        Option('--kind', OneOf('', 'a', 'b'), 'KIND', 'a or b', ''),
         flag('--fast', help='fast'),
     )
     add_options(parser, rows)
@@ -74,13 +76,12 @@ def assert_help_fits(parser: argparse.ArgumentParser, width: int = 120) -> None:
             assert action.metavar, action.dest
 
 
-def test_the_shared_options_have_units_and_fit_their_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_help_has_units_and_defaults_and_fits_its_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv('COLUMNS', '122')
-    parser = OneLineParser(prog='shared', usage='shared')
-    for group in (shared.TEACHERS, shared.DATA, shared.DEVICE, shared.INPUT, shared.AUGMENTATION):
-        add_options(parser, group)
+    parser = build_training_parser()
     assert_help_fits(parser)
     assert '(default: 128)' in parser.format_help()
+    assert '(default: 0)' in parser.format_help()
 
 
 def test_ends_of_a_program(capsys: pytest.CaptureFixture[str]) -> None:

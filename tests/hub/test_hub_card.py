@@ -179,7 +179,7 @@ def test_the_settings_in_the_card_are_those_of_the_run(run_folder: Path, tmp_pat
     assert str(tmp_path.parent) not in card.content
     (tmp_path / 'args.yaml').write_text(settings)
     again, first = (vars(parse_args(['-c', str(path)])) for path in (tmp_path / 'args.yaml', run_folder / 'args.yaml'))
-    paths = {'config', 'explicit', 'teachers', 'data_dir', 'output', 'experiment'}
+    paths = {'config', 'given', 'teachers', 'data_dir', 'output', 'experiment'}
     assert {key for key in first if again[key] != first[key]} <= paths
     assert first['seed'] == 7
 

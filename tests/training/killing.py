@@ -52,7 +52,7 @@ class Killer:
     def install(self) -> None:
         """Put the points into this process."""
         sys.addaudithook(self._hear)
-        save, step, backward = torch.save, loop.Stepper.step, loop.Stepper._backward
+        save, step, backward = torch.save, loop.Stepper.step, loop.Stepper.backward
 
         def torn_save(value: Any, path: Any, **kwargs: Any) -> None:
             save(value, path, **kwargs)
@@ -66,15 +66,15 @@ class Killer:
                 self.die()
             return result
 
-        def counted_backward(stepper: Any, loss: torch.Tensor, *args: Any) -> Any:
+        def counted_backward(stepper: Any, loss: torch.Tensor) -> Any:
             if self.at('inside'):
                 loss.backward()
                 self.die()
-            return backward(stepper, loss, *args)
+            return backward(stepper, loss)
 
         torch.save = torn_save
         loop.Stepper.step = counted_step  # type: ignore[method-assign]
-        loop.Stepper._backward = counted_backward  # type: ignore[method-assign, assignment]
+        loop.Stepper.backward = counted_backward  # type: ignore[method-assign]
 
     def _hear(self, event: str, args: tuple[Any, ...]) -> None:
         if event not in CHANGES or isinstance(args[0], int) or self.folder not in Path(os.fsdecode(args[0])).parents:

@@ -15,7 +15,7 @@ from test_resume import differences
 from torch.distributed import TCPStore
 from torch.distributed.rendezvous import rendezvous
 
-from timm_mealv2.training.build import _ATTEMPT
+from timm_mealv2.training.distributed import ATTEMPT
 
 PROGRAM = str(Path(__file__).parents[2] / 'train_distill.py')
 OPTIONS = (
@@ -140,7 +140,7 @@ def test_a_restarted_group_does_not_read_what_the_former_one_left_in_the_store(m
     stores = []
     for attempt in range(2):
         monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', str(attempt))
-        store, rank, world_size = next(rendezvous(f'{_ATTEMPT}://'))
+        store, rank, world_size = next(rendezvous(f'{ATTEMPT}://'))
         assert (rank, world_size) == (0, 1)
         stores.append(store)
     stores[0].set('address', 'of a process that died')

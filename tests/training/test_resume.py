@@ -17,8 +17,10 @@ import torch
 
 from timm_mealv2.cli.soft_labels import main as soft_labels
 from timm_mealv2.errors import UserError
-from timm_mealv2.training.checkpoint_saver import find_newest, own_state, read_checkpoint
+from timm_mealv2.training.checkpoint_saver import read_checkpoint
+from timm_mealv2.training.distributed import own_state
 from timm_mealv2.training.run import main
+from timm_mealv2.training.run_folder import find_newest
 
 SIGKILL = -9
 # Everything that draws random numbers or keeps a state; batches of 3 make an update of one batch at each epoch's end.

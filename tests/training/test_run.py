@@ -1,12 +1,10 @@
 """The training program as a user runs it: folders in, run folder out."""
 
-import csv
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,63 +12,11 @@ import pytest
 import timm
 import torch
 from images import write_images
+from quick_training import REPOSITORY, SMALL, Train, assert_equal_weights, summary, weights
 
 from timm_mealv2.errors import UserError
-from timm_mealv2.training.checkpoint_saver import find_newest, read_checkpoint
-from timm_mealv2.training.run import main
-
-REPOSITORY = Path(__file__).parents[2]
-SMALL = (
-    '--model test_resnet --num-classes 3 --img-size 16 --batch-size 4 --workers 0 --lr 0.05 --epochs 2 '
-    '--warmup-epochs 0 --log-interval 2 --device cpu --color-jitter 0 --smoothing 0 --weight-decay 0'
-).split()
-
-Train = Callable[..., Path]
-
-
-@pytest.fixture
-def train(image_folder: Path, tmp_path: Path) -> Train:
-    def run(name: str, *args: Any) -> Path:
-        main(
-            [*SMALL, '--data-dir', str(image_folder), '--output', str(tmp_path), '--experiment', name, *map(str, args)]
-        )
-        return tmp_path / name
-
-    return run
-
-
-@pytest.fixture(scope='session')
-def teachers(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Two different teachers as checkpoint files."""
-    specs = []
-    for seed, name in enumerate(('test_resnet', 'test_efficientnet')):
-        torch.manual_seed(seed)
-        path = tmp_path_factory.mktemp('teachers') / f'{name}.pth'
-        torch.save(timm.create_model(name, num_classes=3).state_dict(), path)
-        specs.append(f'{name}={path}')
-    return specs
-
-
-def summary(folder: Path) -> list[dict[str, str]]:
-    with open(folder / 'summary.csv', newline='') as file:
-        return list(csv.DictReader(file))
-
-
-def weights(path: Path, key: str = 'state_dict') -> dict[str, torch.Tensor]:
-    return read_checkpoint(path)[key]
-
-
-def assert_equal_weights(a: Path, b: Path) -> None:
-    """Student, average and discriminator of two checkpoints are the same to the bit."""
-    first, second = read_checkpoint(a), read_checkpoint(b)
-    for key in ('state_dict', 'state_dict_ema'):
-        assert (key in first) == (key in second)
-        for name, value in first.get(key, {}).items():
-            assert torch.equal(value, second[key][name]), f'{key} {name}'
-    for key in ('task_state', 'task_state_ema'):
-        for part, state in first.get(key, {}).items():
-            for name, value in state.items():
-                assert torch.equal(value, second[key][part][name]), f'{key} {part} {name}'
+from timm_mealv2.training.checkpoint_saver import read_checkpoint
+from timm_mealv2.training.run_folder import find_newest
 
 
 def test_classification_writes_the_run_folder_that_timm_users_know(train: Train) -> None:
@@ -109,7 +55,7 @@ def test_preflight_names_every_teacher(train: Train, teachers: list[str], caplog
     with caplog.at_level('INFO'):
         train('preflight', '--teachers', *teachers, '--epochs', 1)
     assert 'Before the first step, on 12 images' in caplog.text
-    for name in ('ensemble', *(f'teacher {teacher}' for teacher in teachers), 'student (start)'):
+    for name in ('ensemble', *(f'teacher {teacher}' for teacher in teachers), 'student (initial)'):
         assert f'  {name} ' in caplog.text
     caplog.clear()
     with caplog.at_level('INFO'):

@@ -13,7 +13,7 @@ import timm
 import torch
 from images import write_images
 from PIL import Image
-from test_run import REPOSITORY, SMALL, assert_equal_weights, summary
+from quick_training import REPOSITORY, SMALL, assert_equal_weights, summary
 
 from timm_mealv2.cli.soft_labels import main as soft_labels
 from timm_mealv2.errors import UserError
@@ -96,12 +96,12 @@ def test_labels_of_all_classes_give_the_live_training(
     assert 'recorded epochs begin again' not in caplog.text
 
 
-@pytest.mark.parametrize('options', [['--crops-per-decode', 3, '--workers', 2], []], ids=str)
+@pytest.mark.parametrize('options', [['--samples-per-decode', 3, '--workers', 2], []], ids=str)
 def test_a_run_that_is_continued_ends_with_the_same_bits(
     train: Train, store: Path, mixed: Path, options: list[Any]
 ) -> None:
     options = [*options, '--epochs', 3, '--drop', 0.2, '--recovery-interval', 2]
-    labels = store if '--crops-per-decode' in options else mixed
+    labels = store if '--samples-per-decode' in options else mixed
     whole = train('whole', *options, labels=labels)
     (whole / 'last.pth.tar').rename(whole / 'end')
     stopped = train('stopped', *options, labels=labels)
@@ -182,7 +182,7 @@ def test_what_does_not_go_with_the_store_is_refused_before_the_data_is_opened(
 
 
 def test_its_options_need_a_store(image_folder: Path) -> None:
-    for options in (['--label-rest', 'drop'], ['--allow-decoder-change']):
+    for options in (['--label-rest', 'drop'], ['--allow-pixel-change']):
         with pytest.raises(UserError, match='needs --soft-labels'):
             main([*SMALL, '--data-dir', str(image_folder), *options])
 
@@ -198,7 +198,7 @@ def test_other_images_stop_the_training_with_one_line(
     with pytest.raises(UserError, match=r'image \d+, epoch 0: .* was recorded from other pixels.*Pillow'):
         train('other', '--workers', 2, data=data)
     with pytest.raises(UserError, match='levels on average'):
-        train('other', '--allow-decoder-change', data=data)
+        train('other', '--allow-pixel-change', data=data)
 
 
 def test_two_processes_train_on_stored_labels_as_one_with_the_double_batch(

@@ -51,7 +51,7 @@ def test_the_student_learns_the_renormalized_classes(image_folder: Path, tmp_pat
         ('0\nx\n', "line 2 must be one class index, got 'x'"),
         ('0\n-1\n2\n', "line 2 must be one class index, got '-1'"),
         ('0\n1\n5\n', 'from 0 to 4, got 5'),
-        ('0\n1\n1\n', 'must differ, got 1 more than once'),
+        ('0\n1\n1\n', r'must be at least one and differ, got \[0, 1, 1\]'),
         ('0\n1\n', 'one class for each of the 3, got 2'),
         (None, 'cannot read'),
     ],

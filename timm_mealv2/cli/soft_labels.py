@@ -15,15 +15,12 @@ from timm.data.loader import adapt_to_chs
 from timm.utils.distributed import world_info_from_env
 from torch.utils.data import Dataset
 
+from timm_mealv2.cli.option_types import COUNT, POSITIVE, PROBABILITY, SEED
 from timm_mealv2.cli.parser import (
     AUGMENTATION,
-    COUNT,
     DATA,
     DEVICE,
     INPUT,
-    POSITIVE,
-    PROBABILITY,
-    SEED,
     TEACHERS,
     TRAIN_SPLIT,
     OneLineParser,
@@ -39,8 +36,9 @@ from timm_mealv2.soft_labels.meta import StoreMeta, describe
 from timm_mealv2.soft_labels.record import measure, record
 from timm_mealv2.soft_labels.store import SoftLabelStore
 from timm_mealv2.soft_labels.verify import changed_teachers, compare, create_teachers, draw_samples, read_all
-from timm_mealv2.training.arguments import _read_settings, _recipe
-from timm_mealv2.training.build import build_augmentation
+from timm_mealv2.training.build_data import build_augmentation
+from timm_mealv2.training.config import parse_with_files
+from timm_mealv2.training.options import build_parser as build_training_parser
 
 _logger = logging.getLogger(__name__)
 
@@ -55,26 +53,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     commands = build_parser()
     args = commands.parse_args(argv)
     if args.run in (_record, _estimate):
-        args = _parse_with_files(args.parser, argv[1:])
+        args, _ = parse_with_files(args.parser, argv[1:], build_training_parser())
         if not args.teachers:
             raise UserError('--teachers: name the teachers, or a --recipe that does.')
         if not args.epochs:
             raise UserError('--epochs: say how many epochs to record.')
     logging.basicConfig(level=logging.INFO, format='%(message)s', stream=sys.stderr)
     args.run(args)
-
-
-def _parse_with_files(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
-    """Parse a command line, with its recipe and its configuration file as defaults."""
-    defaults = {action.dest: action.default for action in parser._actions}
-    for action in parser._actions:
-        action.default = argparse.SUPPRESS
-    given = vars(parser.parse_args(argv))
-    settings = _recipe(given['recipe']) if 'recipe' in given else {}
-    settings |= _read_settings(Path(given['config'])) if 'config' in given else {}
-    settings = {name: value for name, value in settings.items() if name in defaults and name not in given}
-    parser.set_defaults(**{**defaults, **settings})
-    return parser.parse_args(argv, argparse.Namespace(given={*given, *settings}))
 
 
 def cli() -> None:

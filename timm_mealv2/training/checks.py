@@ -1,98 +1,23 @@
-"""What settings are possible, each by itself and together; told before anything is loaded or written."""
+"""Which settings go together; told before anything is loaded or written."""
 
 import argparse
-import difflib
 import logging
-import math
-import os
 from collections.abc import Callable
-from pathlib import PurePath
 from typing import Any
 
-import timm
 import torch
-from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
-from timm.models import get_arch_pretrained_cfgs, split_model_name_tag
-from timm.optim import list_optimizers
 
 from timm_mealv2.errors import UserError
 
 _logger = logging.getLogger(__name__)
 
-_INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'lanczos', 'box', 'hamming')
-_CHOICES: dict[str, tuple[str, ...]] = {
-    'amp_dtype': ('float16', 'bfloat16'),
-    'model_dtype': ('float32', 'float16', 'bfloat16'),
-    'clip_mode': ('norm', 'value', 'agc'),
-    'sched': ('cosine', 'tanh', 'step', 'multistep', 'poly', 'plateau', 'wsd', 'rsqrt', 'constant', 'none'),
-    'lr_base_scale': ('', 'linear', 'sqrt'),
-    'interpolation': ('', *_INTERPOLATIONS),
-    'train_interpolation': ('', 'random', *_INTERPOLATIONS),
-    'train_crop_mode': ('rrc', 'rkrc', 'rkrr'),
-    'remode': ('const', 'rand', 'pixel'),
-    'mixup_mode': ('batch', 'pair', 'elem'),
-    'worker_seeding': ('all', 'part'),
-    'eval_metric': ('top1', 'top5', 'loss'),
-    'dist_bn': ('', 'reduce', 'broadcast'),
-    'kd_loss_type': ('kl',),
-}
-
-# Smallest and largest possible value; open bounds as such. Every number has to be finite besides.
-_AT_LEAST_1 = (1, math.inf)
-_AT_LEAST_0 = (0, math.inf)
-_POSITIVE = (math.ulp(0.0), math.inf)
-_SHARE = (0, 1)
-_BELOW_1 = (0, math.nextafter(1, 0))
-_RANGES: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(
-        (
-            *('train_num_samples', 'val_num_samples', 'num_classes', 'img_size', 'in_chans', 'input_size'),
-            *('batch_size', 'validation_batch_size', 'grad_accum_steps', 'lr_base_size', 'lr_cycle_limit', 'epochs'),
-            *('log_interval', 'val_interval', 'checkpoint_hist', 'train_img_sizes', 'train_batch_sizes'),
-            *('train_batches_per_epoch', 'kd_student_feature_dim', 'kd_teacher_feature_dim', 'teacher_img_size'),
-            *('total_batch_size', 'recount', 'crops_per_decode', 'max_nonfinite'),
-        ),
-        _AT_LEAST_1,
-    ),
-    **dict.fromkeys(
-        (
-            *('opt_eps', 'weight_decay', 'layer_decay_min_scale', 'layer_decay_no_opt_scale', 'lr', 'lr_noise_pct'),
-            *('lr_noise_std', 'warmup_lr', 'min_lr', 'epoch_repeats', 'start_epoch', 'decay_milestones', 'momentum'),
-            *('warmup_epochs', 'cooldown_epochs', 'patience_epochs', 'color_jitter', 'aug_repeats', 'aug_splits'),
-            *('mixup', 'cutmix', 'mixup_off_epoch', 'recovery_interval', 'workers', 'tta', 'local_rank'),
-            *('train_size_probs', 'train_size_schedule_spread', 'teacher_weights', 'discriminator_weight'),
-            *('discriminator_lr_scale', 'hard_label_weight', 'distill_loss_weight', 'task_loss_weight'),
-            *('head_init_scale', 'lr_cycle_decay', 'max_bad_images'),
-        ),
-        _AT_LEAST_0,
-    ),
-    **dict.fromkeys(
-        (
-            *('std', 'clip_grad', 'layer_decay', 'lr_base', 'lr_cycle_mul', 'lr_k_decay', 'decay_epochs', 'scale'),
-            *('ratio', 'decay_rate', 'bce_pos_weight', 'bn_eps', 'kd_temperature'),
-        ),
-        _POSITIVE,
-    ),
-    **dict.fromkeys(
-        (
-            *('mean', 'lr_noise', 'hflip', 'vflip', 'color_jitter_prob', 'grayscale_prob', 'gaussian_blur_prob'),
-            *('reprob', 'cutmix_minmax', 'mixup_prob', 'mixup_switch_prob', 'bn_momentum', 'model_ema_decay'),
-            *('train_size_random_mix', 'bce_target_thresh'),
-        ),
-        _SHARE,
-    ),
-    **dict.fromkeys(('smoothing', 'drop', 'drop_connect', 'drop_path', 'drop_block', 'opt_betas'), _BELOW_1),
-    'crop_pct': (math.ulp(0.0), 1),
-    'seed': (0, 2**32 - 1),
-}
-
 _OF_MEALV2 = (
     *('teacher_weights', 'teacher_dtype', 'teacher_img_size', 'discriminator_weight', 'discriminator_mode'),
-    *('discriminator_lr_scale', 'hard_label_weight', 'teacher_classes'),
+    *('discriminator_lr_scale', 'discriminator_reduction', 'hard_label_weight', 'teacher_classes'),
 )
 
 
-_OF_STORED_LABELS = ('crops_per_decode', 'label_rest', 'allow_decoder_change')
+_OF_STORED_LABELS = ('label_rest', 'allow_pixel_change')
 
 
 class OptionError(UserError):
@@ -118,91 +43,22 @@ def mixes(args: argparse.Namespace) -> bool:
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Check every setting by itself, then those that have to go together.
+    """Check the settings that have to go together; each by itself the parser has checked.
 
     Raises:
         OptionError: Names the option, what it is, and what is allowed.
     """
-    for name, allowed in _CHOICES.items():
-        value = getattr(args, name)
-        if value is not None and value not in allowed:
-            _refuse(name, value, f'must be one of {", ".join(filter(None, dict.fromkeys(allowed)))}')
-    for name, value in vars(args).items():
-        for number in value if isinstance(value, (list, tuple)) else [value]:
-            if isinstance(number, (int, float)) and not isinstance(number, bool):
-                _check_number(name, number)
-    for check in (_check_names, _check_shapes, _check_refused, _check_batches, _check_losses, _check_distillation):
+    for check in (_check_shapes, _check_refused, _check_batches, _check_losses, _check_distillation):
         check(args)
+    if args.resume == 'auto' and not args.experiment:
+        raise OptionError('resume', '--resume auto needs --experiment, the run folder to continue.')
+    if args.opt_betas is not None and len(args.opt_betas) not in (2, 3):
+        _refuse('opt_betas', args.opt_betas, 'must be two values (three for adan)')
 
 
 def _refuse(name: str, value: Any, text: str) -> None:
     shown = '' if value is True else f' {" ".join(map(str, value)) if isinstance(value, list) else value}'
     raise OptionError(name, f'{option(name)}{shown}: {text}.')
-
-
-def _check_number(name: str, value: float) -> None:
-    if not math.isfinite(value):
-        _refuse(name, value, 'must be a finite number')
-    low, high = _RANGES.get(name, (-math.inf, math.inf))
-    if low <= value <= high:
-        return
-    lower = 'above 0' if low == math.ulp(0.0) else f'{low} or more'
-    upper = '' if high == math.inf else f' and {"below 1" if high < 1 else f"at most {high}"}'
-    _refuse(name, value, f'must be {lower}{upper}')
-
-
-def _check_names(args: argparse.Namespace) -> None:
-    architecture, tag = split_model_name_tag(args.model)
-    if ':' not in args.model and not timm.is_model(architecture):
-        near = difflib.get_close_matches(args.model, timm.list_models(), 1, 0)
-        _refuse('model', args.model, f'timm has no such model, the nearest is {near[0]}')
-    if ':' not in args.model and tag and args.model not in get_arch_pretrained_cfgs(architecture):
-        _refuse('model', args.model, f'timm has no such tag, but {", ".join(get_arch_pretrained_cfgs(architecture))}')
-    if ':' in args.model and not args.model.startswith(('hf-hub:', 'local-dir:')):
-        _refuse('model', args.model, 'must be a name of timm, hf-hub:USER/REPO or local-dir:FOLDER')
-    for name in ('initial_checkpoint', 'pretrained_path'):
-        path = getattr(args, name)
-        if path and not os.path.isfile(path):
-            _refuse(name, path, 'there is no such file')
-    try:
-        torch.device(args.device)
-        if torch.device(args.device).type == 'meta':
-            _refuse('device', args.device, 'computes nothing; choose cpu or cuda')
-    except RuntimeError:
-        _refuse('device', args.device, 'must be a device of torch, such as cpu, cuda or cuda:1')
-    if args.opt_betas is not None and len(args.opt_betas) not in (2, 3):
-        _refuse('opt_betas', args.opt_betas, 'must be two values (three for adan)')
-    if args.opt.lower() not in list_optimizers():
-        _refuse('opt', args.opt, 'timm has no such optimizer; timm.optim.list_optimizers() lists them')
-    experiment = PurePath(args.experiment)
-    if args.experiment and (experiment.is_absolute() or '..' in experiment.parts or not experiment.parts):
-        _refuse('experiment', args.experiment, 'must name a folder inside --output')
-    if any(len(os.fsencode(part)) > 255 or '\0' in part for part in experiment.parts):
-        _refuse('experiment', f'{args.experiment[:40]!r}...', 'cannot be the name of a folder')
-    if args.resume == 'auto' and not args.experiment:
-        raise OptionError('resume', '--resume auto needs --experiment, the run folder to continue.')
-    if args.aa is not None:
-        _check_policy(args.aa)
-    if args.push_to_hub is not None:
-        _check_repository(args.push_to_hub)
-
-
-def _check_repository(name: str) -> None:
-    from timm_mealv2.hub.client import check_repo_id  # loads the Hub's client, which few runs need
-
-    try:
-        check_repo_id(name, with_namespace=True)
-    except UserError:
-        _refuse('push_to_hub', name, "must be USER/NAME, of letters, digits, '-', '_' and '.'")
-
-
-def _check_policy(policy: str) -> None:
-    kind = policy.split('-')[0]
-    make = {'rand': rand_augment_transform, 'augmix': augment_and_mix_transform}.get(kind, auto_augment_transform)
-    try:
-        make(policy, {})
-    except (AssertionError, KeyError, ValueError, IndexError):
-        _refuse('aa', policy, 'must be such as rand-m9-mstd0.5, augmix-m5-w2, 3a, v0, v0r, original or originalr')
 
 
 def _check_shapes(args: argparse.Namespace) -> None:
@@ -227,7 +83,7 @@ def _check_shapes(args: argparse.Namespace) -> None:
 
 
 def _check_refused(args: argparse.Namespace) -> None:
-    for name in sorted(args.explicit):
+    for name in sorted(args.given):
         if name.startswith('naflex'):
             _refuse(name, True, 'refused, teachers and loaders work on images, not on NaFlex patches; leave it out')
     if args.torchscript:
@@ -261,7 +117,7 @@ def _check_compiler(args: argparse.Namespace) -> None:
 
 
 def _check_batches(args: argparse.Namespace) -> None:
-    if args.total_batch_size and 'batch_size' in args.explicit:
+    if args.total_batch_size and 'batch_size' in args.given:
         _refuse('total_batch_size', args.total_batch_size, '--batch-size is given as well; give one of them')
     sizes = args.train_img_sizes
     for name in ('train_batch_sizes', 'train_size_probs', 'train_batches_per_epoch'):
@@ -305,18 +161,18 @@ def _check_distillation(args: argparse.Namespace) -> None:
     kind = args.kd_distill_type
     mealv2 = bool(args.teachers or args.soft_labels) and kind == 'mealv2'
     for name in _OF_STORED_LABELS:
-        if name in args.explicit and not args.soft_labels:
+        if name in args.given and not args.soft_labels:
             _refuse(name, getattr(args, name), 'needs --soft-labels')
     if not mealv2:
         if args.soft_labels:
             _refuse('soft_labels', args.soft_labels, f'cannot go with --kd-distill-type {kind}')
         why = 'needs --teachers' if not args.teachers else f'cannot go with --kd-distill-type {kind}'
         for name in _OF_MEALV2:
-            if name in args.explicit:
+            if name in args.given:
                 _refuse(name, getattr(args, name), why)
         if args.unlabeled:
             _refuse('unlabeled', True, why)
-    if 'kd_distill_type' in args.explicit and kind != 'mealv2' and not args.teachers:
+    if 'kd_distill_type' in args.given and kind != 'mealv2' and not args.teachers:
         _refuse('kd_distill_type', kind, 'needs --kd-model-name or --teachers')
     if mealv2:
         if args.soft_labels:
@@ -337,7 +193,7 @@ def _check_distillation(args: argparse.Namespace) -> None:
             'kd_token_distill_type': lambda kind: kind == 'token',
         }
         for name, uses in used.items():
-            if name in args.explicit and not uses(kind):
+            if name in args.given and not uses(kind):
                 _refuse(name, getattr(args, name), f'does nothing with --kd-distill-type {kind}')
 
 
@@ -351,9 +207,9 @@ def _check_mealv2(args: argparse.Namespace) -> None:
         'kd_token_distill_type': 'use --kd-distill-type token',
     }
     for name, reason in reasons.items():
-        if name in args.explicit:
+        if name in args.given:
             _refuse(name, getattr(args, name), reason)
-    if 'kd_temperature' in args.explicit and args.kd_temperature != 1:
+    if 'kd_temperature' in args.given and args.kd_temperature != 1:
         _refuse('kd_temperature', args.kd_temperature, 'the temperature of MEAL V2 is 1; leave it out')
     for name in ('jsd_loss', 'aug_splits', 'split_bn'):
         if getattr(args, name):
@@ -377,7 +233,7 @@ def _check_mealv2(args: argparse.Namespace) -> None:
         _refuse('hard_label_weight', args.hard_label_weight, 'cannot go with --unlabeled')
     if not args.hard_label_weight:
         for name in ('bce_loss', 'smoothing'):
-            if name in args.explicit and getattr(args, name):
+            if name in args.given and getattr(args, name):
                 _logger.warning(f'{option(name)} does nothing: --hard-label-weight is 0, the labels are not looked at.')
 
 
@@ -389,9 +245,7 @@ def _check_stored_labels(args: argparse.Namespace) -> None:
     for name in ('teacher_weights', 'teacher_dtype', 'teacher_img_size', 'teacher_classes'):
         if getattr(args, name) is not None:
             _refuse(name, getattr(args, name), 'the predictions are stored: an option of mealv2-softlabels record')
-    if 'discriminator_weight' not in args.explicit:
-        args.discriminator_weight = 0.0
-    elif args.discriminator_weight and args.label_rest != 'uniform':
+    if args.discriminator_weight and args.label_rest != 'uniform':
         _refuse('label_rest', args.label_rest, 'leaves the discriminator no whole distribution; give one of the two')
     if args.hard_label_weight and mixes(args):
         _refuse('hard_label_weight', args.hard_label_weight, 'cannot go with mixed images of --soft-labels')

@@ -1,4 +1,4 @@
-"""One epoch of training. Knows a task, a loader and an optimizer, never the command line."""
+"""One step and one epoch of training. Knows a task, a loader and an optimizer, never the command line."""
 
 import logging
 import math
@@ -6,27 +6,31 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from timm.scheduler import PlateauLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from timm.task import TrainingTask
-from timm.utils import AverageMeter, NativeScaler, dispatch_clip_grad
-from torch import Tensor, nn
+from timm.utils import dispatch_clip_grad
+from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
 from timm_mealv2.data.loader import StreamLoader, TrainLoader
 from timm_mealv2.data.seed import Stream, counted_seed, seed_all
-from timm_mealv2.task import MealV2Task
 from timm_mealv2.training.checkpoint_saver import Progress
-from timm_mealv2.training.signals import Watch
+from timm_mealv2.training.metric_logging import Meters, format_means
 
 _logger = logging.getLogger(__name__)
+
+
+class LossScaler(torch.amp.GradScaler):
+    """torch's loss scaler for float16, under the name that timm's checkpoints give it."""
+
+    state_dict_key = 'amp_scaler'
 
 
 @dataclass
@@ -35,10 +39,10 @@ class Stepper:
 
     An update whose loss or gradient is not finite is skipped on all processes: weights, optimizer, moving average and
     the statistics of batch norm stay as they were. The device is asked once for that, between backward and update, as
-    torch's loss scaler does it. With the scaler only the loss counts: a gradient that overflows is the scaler's affair.
+    torch's loss scaler does it. With the scaler only the loss counts: it deals with a gradient that overflows itself.
 
     Attributes:
-        task: The task; its result's 'loss' is minimised.
+        task: The task; its result's 'loss' is minimized.
         optimizer: Of the task's trainable module.
         accumulate: Batches an update.
         autocast: Makes the context of the forward pass (mixed precision).
@@ -56,7 +60,7 @@ class Stepper:
     optimizer: torch.optim.Optimizer
     accumulate: int = 1
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
-    scaler: NativeScaler | None = None
+    scaler: LossScaler | None = None
     clip_grad: float | None = None
     clip_mode: str = 'norm'
     loss_weight: Callable[[int], float] | None = None
@@ -67,10 +71,13 @@ class Stepper:
 
     def __post_init__(self) -> None:
         self._finite = torch.tensor(True)
-        self._statistics = _Statistics(self.task.get_trainable_module())
+        norms = [m for m in self.task.get_trainable_module().modules() if isinstance(m, _NormBase)]
+        # What a forward pass changes before it is known whether the update is made.
+        self._statistics = [buffer for norm in norms for buffer in norm.buffers()]
+        self._kept = [buffer.clone() for buffer in self._statistics]
 
     def step(
-        self, images: Tensor, target: Tensor, *, update: int, part: int, parts: int
+        self, images: Tensor, target: Tensor, *, update: int, part: int = 0, parts: int = 1
     ) -> tuple[dict[str, Tensor], bool]:
         """Train on one batch, the `part`th of the `parts` that make up update number `update`.
 
@@ -79,55 +86,55 @@ class Stepper:
         """
         last = part == parts - 1
         if not part:
-            self._statistics.keep()
+            _copy(self._statistics, self._kept)
         # Dropout and stochastic depth are functions of where the run stands.
         seed_all(counted_seed(Stream.UPDATE, self.seed, self.rank, update, part))
         if self.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         with nullcontext() if last else self.task.no_sync():
-            with self.autocast():
-                result = self.task(images, target)
+            result = self.forward(images, target)
             loss = result['loss'] / parts
             if self.loss_weight is not None:
                 loss = loss * self.loss_weight(len(images))
             finite = loss.detach().isfinite()
             self._finite = self._finite & finite if part else finite
-            done = self._backward(loss, last)
-        if last:
-            self.optimizer.zero_grad()
-            if not done:
-                self._statistics.put_back()
-            elif self.task.has_ema():
-                # Rounding of a bfloat16 average is random too, and the same on every process.
-                ema = self.task.get_trainable_module(ema=True)
-                ema._sr_generator.manual_seed(counted_seed(Stream.EMA_ROUNDING, self.seed, update))
-                self.task.update_ema(step=update + 1)
-        return result, done
+            self.backward(loss)
+        return result, self.update(update) if last else True
 
-    def _backward(self, loss: Tensor, update: bool) -> bool:
-        create_graph = getattr(self.optimizer, 'is_second_order', False)
-        parameters = self.task.get_clip_parameters(exclude_head='agc' in self.clip_mode)
-        if self.scaler is not None:
-            if update and not self.agree(bool(self._finite)):
-                return False
-            self.scaler(
-                loss,
-                self.optimizer,
-                clip_grad=self.clip_grad,
-                clip_mode=self.clip_mode,
-                parameters=parameters,
-                create_graph=create_graph,
-                need_update=update,
-            )
-            return True
-        loss.backward(create_graph=create_graph)
-        if update:
-            if not self.agree(self._all_finite()):
-                return False
+    def forward(self, images: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Run the task on a batch."""
+        with self.autocast():
+            result: dict[str, Tensor] = self.task(images, target)
+        return result
+
+    def backward(self, loss: Tensor) -> None:
+        """Add a loss's gradient to that of the update."""
+        scaled = loss if self.scaler is None else self.scaler.scale(loss)
+        scaled.backward(create_graph=getattr(self.optimizer, 'is_second_order', False))
+
+    def update(self, update: int) -> bool:
+        """Make update number `update`, unless it is not finite; return whether it was made."""
+        made = self.agree(bool(self._finite) if self.scaler is not None else self._all_finite())
+        if made:
             if self.clip_grad is not None:
+                if self.scaler is not None:
+                    self.scaler.unscale_(self.optimizer)
+                parameters = self.task.get_clip_parameters(exclude_head='agc' in self.clip_mode)
                 dispatch_clip_grad(parameters, value=self.clip_grad, mode=self.clip_mode)
-            self.optimizer.step()
-        return True
+            if self.scaler is not None:
+                self.scaler.step(self.optimizer)
+                self.scaler.update()
+            else:
+                self.optimizer.step()
+        self.optimizer.zero_grad()
+        if not made:
+            _copy(self._kept, self._statistics)
+        elif self.task.has_ema():
+            # Rounding of a bfloat16 average is random too, and the same on every process.
+            ema: Any = self.task.get_trainable_module(ema=True)
+            ema._sr_generator.manual_seed(counted_seed(Stream.EMA_ROUNDING, self.seed, update))
+            self.task.update_ema(step=update + 1)
+        return made
 
     def _all_finite(self) -> bool:
         """Whether the losses of the update and its gradient are finite."""
@@ -138,88 +145,81 @@ class Stepper:
         return bool(self._finite) and all(bool(gradient.isfinite().all()) for gradient in gradients)
 
 
-class _Statistics:
-    """What a forward pass alone changes in a module, batch norm's running statistics, and a copy of it."""
-
-    def __init__(self, module: nn.Module) -> None:
-        norms = [norm for norm in module.modules() if isinstance(norm, _NormBase)]
-        self.buffers = [buffer for norm in norms for buffer in norm.buffers()]
-        self.copies = [buffer.clone() for buffer in self.buffers]
-
-    @torch.no_grad()
-    def keep(self) -> None:
-        if self.buffers:
-            torch._foreach_copy_(self.copies, self.buffers)
-
-    @torch.no_grad()
-    def put_back(self) -> None:
-        if self.buffers:
-            torch._foreach_copy_(self.buffers, self.copies)
+@torch.no_grad()
+def _copy(source: list[Tensor], destination: list[Tensor]) -> None:
+    if source:
+        torch._foreach_copy_(destination, source)
 
 
-@dataclass
-class Meters:
-    """Means of a task's scalars over the images of an epoch. They stay on the device until they are asked for."""
+class Schedule:
+    """timm's learning rate schedule, as a function of the position in the run.
 
-    meters: dict[str, AverageMeter] = field(default_factory=dict)
+    Args:
+        scheduler: timm's scheduler, None for a constant learning rate.
+        epochs: Length of the run, warm-up and cool-down included.
+        updates_per_epoch: Updates of an epoch.
+    """
 
-    def update(self, result: dict[str, Tensor], images: int) -> None:
-        """Add the scalars of a batch of `images` images."""
-        for name, value in result.items():
-            if name != 'output':
-                self.meters.setdefault(name, AverageMeter()).update(value.detach().float(), images)
+    def __init__(self, scheduler: Scheduler | None, epochs: int, updates_per_epoch: int) -> None:
+        self.scheduler, self.epochs, self.updates_per_epoch = scheduler, epochs, updates_per_epoch
 
-    def update_without(self, scalars: dict[str, Tensor]) -> None:
-        """Take note of the names alone: of an epoch of which nothing is counted the means are NaN."""
-        for name, value in scalars.items():
-            if name not in self.meters:
-                meter = self.meters[name] = AverageMeter()
-                meter.sum = torch.zeros_like(value, dtype=torch.float32)
+    def go_to(self, position: Progress) -> None:
+        """Set the learning rate of a position. A schedule that follows a metric keeps the one that it has come to."""
+        if self.scheduler is not None and not isinstance(self.scheduler, PlateauLRScheduler):
+            self.scheduler.step(position.epoch)
+            self.scheduler.step_update(position.update)
 
-    def means(self, distributed: bool = False) -> dict[str, float]:
-        """Return the means, over all processes if `distributed` (a collective call)."""
-        if not self.meters:
-            return {}
-        sums = torch.stack([torch.stack([m.sum, torch.full_like(m.sum, m.count)]) for m in self.meters.values()])
-        if distributed:
-            dist.all_reduce(sums)
-        means = zip(self.meters, sums.tolist(), strict=True)
-        return {name: total / count if count else math.nan for name, (total, count) in means}
+    def after_update(self, updates: int) -> None:
+        """Go on after an update; `updates` have been made."""
+        if self.scheduler is not None:
+            self.scheduler.step_update(num_updates=updates)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Sums and counts, for a checkpoint in the middle of an epoch."""
-        return {name: {'sum': meter.sum.cpu(), 'count': meter.count} for name, meter in self.meters.items()}
+    def after_epoch(self, epochs: int, metric: float | None) -> None:
+        """Go on after an epoch; `epochs` have been made, and `metric` is the last one's."""
+        if self.scheduler is not None:
+            self.scheduler.step(epochs, metric)
 
-    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+    def state_dict(self) -> dict[str, Any] | None:
+        """Return what a schedule that follows a metric has counted; None for all others.
+
+        The state that timm's has leaves out how long it has been waiting.
+        """
+        if not isinstance(self.scheduler, PlateauLRScheduler):
+            return None
+        counted = {name: getattr(self.scheduler.lr_scheduler, name) for name in _COUNTED}
+        return {'counted': counted, 'restore_lr': self.scheduler.restore_lr}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` returned."""
-        for name, values in state.items():
-            meter = self.meters[name] = AverageMeter()
-            meter.sum, meter.count = values['sum'].to(device), values['count']
-            meter.avg = meter.sum / max(meter.count, 1)
+        if isinstance(self.scheduler, PlateauLRScheduler):
+            for name, value in state['counted'].items():
+                setattr(self.scheduler.lr_scheduler, name, value)
+            self.scheduler.restore_lr = state['restore_lr']
+
+
+_COUNTED = ('best', 'num_bad_epochs', 'cooldown_counter', 'last_epoch')
 
 
 @dataclass
 class EpochEvents:
-    """What happens beside the steps.
+    """What happens beside the steps. All functions are called on every process.
 
     Attributes:
+        after_update: Told, after each update, where the run stands, whether the update was made, and the last images.
+        before_next: Called between two updates of the epoch with the position; may end the run.
+        save_images: Saves a batch of images, given its number and the images; called at each line of the log.
         log_interval: Batches from one line of the log to the next.
         log: Whether this process writes the log.
-        distributed: Whether means are taken over several processes.
-        recovery_interval: Updates from one recovery checkpoint to the next, 0 for none; none after the epoch's last.
-        save_recovery: Writes one, given the position and the meters; called on every process.
-        after_update: Called on every process after each update but the epoch's last, likewise; may end the run.
-        save_images: Saves a batch of images, given its number and the images; called at each line of the log.
+        world_size: Number of processes, each with batches of its own.
         synchronize: Wait for the device after each step.
     """
 
+    after_update: Callable[[Progress, bool, Tensor], None] | None = None
+    before_next: Callable[[Progress], None] | None = None
+    save_images: Callable[[int, Tensor], None] | None = None
     log_interval: int = 50
     log: bool = True
-    distributed: bool = False
-    recovery_interval: int = 0
-    save_recovery: Callable[[Progress, Meters], None] | None = None
-    after_update: Callable[[Progress, Meters], None] | None = None
-    save_images: Callable[[int, Tensor], None] | None = None
+    world_size: int = 1
     synchronize: bool = False
 
 
@@ -231,13 +231,9 @@ def updates_per_epoch(loader: TrainLoader | StreamLoader, accumulate: int) -> in
 def train_one_epoch(
     stepper: Stepper,
     loader: TrainLoader | StreamLoader,
-    *,
     start: Progress,
     meters: Meters,
-    scheduler: Scheduler | None = None,
     events: EpochEvents | None = None,
-    watch: Watch | None = None,
-    world_size: int = 1,
 ) -> dict[str, float]:
     """Train from `start` to the end of its epoch.
 
@@ -246,10 +242,7 @@ def train_one_epoch(
         loader: Gives the batches.
         start: Where to begin.
         meters: Empty, or the sums of the epoch's earlier batches.
-        scheduler: Told of every update.
-        events: Log, recovery checkpoints, saved images.
-        watch: Counts the updates that were skipped.
-        world_size: Number of processes, each with batches of its own.
+        events: What happens beside the steps.
 
     Returns:
         Means of the task's scalars over the epoch and all processes, and 'images_per_second' of all processes.
@@ -257,88 +250,71 @@ def train_one_epoch(
     events = events or EpochEvents()
     stepper.task.train()
     batches, update = len(loader), start.update
-    images_seen, began = 0, time.perf_counter()
+    log = _Log(events, start, batches)
     results: list[tuple[dict[str, Tensor], int]] = []  # of the update's batches, counted if it is made
-    bar = tqdm(
-        total=batches,
-        initial=start.batch,
-        desc=f'epoch {start.epoch}',
-        unit='batch',
-        leave=False,
-        dynamic_ncols=True,
-        disable=not (events.log and sys.stderr.isatty()),
-    )
     for batch, (images, target) in enumerate(loader.batches(start.epoch, start.batch), start.batch):
         part = batch % stepper.accumulate
         parts = min(stepper.accumulate, batches - batch + part)
-        result, done = stepper.step(images, target, update=update, part=part, parts=parts)
+        result, made = stepper.step(images, target, update=update, part=part, parts=parts)
         results.append(({name: value.detach() for name, value in result.items() if name != 'output'}, len(images)))
-        images_seen += len(images)
         if events.synchronize and images.is_cuda:
             torch.cuda.synchronize()
-
         if part == parts - 1:
             for scalars, count in results:
-                if done:
-                    meters.update(scalars, count)
-                else:
-                    meters.update_without(scalars)
+                meters.update(scalars, count if made else 0)
             results.clear()
-            if watch is not None:
-                watch.count(update, done, partial(_broken_teachers, stepper, images))
             update += 1
-            if scheduler is not None:
-                scheduler.step_update(num_updates=update)
             position = Progress(start.epoch, batch + 1, update)
-            if batch + 1 < batches:  # after the epoch's last, the run first shares the statistics of batch norm
-                if events.recovery_interval and events.save_recovery and update % events.recovery_interval == 0:
-                    events.save_recovery(position, meters)
-                if events.after_update is not None:
-                    events.after_update(position, meters)
-        bar.update()
-        if (batch + 1) % events.log_interval == 0 or batch + 1 == batches:
-            means = meters.means(events.distributed)  # the only wait for the device
-            if events.log:
-                rate = images_seen * world_size / (time.perf_counter() - began)
-                text = format_means(means, learning_rate(stepper.optimizer), rate)
-                if bar.disable:
-                    width = len(str(batches))
-                    _logger.info(f'epoch {start.epoch} [{batch + 1:>{width}}/{batches}] {text}')
-                else:
-                    bar.set_postfix_str(text)
-                if events.save_images is not None:
-                    events.save_images(batch, images)
-    bar.close()
+            if events.after_update is not None:
+                events.after_update(position, made, images)
+            if events.before_next is not None and batch + 1 < batches:
+                events.before_next(position)
+        log.batch(batch, images, meters, learning_rate(stepper.optimizer))
+    log.bar.close()
     if hasattr(stepper.optimizer, 'sync_lookahead'):
         stepper.optimizer.sync_lookahead()
-    rate = images_seen * world_size / (time.perf_counter() - began)
-    return {**meters.means(events.distributed), 'images_per_second': rate}
+    return {**meters.means(events.world_size > 1), 'images_per_second': log.images_per_second}
 
 
-def _broken_teachers(stepper: Stepper, images: Tensor) -> list[str]:
-    """Names of the teachers whose output for `images` is not finite."""
-    if not isinstance(stepper.task, MealV2Task):
-        return []
-    with stepper.autocast():
-        return [f'teacher {name}' for name in stepper.task.nonfinite_teachers(images)]
+class _Log:
+    """The progress bar on a terminal, lines of the log elsewhere."""
+
+    def __init__(self, events: EpochEvents, start: Progress, batches: int) -> None:
+        self.events, self.epoch, self.batches = events, start.epoch, batches
+        self.images, self.began = 0, time.perf_counter()
+        self.bar = tqdm(
+            total=batches,
+            initial=start.batch,
+            desc=f'epoch {start.epoch}',
+            unit='batch',
+            leave=False,
+            dynamic_ncols=True,
+            disable=not (events.log and sys.stderr.isatty()),
+        )
+
+    @property
+    def images_per_second(self) -> float:
+        """Images of all processes a second so far."""
+        return self.images * self.events.world_size / (time.perf_counter() - self.began)
+
+    def batch(self, batch: int, images: Tensor, meters: Meters, lr: float) -> None:
+        """Count a batch; tell the means where they are due, which is the only wait for the device."""
+        self.images += len(images)
+        self.bar.update()
+        if (batch + 1) % self.events.log_interval and batch + 1 < self.batches:
+            return
+        means = meters.means(self.events.world_size > 1)
+        if self.events.log:
+            text = format_means(means, lr, self.images_per_second)
+            if self.bar.disable:
+                _logger.info(f'epoch {self.epoch} [{batch + 1:>{len(str(self.batches))}}/{self.batches}] {text}')
+            else:
+                self.bar.set_postfix_str(text)
+            if self.events.save_images is not None:
+                self.events.save_images(batch, images)
 
 
 def learning_rate(optimizer: torch.optim.Optimizer) -> float:
     """Mean learning rate of the parameter groups, as timm reports it."""
     rates = [group['lr'] for group in optimizer.param_groups]
     return sum(rates) / len(rates)
-
-
-_SHORT = {
-    'similarity_loss': 'similarity',
-    'discriminator_loss': 'discriminator',
-    'discriminator_accuracy': 'accuracy of it',
-    'teacher_agreement': 'agreement',
-    'hard_label_loss': 'hard labels',
-}
-
-
-def format_means(means: dict[str, float], rate: float, images_per_second: float) -> str:
-    """One line of the log."""
-    values = ', '.join(f'{_SHORT.get(name, name)} {value:.4g}' for name, value in means.items())
-    return f'{values}, lr {rate:.3g}, {images_per_second:.0f} images/s'

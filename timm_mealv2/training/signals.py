@@ -5,7 +5,6 @@ skip the same updates and stop at the same one.
 """
 
 import logging
-import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,46 +12,20 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Self
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from timm_mealv2.data.bad_images import BadImages
 from timm_mealv2.errors import UserError
+from timm_mealv2.training.distributed import Processes
 
 _logger = logging.getLogger(__name__)
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-
-_open_signals = 0
-_mask: set[Any] = set()
-
-
-def _before_fork() -> None:
-    global _mask
-    if _open_signals:
-        _mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-
-
-def _after_fork_in_parent() -> None:
-    if _open_signals:
-        signal.pthread_sigmask(signal.SIG_SETMASK, _mask)
-
-
-def _after_fork_in_child() -> None:
-    if _open_signals:
-        signal.set_wakeup_fd(-1)  # the pipe is the parent's too
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-# A worker process gets the signals that reach the whole group: from its first moment it leaves Ctrl-C to the training
-# process, and SIGTERM blocked until it can tell who sent it (see `ignore_signals`).
-os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
-
 
 class Signals:
-    """SIGTERM and SIGINT while the context is open: the first ends the run in good order, the second at once.
+    """SIGTERM and SIGINT while the context is open: the first one ends the run in good order, others do nothing.
+
+    Who wants the process gone at once sends SIGKILL, as torchrun, SLURM and Kubernetes do after a while. A launcher
+    that hands a signal on may well send it a second time.
 
     Outside of `deferred` the first leaves by SystemExit. The exit code is 128 + the signal's number. Does nothing in
     another thread than the main one.
@@ -71,30 +44,17 @@ class Signals:
         self._former: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
-        global _open_signals
         if threading.current_thread() is threading.main_thread():
-            # Python runs a handler between two steps of its own in the main thread, which may be waiting in a
-            # collective for a process that is gone: a second thread is told through the pipe.
-            self._reading, self._writing = os.pipe()
-            os.set_blocking(self._writing, False)
-            self._former_fd = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
-            self._former = {number: signal.signal(number, self._receive) for number in _SIGNALS}
-            _open_signals += 1
-            threading.Thread(target=self._watch, args=(self._reading,), daemon=True).start()
+            self._former = {s: signal.signal(s, self._receive) for s in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def __exit__(self, *error: object) -> None:
-        global _open_signals
-        if self._former:
-            _open_signals -= 1
-            for number, handler in self._former.items():
-                signal.signal(number, handler)
-            signal.set_wakeup_fd(self._former_fd)
-            os.close(self._writing)  # ends the thread
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Only take note of the first signal within the block."""
+        """Only remember the signal within the block."""
         self._deferred = True
         try:
             yield
@@ -102,9 +62,10 @@ class Signals:
             self._deferred = False
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.received = self.received or number
-        if not self._deferred:
-            self.leave(number)
+        if not self.received:
+            self.received = number
+            if not self._deferred:
+                self.leave(number)
 
     def leave(self, number: int, text: str = '') -> None:
         """Exit as shells report a process that signal `number` has ended; `text` goes on with the line."""
@@ -112,23 +73,23 @@ class Signals:
             _logger.warning(f'Stopped by {signal.Signals(number).name}{text}.')
         raise SystemExit(128 + number)
 
-    @staticmethod
-    def _watch(reading: int) -> None:
-        count = 0
-        while number := os.read(reading, 1):
-            if number[0] in _SIGNALS:
-                count += 1
-                if count == 2:
-                    os._exit(128 + number[0])
-        os.close(reading)
-
 
 class EvaluationStoppedError(Exception):
     """An evaluation was given up on all processes, as a signal has come."""
 
 
-class Watch:
+class TooManyNonFiniteError(UserError):
+    """Too many updates in a row were skipped."""
+
+
+class Guard:
     """What the processes of a run know of each other at each update.
+
+    Args:
+        signals: The signals of this process.
+        bad: The images that it could not read.
+        processes: The processes.
+        max_nonfinite: Skipped updates in a row that stop the run.
 
     Attributes:
         signal: The signal that has come to any process, 0 if none has.
@@ -136,27 +97,21 @@ class Watch:
             'in_a_row'.
     """
 
-    def __init__(self, signals: Signals, bad: BadImages, *, max_nonfinite: int = 10, distributed: bool = False) -> None:
-        self.signals = signals
-        self.bad = bad
-        self.max_nonfinite = max_nonfinite
+    def __init__(self, signals: Signals, bad: BadImages, processes: Processes, max_nonfinite: int = 10) -> None:
+        self.signals, self.bad, self.processes, self.max_nonfinite = signals, bad, processes, max_nonfinite
         self.signal = 0
         self.state: dict[str, Any] = {'bad_images': bad.found, 'skipped': 0, 'in_a_row': 0}
-        self._group: dist.ProcessGroup | None = dist.new_group(backend='gloo') if distributed else None  # type: ignore
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on counting from the `state` of a checkpoint."""
-        self.bad.found.update(state['bad_images'])
-        self.state |= {'skipped': state['skipped'], 'in_a_row': state['in_a_row']}
+    @property
+    def stops(self) -> bool:
+        """Whether the run is to stop after the present update."""
+        return bool(self.signal) or len(self.bad.found) > self.bad.limit
 
     def agree(self, finite: bool = True) -> bool:
         """Tell the other processes whether this one's update is finite; return whether all are (a collective call)."""
-        values = torch.tensor([self.signals.received, self.bad.news, not finite], dtype=torch.int64)
-        if self._group is not None:
-            dist.all_reduce(values, dist.ReduceOp.MAX, group=self._group)
-        self.signal, news, infinite = values.tolist()
+        self.signal, news, infinite = self.processes.maxima([self.signals.received, self.bad.news, not finite])
         if news:
-            self.bad.share(self._gather)
+            self.bad.share(self.processes.gather)
         return not infinite
 
     def count(self, update: int, finite: bool, find_teachers: Callable[[], Sequence[str]]) -> None:
@@ -168,17 +123,20 @@ class Watch:
             find_teachers: Finds the teachers whose output is not finite, if any.
 
         Raises:
-            UserError: If it is the last of too many in a row, on all processes.
+            TooManyNonFiniteError: If it is the last of too many in a row, on all processes.
         """
         if finite:
             self.state['in_a_row'] = 0
             return
         self.state['skipped'] += 1
         self.state['in_a_row'] += 1
-        teachers = sorted({name for names in self._gather(find_teachers()) for name in names})
-        text = f'the loss or its gradient is not finite{_because_of(teachers)}'
+        text = 'the loss or its gradient is not finite'
+        teachers = sorted({name for names in self.processes.gather(find_teachers()) for name in names})
+        if teachers:
+            verb = 'predicts' if len(teachers) == 1 else 'predict'
+            text += f', and so is what {" and ".join(teachers)} {verb}'
         row, skipped = self.state['in_a_row'], self.state['skipped']
-        if self.signals.log:
+        if self.processes.primary:
             _logger.warning(f'Update {update} is skipped: {text} ({row} in a row, {skipped} in all).')
         if row >= self.max_nonfinite:
             raise TooManyNonFiniteError(f'{row} updates in a row were skipped (--max-nonfinite), {text}.')
@@ -187,34 +145,10 @@ class Watch:
         """The batches of an evaluation, which is given up on all processes when a signal comes to one."""
         return _UntilStopped(self, loader)
 
-    def wait(self) -> None:
-        """Wait for the other processes: torchrun ends all as soon as one is gone."""
-        if self._group is not None:
-            dist.barrier(group=self._group)
-
-    def _gather(self, value: Any) -> list[Any]:
-        """What all processes give, in the order of their ranks (a collective call)."""
-        if self._group is None:
-            return [value]
-        gathered: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, value, group=self._group)
-        return gathered
-
-
-class TooManyNonFiniteError(UserError):
-    """Too many updates in a row were skipped."""
-
-
-def _because_of(teachers: Sequence[str]) -> str:
-    if not teachers:
-        return ''
-    verb = 'gives' if len(teachers) == 1 else 'give'
-    return f', and so is what {" and ".join(teachers)} {verb}'
-
 
 class _UntilStopped:
-    def __init__(self, watch: Watch, loader: Any) -> None:
-        self.watch = watch
+    def __init__(self, guard: Guard, loader: Any) -> None:
+        self.guard = guard
         self.loader = loader
 
     def __len__(self) -> int:
@@ -222,10 +156,10 @@ class _UntilStopped:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for batch in self.loader:
-            if self.watch.signals.received:
+            if self.guard.signals.received:
                 break
             yield batch
         # Once a pass on every process, however many batches it had.
-        self.watch.agree()
-        if self.watch.signal:
+        self.guard.agree()
+        if self.guard.signal:
             raise EvaluationStoppedError

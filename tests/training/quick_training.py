@@ -1,0 +1,39 @@
+"""A training of a second, and how to look at what it leaves. A module of its own, as `conftest` cannot be imported."""
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from timm_mealv2.training.checkpoint_saver import read_checkpoint
+
+REPOSITORY = Path(__file__).parents[2]
+SMALL = (
+    '--model test_resnet --num-classes 3 --img-size 16 --batch-size 4 --workers 0 --lr 0.05 --epochs 2 '
+    '--warmup-epochs 0 --log-interval 2 --device cpu --color-jitter 0 --smoothing 0 --weight-decay 0'
+).split()
+
+Train = Callable[..., Path]
+
+
+def summary(folder: Path) -> list[dict[str, str]]:
+    with open(folder / 'summary.csv', newline='') as file:
+        return list(csv.DictReader(file))
+
+
+def weights(path: Path, key: str = 'state_dict') -> dict[str, torch.Tensor]:
+    return read_checkpoint(path)[key]
+
+
+def assert_equal_weights(a: Path, b: Path) -> None:
+    """Student, average and discriminator of two checkpoints are the same to the bit."""
+    first, second = read_checkpoint(a), read_checkpoint(b)
+    for key in ('state_dict', 'state_dict_ema'):
+        assert (key in first) == (key in second)
+        for name, value in first.get(key, {}).items():
+            assert torch.equal(value, second[key][name]), f'{key} {name}'
+    for key in ('task_state', 'task_state_ema'):
+        for part, state in first.get(key, {}).items():
+            for name, value in state.items():
+                assert torch.equal(value, second[key][part][name]), f'{key} {part} {name}'

@@ -1,0 +1,105 @@
+"""Which settings go together, and the line that says so where they do not."""
+
+import pytest
+
+from timm_mealv2.cli.parser import run_cli
+from timm_mealv2.training.arguments import parse_args
+
+TWO_TEACHERS = ('--teachers', 'resnet18', 'resnet34')
+
+
+def assert_one_line(capsys: pytest.CaptureFixture[str], argv: list[str], *texts: str) -> None:
+    """`argv` ends with exit code 2 and one line that holds `texts`."""
+    with pytest.raises(SystemExit) as exit:
+        run_cli(lambda argv: parse_args(argv) and None, argv)
+    captured = capsys.readouterr()
+    assert exit.value.code == 2
+    assert captured.out == ''
+    assert captured.err.count('\n') == 1
+    assert 'Traceback' not in captured.err
+    for text in texts:
+        assert text in captured.err
+
+
+@pytest.mark.parametrize(
+    ('argv', 'text'),
+    [
+        ('--recipe mealv2_resnet50', 'the nearest is mealv2_resnet50_'),
+        ('--scale 0.5', 'must be two values'),
+        ('--scale 1 0.5', 'the smaller first'),
+        ('--scale 0.5 2', 'must be at most 1'),
+        ('--ratio 2 1', 'the smaller first'),
+        ('--cutmix-minmax 0.5', 'must be two values'),
+        ('--lr-noise 0.1 0.2 0.3', 'one or two values'),
+        ('--mean 0.5 0.5', 'one per channel'),
+        ('--in-chans 1 --std 0.5 0.5 0.5', 'one per channel'),
+        ('--input-size 1 32 32 --in-chans 3', '--input-size says 1'),
+        ('--opt-betas 0.9', 'must be two values'),
+        ('--resume auto', 'needs --experiment'),
+        ('--total-batch-size 64 --batch-size 8', 'give one of them'),
+        ('--train-batch-sizes 4 2', 'needs --train-img-sizes'),
+        ('--train-batches-per-epoch 4', 'needs --train-img-sizes'),
+        ('--train-img-sizes 32 48 --train-batch-sizes 4', 'must be 2 values'),
+        ('--train-img-sizes 32 48 --train-size-probs 0 0', 'must not all be 0'),
+        ('--train-img-sizes 32 --train-size-schedule progressive', 'two --train-img-sizes'),
+        ('--jsd-loss', 'needs --aug-splits'),
+        ('--aug-splits 1', '0, or 2 or more'),
+        ('--aug-splits 2 --mixup 0.1', 'cannot go with'),
+        ('--aug-splits 2 --jsd-loss --bce-loss', 'cannot go with --bce-loss'),
+        ('--split-bn', 'needs --aug-splits'),
+        ('--bce-sum', 'needs --bce-loss'),
+        ('--torchscript', 'refused'),
+        ('--fuser nvfuser', 'refused'),
+        ('--naflex-loader', 'refused'),
+        ('--naflex-max-seq-len 100', 'refused'),
+        ('--tta 2', 'refused'),
+        ('--amp --model-dtype bfloat16', 'give one of them'),
+        ('--torchcompile-mode default', 'needs --torchcompile'),
+        ('--torchcompile fast', '--torchcompile fast: must be one of'),
+        ('--torchcompile --torchcompile-mode fast', '--torchcompile-mode fast: must be one of'),
+        ('--torchcompile eager --torchcompile-mode lite', 'only the backend inductor has modes'),
+        ('--in-chans 7', '--in-chans 7: images have 3 channels'),
+        ('--input-size 4 32 32', '--input-size 4 32 32: images have 3 channels'),
+        ('--teachers a --kd-model-name b', 'mean the same'),
+        ('--teachers a b --teacher-weights 1', 'must be 2 values'),
+        ('--teachers a b --teacher-weights 0 0', 'must not all be 0'),
+        ('--teachers a b --teacher-img-size 32 32 32', 'one value, or 2'),
+        ('--teachers a --kd-temperature 4', 'temperature of MEAL V2 is 1'),
+        ('--teachers a --kd-loss-type kl', 'its own loss'),
+        ('--teachers a --task-loss-weight 0', '--hard-label-weight'),
+        ('--teachers a --distill-loss-weight 1', 'only target'),
+        ('--teachers a --aug-splits 2', 'refused with MEAL V2'),
+        ('--teachers a --unlabeled --hard-label-weight 1', 'cannot go with --unlabeled'),
+        ('--teachers a b --kd-distill-type logit', 'takes one teacher'),
+        ('--teachers a --kd-distill-type logit --unlabeled', 'cannot go with'),
+        ('--teachers a --kd-distill-type logit --discriminator-weight 2', 'cannot go with'),
+        ('--teachers a --kd-distill-type feature --kd-temperature 2', 'does nothing'),
+        ('--discriminator-weight 1', 'needs --teachers'),
+        ('--unlabeled', 'needs --teachers'),
+        ('--kd-distill-type logit', 'needs'),
+    ],
+)
+def test_contradictions_and_refusals_name_the_option(capsys: pytest.CaptureFixture[str], argv: str, text: str) -> None:
+    assert_one_line(capsys, argv.split(), text)
+
+
+@pytest.mark.parametrize(
+    'argv',
+    [
+        [*TWO_TEACHERS, '--kd-temperature', '1', '--teacher-img-size', '64', '--teacher-weights', '2', '1'],
+        ['--aug-splits', '3', '--jsd-loss', '--split-bn', '--aa', 'augmix-m5-w2'],
+        ['--train-img-sizes', '32', '48', '--train-batch-sizes', '8', '4', '--train-size-schedule', 'progressive'],
+        ['--teachers', 'resnet18', '--kd-distill-type', 'logit', '--kd-temperature', '4', '--task-loss-weight', '0'],
+        ['--model', 'hf-hub:me/x', '--aa', 'rand-m9-mstd0.5', '--torchcompile', '--lr-noise', '0.4', '0.9'],
+    ],
+)
+def test_what_goes_together_is_accepted(argv: list[str]) -> None:
+    assert parse_args(argv)
+
+
+def test_an_ignored_setting_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    parse_args([*TWO_TEACHERS, '--smoothing', '0.2'])
+    assert '--smoothing does nothing' in caplog.text
+    caplog.clear()
+    parse_args([*TWO_TEACHERS, '--smoothing', '0.2', '--hard-label-weight', '1'])
+    assert not caplog.text

@@ -1,0 +1,350 @@
+"""From arguments to the data of a run: data sets, training loader, and the images that a model is evaluated on."""
+
+import argparse
+import logging
+from collections.abc import Callable
+from copy import copy
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from timm.data import FastCollateMixup, ImageDataset
+from torch.utils.data import Dataset, IterableDataset, Subset
+
+from timm_mealv2.data.augmentation import Augmentation, Erasing
+from timm_mealv2.data.bad_images import BadImages, Collate, SampleSource
+from timm_mealv2.data.dataset import check_classes, class_names, dataset_root, open_dataset, unlabeled
+from timm_mealv2.data.deterministic import EpochSampler, Samples
+from timm_mealv2.data.loader import (
+    CollateMixed,
+    CollatePairs,
+    StreamLoader,
+    TrainLoader,
+    collate_labels,
+    eval_loader,
+)
+from timm_mealv2.errors import UserError
+from timm_mealv2.soft_labels.replay import replay
+from timm_mealv2.soft_labels.store import SoftLabelStore
+from timm_mealv2.training.checks import mixes
+from timm_mealv2.training.distributed import Processes
+
+_logger = logging.getLogger(__name__)
+
+FLOAT_TYPES = {'float16': torch.float16, 'bfloat16': torch.bfloat16, 'float32': torch.float32}
+
+EVALUATED_AT_MOST = 50_000
+"""Training images that stand in for a validation split."""
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """What the student sees.
+
+    Attributes:
+        config: The resolved data configuration: 'input_size', 'mean', 'std', 'interpolation' and the like.
+        num_classes: Number of classes.
+        batch_size: Images of a batch, per process.
+    """
+
+    config: dict[str, Any]
+    num_classes: int
+    batch_size: int
+
+    @property
+    def channels(self) -> int:
+        """Image channels."""
+        return int(self.config['input_size'][0])
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The images that a model is judged by.
+
+    Attributes:
+        loader: Gives the batches.
+        by_agreement: Judge by agreement with the teachers, not by labels.
+    """
+
+    loader: Any
+    by_agreement: bool
+
+    def metric(self, eval_metric: str) -> str:
+        """The metric to rank checkpoints by where `eval_metric` is asked for."""
+        if not self.by_agreement:
+            return eval_metric
+        return 'kl' if eval_metric == 'loss' else 'agreement'
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns of summary.csv, without their prefix."""
+        return ('agreement', 'kl') if self.by_agreement else ('loss', 'top1', 'top5')
+
+
+@dataclass(frozen=True)
+class Data:
+    """The data of a run.
+
+    Attributes:
+        loader: Gives the training batches.
+        validation: What a model is judged by, None for nothing.
+        class_names: Names of the classes, None where the data set does not tell.
+        splits: The data sets by the names under which unreadable images are reported.
+    """
+
+    loader: TrainLoader | StreamLoader
+    validation: Validation | None
+    class_names: list[str] | None
+    splits: dict[str, Dataset]
+
+
+def build_data(
+    args: argparse.Namespace, pixels: Pixels, processes: Processes, bad: BadImages, live_teachers: bool
+) -> Data:
+    """Open the data sets and create the loaders.
+
+    Args:
+        args: The arguments.
+        pixels: What the student sees.
+        processes: The processes of the run.
+        bad: Told of the images that cannot be read.
+        live_teachers: Whether there are teachers that a model can be compared with.
+    """
+    train, validation = _open_datasets(args, pixels)
+    loader = _build_train_loader(args, train, pixels, processes, bad)
+    by_agreement = args.unlabeled and (validation is None or len(class_names(validation) or ()) != pixels.num_classes)
+    if by_agreement and not live_teachers:
+        _logger.info('No validation split with labels, and no live teachers to agree with: there is no evaluation.')
+        return Data(loader, None, class_names(train), {'train': train})
+    if validation is None:
+        validation = _open_split(args, args.train_split, pixels)
+        count = len(validation)  # type: ignore[arg-type]
+        if not isinstance(validation, IterableDataset) and count > EVALUATED_AT_MOST:
+            validation = sample_of(validation, EVALUATED_AT_MOST, args.seed)
+        _logger.info(
+            'No validation split: evaluating by agreement with the teachers on '
+            f'{min(count, EVALUATED_AT_MOST):,} of the {count:,} training images.'
+        )
+    if by_agreement:
+        validation = unlabeled(validation)
+    evaluated = eval_loader(
+        validation,
+        pixels.config,
+        batch_size=args.validation_batch_size or pixels.batch_size,
+        device=processes.device,
+        bad=bad,
+        num_workers=args.workers,
+        distributed=processes.distributed,
+        pin_memory=args.pin_mem,
+        use_prefetcher=not args.no_prefetcher,
+        img_dtype=FLOAT_TYPES[args.model_dtype or 'float32'],
+    )
+    splits = {'train': train, 'validation': validation}
+    return Data(loader, Validation(evaluated, by_agreement), class_names(train), splits)
+
+
+def sample_of(dataset: Dataset, count: int, seed: int) -> Dataset:
+    """Return `count` images of a data set, drawn by `seed`, in the order of the data set."""
+    size = len(dataset)  # type: ignore[arg-type]
+    indices = np.sort(np.random.default_rng(seed).choice(size, count, replace=False)).tolist()
+    if not isinstance(dataset, ImageDataset):
+        return Subset(dataset, indices)
+    chosen: Any = copy(dataset)
+    chosen.reader = _ChosenImages(dataset.reader, indices)
+    return chosen
+
+
+class _ChosenImages:
+    """Some of the images of a reader of timm's."""
+
+    def __init__(self, reader: Any, indices: list[int]) -> None:
+        self.reader, self.indices = reader, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.reader[self.indices[index]]
+
+    def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
+        return str(self.reader.filename(self.indices[index], basename, absolute))
+
+
+def _open_split(args: argparse.Namespace, split: str, pixels: Pixels, **kwargs: Any) -> Dataset:
+    return open_dataset(
+        args.dataset,
+        args.data_dir or args.data,
+        split,
+        class_map=args.class_map,
+        download=args.dataset_download,
+        batch_size=pixels.batch_size,
+        seed=args.seed,
+        input_img_mode=args.input_img_mode or ('L' if pixels.channels == 1 else 'RGB'),
+        input_key=args.input_key,
+        target_key=args.target_key,
+        trust_remote_code=args.dataset_trust_remote_code,
+        **kwargs,
+    )
+
+
+def _open_datasets(args: argparse.Namespace, pixels: Pixels) -> tuple[Dataset, Dataset | None]:
+    """Open the training and the validation split; the second is None where a run without labels has none."""
+    root = args.data_dir or args.data
+    if pixels.num_classes == 1 and not args.bce_loss:
+        raise UserError('one class alone leaves nothing to learn: give --num-classes 2 or more, and data to match.')
+    streaming = {'is_training': True, 'num_samples': args.train_num_samples, 'repeats': args.epoch_repeats}
+    train = _open_split(args, args.train_split, pixels, **streaming)
+    validation: Dataset | None = None
+    try:
+        validation = _open_split(args, args.val_split, pixels, num_samples=args.val_num_samples)
+    except UserError:
+        if not args.unlabeled:
+            raise
+    folder = dataset_root(train)
+    if validation is not None and folder is not None and args.train_split != args.val_split:
+        # timm takes the folder itself where it has none of the split's name.
+        other = dataset_root(validation)
+        if other is not None and (other == folder or other in folder.parents):
+            if not args.unlabeled:
+                raise UserError(f'no split {args.val_split!r} in {root}: name its folder or .tar with --val-split.')
+            validation = None
+        elif other is not None and folder in other.parents:
+            raise UserError(f'no split {args.train_split!r} in {root}: name its folder or .tar with --train-split.')
+    if not args.unlabeled and not args.class_map:
+        check_classes(train, validation, pixels.num_classes)
+    return train, validation
+
+
+def build_augmentation(args: argparse.Namespace, data_config: dict[str, Any]) -> Augmentation:
+    """Collect every setting that decides the pixels of a training sample."""
+    interpolation = args.train_interpolation
+    if args.no_aug or not interpolation:
+        interpolation = data_config['interpolation']
+    input_size = data_config['input_size']
+    mixing = ('mixup', 'cutmix', 'cutmix_minmax', 'mixup_prob', 'mixup_switch_prob', 'mixup_off_epoch')
+    names = [field.name for field in fields(Augmentation) if field.name not in mixing and hasattr(args, field.name)]
+    if args.mixup_mode == 'pair' and mixes(args):
+        names += mixing
+    own = {
+        'input_size': input_size,
+        'input_img_mode': args.input_img_mode or ('L' if input_size[0] == 1 else 'RGB'),
+        'train_interpolation': interpolation,
+        'mean': data_config['mean'],
+        'std': data_config['std'],
+        'grayscale_prob': args.grayscale_prob or 0.0,
+        'gaussian_blur_prob': args.gaussian_blur_prob or 0.0,
+    }
+    return Augmentation(**{**{name: getattr(args, name) for name in names}, **own})
+
+
+def _mixup_arguments(args: argparse.Namespace, num_classes: int) -> dict[str, Any]:
+    """Arguments of timm's Mixup."""
+    return {
+        'mixup_alpha': args.mixup,
+        'cutmix_alpha': args.cutmix,
+        'cutmix_minmax': args.cutmix_minmax,
+        'prob': args.mixup_prob,
+        'switch_prob': args.mixup_switch_prob,
+        'mode': args.mixup_mode,
+        'label_smoothing': args.smoothing,
+        'num_classes': num_classes,
+    }
+
+
+def _build_train_loader(
+    args: argparse.Namespace, dataset: Dataset, pixels: Pixels, processes: Processes, bad: BadImages
+) -> TrainLoader | StreamLoader:
+    augmentation = build_augmentation(args, pixels.config)
+    if args.unlabeled:
+        dataset = unlabeled(dataset)
+    if isinstance(dataset, IterableDataset):
+        return _build_stream_loader(args, dataset, pixels, processes)
+    sizes = input_sizes = None
+    if args.train_img_sizes:
+        input_sizes = [(pixels.channels, size, size) for size in args.train_img_sizes]
+        sizes = {
+            'batch_sizes': args.train_batch_sizes or [pixels.batch_size] * len(args.train_img_sizes),
+            'choice_weights': args.train_size_probs,
+            'num_batches': args.train_batches_per_epoch,
+            'choice_schedule': args.train_size_schedule,
+            'schedule_epochs': args.epochs,
+            'schedule_spread': args.train_size_schedule_spread,
+            'schedule_random_mix': args.train_size_random_mix,
+        }
+    collate: Collate = collate_labels
+    if augmentation.mixes:
+        collate = CollatePairs(pixels.num_classes, args.smoothing)
+    elif mixes(args):
+        erasing, augmentation = Erasing(augmentation, args.seed), replace(augmentation, reprob=0.0)
+        mixing = _mixup_arguments(args, pixels.num_classes)
+        collate = CollateMixed(mixing, erasing, seed=args.seed, rank=processes.rank, off_epoch=args.mixup_off_epoch)
+    # MEAL V2 does not look at labels, or not at unknown ones (-1); mixing does.
+    unknown = args.kd_distill_type == 'mealv2' and bool(args.teachers or args.soft_labels) and not mixes(args)
+    labels = None if args.unlabeled else range(-1 if unknown else 0, pixels.num_classes)
+    place: dict[str, Any] = {'rank': processes.rank, 'world_size': processes.world_size}
+    place['samples_per_decode'] = args.samples_per_decode
+    samples: SampleSource
+    sampler: EpochSampler
+    if args.soft_labels:
+        samples, sampler, collate = replay(
+            SoftLabelStore(args.soft_labels),
+            dataset,
+            pixels.batch_size,
+            labels=labels,
+            allow_pixel_change=args.allow_pixel_change,
+            **place,
+        )
+    else:
+        samples = Samples(dataset, augmentation, args.seed, labels=labels, input_sizes=input_sizes)
+        sampler = EpochSampler(
+            len(samples),
+            pixels.batch_size,
+            seed=args.seed,
+            pairs=augmentation.mixes,
+            repeats=args.aug_repeats,
+            sizes=sizes,
+            **place,
+        )
+    return TrainLoader(
+        samples,
+        sampler,
+        collate,
+        normalization=(tuple(pixels.config['mean']), tuple(pixels.config['std'])),
+        bad=bad,
+        workers=args.workers,
+        pin_memory=args.pin_mem,
+        prefetch=not args.no_prefetcher,
+        device=processes.device,
+        dtype=FLOAT_TYPES[args.model_dtype or 'float32'],
+    )
+
+
+def _build_stream_loader(
+    args: argparse.Namespace, dataset: IterableDataset, pixels: Pixels, processes: Processes
+) -> StreamLoader:
+    collate: Callable | None = None
+    if mixes(args):
+        if args.no_prefetcher or args.unlabeled or pixels.batch_size % 2:
+            raise UserError('a streaming data set is mixed by the prefetcher, in even batches and with labels only.')
+        collate = FastCollateMixup(**_mixup_arguments(args, pixels.num_classes))
+    _logger.info('Streaming data set: a resumed run goes on at the start of its epoch.')
+    return StreamLoader(
+        dataset,
+        seed=args.seed,
+        rank=processes.rank,
+        device=processes.device,
+        batch_size=pixels.batch_size,
+        num_aug_splits=args.aug_splits,
+        collate_fn=collate,
+        num_workers=args.workers,
+        distributed=processes.distributed,
+        pin_memory=args.pin_mem,
+        use_prefetcher=not args.no_prefetcher,
+        img_dtype=FLOAT_TYPES[args.model_dtype or 'float32'],
+        re_prob=args.reprob,
+        re_mode=args.remode,
+        re_count=args.recount,
+        re_split=args.resplit,
+        **build_augmentation(args, pixels.config).transform_options(),
+    )

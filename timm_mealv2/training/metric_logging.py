@@ -1,0 +1,140 @@
+"""The figures of a run: means over an epoch, lines of the log, summary.csv, TensorBoard and Weights & Biases."""
+
+import math
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from timm.utils import AverageMeter, trim_summary, update_summary
+from torch import Tensor
+
+from timm_mealv2.errors import UserError
+from timm_mealv2.files import replacing
+from timm_mealv2.training.run_folder import RunFolder
+
+
+@dataclass
+class Meters:
+    """Means of a task's scalars over the images of an epoch. They stay on the device until they are asked for."""
+
+    meters: dict[str, AverageMeter] = field(default_factory=dict)
+
+    def update(self, result: dict[str, Tensor], images: int) -> None:
+        """Add the scalars of a batch of `images` images; with 0 images only the names, whose means may be NaN."""
+        for name, value in result.items():
+            if name == 'output':
+                continue
+            if name not in self.meters:
+                self.meters[name] = AverageMeter()
+                self.meters[name].sum = torch.zeros_like(value.detach(), dtype=torch.float32)
+            if images:
+                self.meters[name].update(value.detach().float(), images)
+
+    def means(self, distributed: bool = False) -> dict[str, float]:
+        """Return the means, over all processes if `distributed` (a collective call)."""
+        if not self.meters:
+            return {}
+        sums = torch.stack([torch.stack([m.sum, torch.full_like(m.sum, m.count)]) for m in self.meters.values()])
+        if distributed:
+            dist.all_reduce(sums)
+        means = zip(self.meters, sums.tolist(), strict=True)
+        return {name: total / count if count else math.nan for name, (total, count) in means}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Sums and counts, for a checkpoint in the middle of an epoch."""
+        return {name: {'sum': meter.sum.cpu(), 'count': meter.count} for name, meter in self.meters.items()}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Go on from what `state_dict` returned."""
+        for name, values in state.items():
+            meter = self.meters[name] = AverageMeter()
+            meter.sum, meter.count = values['sum'].to(device), values['count']
+            meter.avg = meter.sum / max(meter.count, 1)
+
+
+_SHORT = {
+    'similarity_loss': 'similarity',
+    'discriminator_loss': 'discriminator',
+    'discriminator_accuracy': 'its accuracy',
+    'teacher_agreement': 'agreement',
+    'hard_label_loss': 'hard labels',
+}
+
+
+def format_means(means: dict[str, float], lr: float, images_per_second: float) -> str:
+    """Return what the log says of an epoch so far."""
+    values = ', '.join(f'{_SHORT.get(name, name)} {value:.4g}' for name, value in means.items())
+    return f'{values}, lr {lr:.3g}, {images_per_second:.0f} images/s'
+
+
+def append_summary(path: Path, epoch: int, trained: dict[str, float], evaluated: dict[str, Any], lr: float) -> None:
+    """Add an epoch's row to summary.csv, in place of it and all later ones if they are there; whole or not at all.
+
+    timm's `update_summary` prefixes the columns with train_ and eval_; the speed is no metric and has no prefix.
+    """
+    with replacing(path) as temporary:
+        if path.exists():
+            shutil.copyfile(path, temporary)
+            trim_summary(temporary, epoch)
+        new = not temporary.stat().st_size
+        update_summary(epoch, trained, evaluated, temporary, lr=lr)
+        if new:
+            text = temporary.read_text()
+            temporary.write_text(text.replace('train_images_per_second', 'images_per_second', 1))
+
+
+class Trackers:
+    """TensorBoard and Weights & Biases, for those who ask for them.
+
+    Args:
+        folder: The run folder, which keeps the id of the run at Weights & Biases: a resumed run goes on there.
+        tensorboard: Log to TensorBoard.
+        wandb: Arguments of `wandb.init`; None does not log there.
+
+    Raises:
+        UserError: If a package is missing.
+    """
+
+    def __init__(self, folder: RunFolder, *, tensorboard: bool = False, wandb: dict[str, Any] | None = None) -> None:
+        self.board: Any = None
+        self.wandb: Any = None
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise UserError('--log-tensorboard needs the package tensorboard: pip install tensorboard') from None
+            self.board = SummaryWriter(str(folder.path))
+        if wandb is not None:
+            try:
+                import wandb as client
+            except ImportError:
+                raise UserError('--log-wandb needs the package wandb: pip install wandb') from None
+            options = {'name': folder.path.name, **wandb}
+            if options.get('id'):
+                options['resume'] = 'must'
+            elif folder.wandb_id.exists():
+                options |= {'id': folder.wandb_id.read_text().strip(), 'resume': 'allow'}
+            self.wandb = client.init(**options)
+            with replacing(folder.wandb_id) as path:
+                path.write_text(f'{self.wandb.id}\n')
+
+    def log(self, epoch: int, trained: dict[str, float], evaluated: dict[str, float], lr: float) -> None:
+        """Log the figures of an epoch."""
+        values = {f'train/{key}': value for key, value in trained.items()}
+        values |= {f'eval/{key}': value for key, value in evaluated.items()}
+        values['lr'] = lr
+        if self.board is not None:
+            for key, value in values.items():
+                self.board.add_scalar(key, value, epoch)
+        if self.wandb is not None:
+            self.wandb.log(values, step=epoch)
+
+    def close(self) -> None:
+        """Finish at both."""
+        if self.board is not None:
+            self.board.close()
+        if self.wandb is not None:
+            self.wandb.finish()
