@@ -171,7 +171,7 @@ def test_epochs_that_come_again_are_announced(train: Train, caplog: pytest.LogCa
         (['--teacher-dtype', 'float16'], '--teacher-dtype float16: the predictions are stored'),
         (['--label-rest', 'drop', '--discriminator-weight', '1'], '--label-rest drop'),
         (['--kd-distill-type', 'logit'], '--soft-labels'),
-        (['--soft-labels', '/nowhere'], '/nowhere: there is no such folder'),
+        (['--soft-labels', '/nowhere'], '/nowhere holds no soft labels: there is no such folder'),
     ],
 )
 def test_what_does_not_go_with_the_store_is_refused_before_the_data_is_opened(
