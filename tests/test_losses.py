@@ -112,25 +112,6 @@ def test_sparse_similarity_equals_that_with_the_dense_target(num_classes: int, k
     np.testing.assert_allclose(dense_log_target(indices, p, num_classes).numpy(), expected, rtol=1e-12)
 
 
-@pytest.mark.parametrize(('num_classes', 'k'), [(10, 3), (10, 10), (1000, 10)])
-def test_sparse_similarity_of_a_mixed_label_equals_that_with_its_dense_form(num_classes: int, k: int) -> None:
-    torch.manual_seed(3)
-    (first, p), (second, q) = stored(num_classes, k), stored(num_classes, k)
-    indices, both = torch.cat([first, second], dim=1), torch.cat([0.7 * p.double(), 0.3 * q.double()], dim=1)
-    assert num_classes > 10 or (indices.sort(dim=1).values.diff(dim=1) == 0).any(), 'no class comes twice'
-    dense = np.zeros((6, num_classes))
-    np.add.at(dense, (np.arange(6)[:, None], indices.numpy()), both.numpy())
-    others = dense == 0
-    rest = np.maximum(0, 1 - dense.sum(axis=1, keepdims=True)) / np.maximum(others.sum(axis=1, keepdims=True), 1)
-    dense += others * rest
-    s = torch.randn(6, num_classes, dtype=torch.float64)
-    loss, entropy = sparse_similarity_loss(s, indices, both)
-    assert loss.item() == pytest.approx(np_cross_entropy(s.numpy(), dense), rel=1e-11)
-    assert entropy.item() == pytest.approx(np_entropy(dense), rel=1e-11)
-    expected = np.log(np.maximum(dense, SMALLEST_PROBABILITY))
-    np.testing.assert_allclose(dense_log_target(indices, both, num_classes).numpy(), expected, rtol=1e-12)
-
-
 @pytest.mark.parametrize('rest', ['renormalize', 'drop'])
 def test_the_rest_of_a_stored_label_is_shared_out_or_dropped(rest: str) -> None:
     torch.manual_seed(4)

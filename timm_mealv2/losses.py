@@ -52,8 +52,7 @@ def sparse_similarity_loss(
 
     Args:
         logits: Student logits [B, C]; receive the gradient.
-        indices: Class indices [B, K], int64. Where one comes twice in a row (a mixed label), its probabilities add up
-            and K counts it once.
+        indices: Class indices [B, K], int64, different ones in a row.
         probabilities: Their probabilities [B, K]; receive no gradient.
         rest: One of `LABEL_RESTS`.
 
@@ -64,17 +63,13 @@ def sparse_similarity_loss(
     p = probabilities.detach().to(log_q.dtype)
     if rest == 'renormalize':
         p = p / p.sum(dim=1, keepdim=True)
-    classes, order = indices.sort(dim=1)
-    p = p.gather(1, order)
-    again = F.pad(classes[:, 1:] == classes[:, :-1], (1, 0))  # a class that the column before has, too
-    log_q_k = log_q.gather(1, classes)
+    log_q_k = log_q.gather(1, indices)
     loss = -_times(p, log_q_k).sum(dim=1)
-    p_of_class = torch.zeros_like(p).scatter_add(1, (~again).cumsum(dim=1) - 1, p)
-    entropy = torch.special.entr(p_of_class).sum(dim=1)
+    entropy = torch.special.entr(p).sum(dim=1)
     if rest == 'uniform':
-        others = logits.shape[1] - (~again).sum(dim=1)
+        others = logits.shape[1] - indices.shape[1]
         share = _share(p, others)
-        loss = loss - _times(share, log_q.sum(dim=1) - log_q_k.masked_fill(again, 0).sum(dim=1))
+        loss = loss - _times(share, log_q.sum(dim=1) - log_q_k.sum(dim=1))
         entropy = entropy + others * torch.special.entr(share)
     return loss.mean(), entropy.mean()
 
@@ -85,14 +80,13 @@ def dense_log_target(indices: Tensor, probabilities: Tensor, num_classes: int) -
     Probabilities are floored at `SMALLEST_PROBABILITY`, so that the rows are finite. At least float32.
 
     Args:
-        indices: Class indices [B, K], int64.
+        indices: Class indices [B, K], int64, different ones in a row.
         probabilities: Their probabilities [B, K].
         num_classes: C.
     """
     p = at_least_float32(probabilities.detach())
-    stored = torch.zeros(len(p), num_classes, dtype=torch.bool, device=p.device).scatter(1, indices, True)
-    share = _share(p, num_classes - stored.sum(dim=1))
-    dense = share[:, None].masked_fill(stored, 0).scatter_add(1, indices, p)
+    share = _share(p, num_classes - indices.shape[1])
+    dense = share[:, None].repeat(1, num_classes).scatter(1, indices, p)
     return dense.clamp(min=SMALLEST_PROBABILITY).log()
 
 
@@ -101,9 +95,9 @@ def _times(p: Tensor, log_q: Tensor) -> Tensor:
     return (p * log_q).masked_fill(p == 0, 0)
 
 
-def _share(p: Tensor, others: Tensor) -> Tensor:
-    """Probability [B] of each of the `others` [B] classes that share what the stored p [B, K] leave over."""
-    return (1 - p.sum(dim=1)).clamp(min=0) / others.clamp(min=1)
+def _share(p: Tensor, others: int) -> Tensor:
+    """Probability [B] of each of the `others` classes that share what the stored p [B, K] leave over."""
+    return (1 - p.sum(dim=1)).clamp(min=0) / max(others, 1)
 
 
 class DiscriminatorLoss(nn.Module):

@@ -52,9 +52,9 @@ class MealV2Task(TrainingTask):
       the student harder to tell apart, and no final ReLU.
 
     With `teacher_model=None` the teachers' predictions come with the target: float32 [B, 1 + 2K], a row being the hard
-    label (-1 where unknown), K class indices, K probabilities; the label of a mixed image has those of both images, 2K
-    instead of K, with the probabilities weighted by area. What these leave of 1 is spread evenly over the other classes
-    (see `label_rest`), and the discriminator's rows are log-probabilities on both sides, as logits are not stored.
+    label (-1 where unknown), K class indices, K probabilities. What these leave of 1 is spread evenly over the other
+    classes (see `label_rest`), and the discriminator's rows are log-probabilities on both sides, as logits are not
+    stored.
 
     `timm.optim.create_optimizer_v2(task.get_trainable_module(), ...)`, called before `compile` and
     `prepare_distributed`, makes the parameter groups: no weight decay for the discriminator, which layer decay counts
@@ -318,9 +318,7 @@ class MealV2Task(TrainingTask):
     def _read_labels(self, target: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor | None, Tensor]:
         """Of stored labels: hard labels [B], (indices, probabilities) [B, K], the rows [B, C], top-1 [B]."""
         k = (target.shape[-1] - 1) // 2
-        # The label of a mixed image has two images' classes.
-        of_one = k // 2 if k > self.num_classes and k % 2 == 0 else k
-        if target.ndim != 2 or target.shape[1] != 1 + 2 * k or not 1 <= of_one <= self.num_classes:
+        if target.ndim != 2 or target.shape[1] != 1 + 2 * k or not 1 <= k <= self.num_classes:
             raise UserError(
                 f'teacher_model=None expects stored labels [B, 1 + 2K] with 1 <= K <= {self.num_classes}, got a target '
                 f'of shape {list(target.shape)}: pass teachers, or a data set of stored labels.'

@@ -80,7 +80,7 @@ class StoreMeta:
             UserError: If there is none, it is of another format, or damaged.
         """
         if not folder.is_dir():
-            raise UserError(f'{folder} holds no soft labels: there is no such folder (mealv2-softlabels record makes it).')
+            raise UserError(f'{folder} holds no soft labels: there is no such folder (record makes it).')
         if not (folder / META).is_file():
             raise UserError(f'{folder} holds no soft labels: there is no {META}.')
         try:
