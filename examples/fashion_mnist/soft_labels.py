@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     data = create_dataset('', root=str(args.val_data), split='validation', input_img_mode='L')
     rows: dict[str, list[float]] = {}
     for seed, start in initial.items():
-        checkpoints = {'initial weights': start}
+        checkpoints = {'start': start}
         for number, (arm, options) in enumerate(make_arms(args, seed).items()):
             began = time.perf_counter()
             options = [*options, '--initial-checkpoint', str(start)]

@@ -196,7 +196,7 @@ def test_other_images_stop_the_training_with_one_line(
             (data / split / path.parent.name).mkdir(parents=True, exist_ok=True)
             Image.open(path).rotate(180).save(data / split / path.parent.name / path.name)
     with pytest.raises(UserError, match=r'image \d+, epoch 0: .* was recorded from other pixels.*Pillow'):
-        train('other', '--workers', 2, data=data)
+        train('other', '--workers', 1, data=data)
     with pytest.raises(UserError, match='levels on average'):
         train('other', '--allow-pixel-change', data=data)
 

@@ -295,10 +295,7 @@ def _device(args: argparse.Namespace, local_rank: int) -> torch.device:
     name = args.device or ('cuda' if available else 'cpu')
     if name.startswith('cuda') and not available:
         raise UserError(f'--device {name}: this torch sees no CUDA device; use --device cpu.')
-    try:
-        return torch.device(f'cuda:{local_rank}' if name == 'cuda' else name)
-    except RuntimeError as error:
-        raise UserError(f'--device {name}: {error}') from error
+    return torch.device(f'cuda:{local_rank}' if name == 'cuda' else name)
 
 
 def _amount(meta: StoreMeta, images: int, epochs: int) -> str:
