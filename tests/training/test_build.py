@@ -1,14 +1,21 @@
 """What only the parts of a run can tell: told before anything is written, and before the data set where possible."""
 
-from collections.abc import Callable
+import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from quick_training import Train
 
 from timm_mealv2.cli.parser import run_cli
+from timm_mealv2.data.dataset import open_dataset
+from timm_mealv2.errors import UserError
+from timm_mealv2.training import build_data
+from timm_mealv2.training.build_data import sample_of
+from timm_mealv2.training.checkpoint_saver import read_checkpoint
 from timm_mealv2.training.run import main
-
-Train = Callable[..., Path]
 
 
 @pytest.mark.parametrize(
@@ -40,3 +47,74 @@ def test_what_only_the_parts_of_a_run_can_tell_is_told_before_it_too(
     assert error.splitlines()[-1].startswith('error: ')
     assert text in error.splitlines()[-1]
     assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize(
+    ('options', 'text'),
+    [
+        (('--teachers', 'resnet18.nonsense'), 'no tag of resnet18'),
+        (('--teachers', 'test_resnet=/absent.pth'), 'there is no such file'),
+        (('--soft-labels', '/absent'), 'there is no such folder'),
+        (('--model', 'test_vit', '--img-size', 33), 'cannot take images of 33'),
+        (('--resume', '/absent.pth.tar'), 'no checkpoint at'),
+    ],
+)
+def test_what_needs_no_data_is_told_before_the_data_set_is_opened(
+    train: Train, options: tuple[Any, ...], text: str
+) -> None:
+    with pytest.raises(UserError, match=text):
+        train('early', '--data-dir', '/no/such/data', *options)
+
+
+def test_without_a_validation_split_a_seeded_sample_of_the_training_images_is_evaluated(
+    train: Train,
+    teachers: list[str],
+    image_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    flat = tmp_path / 'flat'
+    flat.mkdir()
+    for number, path in enumerate(sorted((image_folder / 'train').rglob('*.png'))):
+        (flat / f'{number}.png').symlink_to(path)
+    monkeypatch.setattr(build_data, 'EVALUATED_AT_MOST', 9)
+    with caplog.at_level('INFO'):
+        train('sampled', '--data-dir', flat, '--teachers', *teachers, '--unlabeled', '--epochs', 1)
+    assert 'on 9 of the 21 training images' in caplog.text
+    assert 'Before the first step, on 9 images' in caplog.text
+    assert 'on 9 images' in caplog.text.split('Before the first step')[1]
+
+
+def test_a_sample_of_a_data_set_depends_on_the_seed_alone(image_folder: Path) -> None:
+    dataset = open_dataset('', str(image_folder), 'train')
+    names = [[s.filename(i) for i in range(9)] for s in (sample_of(dataset, 9, seed) for seed in (1, 1, 2))]  # type: ignore[attr-defined]
+    assert names[0] == names[1] != names[2]
+    assert names[0] == sorted(names[0], key=[dataset.filename(i) for i in range(21)].index)  # type: ignore[attr-defined]
+
+
+def test_the_preflight_is_written_beside_the_run(train: Train, teachers: list[str]) -> None:
+    rows = json.loads((train('run', '--teachers', *teachers, '--epochs', 1) / 'preflight.json').read_text())
+    assert set(rows) == {'ensemble', *(f'teacher {name}' for name in teachers), 'student (initial)'}
+    assert rows['ensemble']['samples'] == 12
+
+
+def test_the_discriminator_has_the_width_that_was_asked_for(train: Train, teachers: list[str]) -> None:
+    folder = train('narrow', '--teachers', *teachers, '--epochs', 1, '--discriminator-reduction', 1)
+    weights = read_checkpoint(folder / 'last.pth.tar')['task_state']['discriminator']
+    assert weights['fc1.weight'].shape == (3, 3)
+
+
+def test_a_run_at_weights_and_biases_is_gone_on_with(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[dict[str, Any]] = []
+
+    def init(**options: Any) -> Any:
+        calls.append(options)
+        return SimpleNamespace(id='abc', log=lambda *_, **__: None, finish=lambda: None)
+
+    monkeypatch.setitem(sys.modules, 'wandb', SimpleNamespace(init=init))
+    folder = train('run', '--epochs', 1, '--log-wandb', '--wandb-project', 'p')
+    assert (folder / 'wandb_id.txt').read_text() == 'abc\n'
+    train('run', '--epochs', 2, '--log-wandb', '--wandb-project', 'p', '--resume', 'auto')
+    assert [call.get('resume') for call in calls] == [None, 'allow']
+    assert calls[1]['id'] == 'abc'

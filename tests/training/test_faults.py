@@ -267,7 +267,7 @@ def test_the_teacher_whose_output_is_not_finite_is_named(image_folder: Path, tmp
 
 
 def test_a_run_with_too_many_bad_images_stops_and_can_go_on(
-    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    data: Path, image_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     broken = [cut_off(data / 'train' / name) for name in ('cold/002.png', 'warm/005.png', 'plain/001.png')]
     broken.append(cut_off(data / 'validation' / 'cold' / '003.png'))
@@ -279,7 +279,21 @@ def test_a_run_with_too_many_bad_images_stops_and_can_go_on(
     folder = run_here(data, tmp_path, '--max-bad-images', '4', '--resume', 'auto')
     found = read_checkpoint(folder / 'last.pth.tar')['faults']['bad_images']
     assert sorted(text.split(': ')[0] for text in found.values()) == sorted(broken)
-    # Bit for bit as the run that was never stopped.
+    # Images that were mended meanwhile are forgotten.
+    shutil.copy(image_folder / 'train' / 'cold' / '002.png', broken[0])
+    with caplog.at_level('INFO'):
+        run_here(data, tmp_path, '--max-bad-images', '3', '--resume', 'auto', '--epochs', '5')
+    assert f'Can be read again: {broken[0]}' in caplog.text
+    found = read_checkpoint(folder / 'last.pth.tar')['faults']['bad_images']
+    assert sorted(text.split(': ')[0] for text in found.values()) == sorted(broken[1:])
+
+
+def test_such_a_run_ends_bit_for_bit_as_the_one_that_was_never_stopped(data: Path, tmp_path: Path) -> None:
+    for name in ('cold/002.png', 'warm/005.png', 'plain/001.png'):
+        cut_off(data / 'train' / name)
+    with pytest.raises(UserError, match='--max-bad-images allows 2'):
+        run_here(data, tmp_path, '--max-bad-images', '2')
+    folder = run_here(data, tmp_path, '--max-bad-images', '4', '--resume', 'auto')
     other = run_here(data, tmp_path / 'other')
     for name, value in trained_weights(other).items():
         assert torch.equal(value, trained_weights(folder)[name]), name
