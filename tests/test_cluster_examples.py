@@ -13,7 +13,7 @@ EXAMPLES = Path(__file__).parents[1] / 'examples/cluster'
 
 
 def program_arguments(words: list[str]) -> list[str]:
-    return words[words.index('train_distill.py') + 1 :]
+    return words[words.index('mealv2-train') + 1 :]
 
 
 def assert_continues_by_itself(argv: list[str]) -> None:
