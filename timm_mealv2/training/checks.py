@@ -54,6 +54,13 @@ def check_args(args: argparse.Namespace) -> None:
         raise OptionError('resume', '--resume auto needs --experiment, the run folder to continue.')
     if args.opt_betas is not None and len(args.opt_betas) not in (2, 3):
         _refuse('opt_betas', args.opt_betas, 'must be two values (three for adan)')
+    if args.push_to_hub is not None:
+        from timm_mealv2.hub.client import check_repo_id  # loads the Hub's client, which few runs need
+
+        try:
+            check_repo_id(args.push_to_hub, with_namespace=True)
+        except UserError:
+            _refuse('push_to_hub', args.push_to_hub, "must be USER/NAME, of letters, digits, '-', '_' and '.'")
 
 
 def _refuse(name: str, value: Any, text: str) -> None:

@@ -1,0 +1,117 @@
+"""From arguments to the student: the model to train, and what its pixels are."""
+
+import argparse
+import logging
+from typing import Any
+
+import timm
+import torch
+from timm.data import resolve_data_config
+from timm.data.loader import adapt_to_chs
+from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_norm
+from torch import nn
+
+from timm_mealv2.data.seed import Stream, counted_seed, seed_all
+from timm_mealv2.errors import UserError, one_line
+from timm_mealv2.models.checkpoint import TrainingCheckpoint
+from timm_mealv2.training.build_data import FLOAT_TYPES, Pixels
+from timm_mealv2.training.distributed import Processes
+
+_logger = logging.getLogger(__name__)
+
+
+def build_student(args: argparse.Namespace, batch_size: int, processes: Processes) -> tuple[nn.Module, Pixels]:
+    """Create the model to train, and decide what its pixels are.
+
+    The resolved data configuration is written into the model's `pretrained_cfg`, where the task, the loaders, the
+    evaluation and the exported config.json read it.
+    """
+    seed_all(counted_seed(Stream.INITIALIZATION, args.seed))
+    if args.fast_norm:
+        set_fast_norm()
+    in_chans = args.in_chans if args.in_chans is not None else args.input_size[0] if args.input_size else None
+    options = {
+        'num_classes': args.num_classes,
+        'in_chans': in_chans,
+        'drop_rate': args.drop,
+        'drop_path_rate': args.drop_path if args.drop_path is not None else args.drop_connect,
+        'drop_block_rate': args.drop_block,
+        'global_pool': args.gp,
+        'bn_momentum': args.bn_momentum,
+        'bn_eps': args.bn_eps,
+        'scriptable': None,
+        **args.model_kwargs,
+    }
+    if args.pretrained_path:
+        options['pretrained_cfg_overlay'] = {'file': args.pretrained_path, 'num_classes': -1}
+    options = {name: value for name, value in options.items() if value is not None}
+    try:
+        model = timm.create_model(args.model, pretrained=args.pretrained or bool(args.pretrained_path), **options)
+    except UserError:
+        raise
+    except (AssertionError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+        pool = f' with --gp {args.gp}' if args.gp is not None else ''
+        raise UserError(f'cannot create --model {args.model}{pool}: {error}') from error
+    if args.initial_checkpoint:
+        state = TrainingCheckpoint.read(args.initial_checkpoint).state_dict()
+        try:
+            model.load_state_dict(state)
+        except RuntimeError as error:
+            raise UserError(
+                f'--initial-checkpoint {args.initial_checkpoint} does not fit: {one_line(error)}'
+            ) from error
+    if args.head_init_scale is not None:
+        with torch.no_grad():
+            model.get_classifier().weight.mul_(args.head_init_scale)
+    if args.head_init_bias is not None:
+        nn.init.constant_(model.get_classifier().bias, args.head_init_bias)
+    num_classes = args.num_classes or getattr(model, 'num_classes', None)
+    if num_classes is None:
+        raise UserError(f'--model {args.model} does not tell its class count: give --num-classes.')
+    if args.grad_checkpointing:
+        model.set_grad_checkpointing(enable=True)
+
+    config = _resolve_pixels(args, model, in_chans or int(getattr(model, 'in_chans', 3)))
+    if args.split_bn:
+        model = convert_splitbn_model(model, max(args.aug_splits, 2))
+    model.to(device=processes.device, dtype=FLOAT_TYPES[args.model_dtype or 'float32'])
+    if args.channels_last:
+        model.to(memory_format=torch.channels_last)
+    _try_forward(args, model, config['input_size'], processes.device)
+    if processes.distributed and args.sync_bn:
+        model = convert_sync_batchnorm(model)
+    return model, Pixels(config, num_classes, batch_size)
+
+
+@torch.no_grad()
+def _try_forward(
+    args: argparse.Namespace, model: nn.Module, input_size: tuple[int, int, int], device: torch.device
+) -> None:
+    """Tell at once, not in the first step, that a model does not take images of a size."""
+    sizes = {'--img-size': [input_size[1:]], '--train-img-sizes': [(size, size) for size in args.train_img_sizes or ()]}
+    model.eval()
+    for name, size in [(name, size) for name, some in sizes.items() for size in some]:
+        images = torch.zeros(1, input_size[0], *size, device=device, dtype=FLOAT_TYPES[args.model_dtype or 'float32'])
+        try:
+            model(images)
+        except (AssertionError, RuntimeError, ValueError) as error:
+            shown = ' x '.join(map(str, size))
+            raise UserError(f'{name}: {args.model} cannot take images of {shown}: {error}') from error
+    model.train()
+
+
+def _resolve_pixels(args: argparse.Namespace, model: Any, in_chans: int) -> dict[str, Any]:
+    try:
+        config = resolve_data_config({**vars(args), 'in_chans': in_chans}, model=model)
+    except AssertionError:
+        raise UserError(f'--mean and --std take one value or {in_chans}, one per channel.') from None
+    config['input_size'] = (in_chans, *config['input_size'][1:])
+    for name in ('mean', 'std'):
+        config[name] = adapt_to_chs(tuple(config[name]), in_chans)
+    # Whatever else the weights were once tested with is not what this run measures.
+    former = {
+        key: value for key, value in model.pretrained_cfg.items() if key not in ('test_input_size', 'test_crop_pct')
+    }
+    model.pretrained_cfg = model.default_cfg = {**former, **config}
+    _logger.info('Pixels: ' + ', '.join(f'{name} {value}' for name, value in config.items()))
+    return config
