@@ -167,14 +167,18 @@ def test_a_killed_recording_goes_on_without_loss_or_repetition(
 ) -> None:
     monkeypatch.setattr(claims, 'HEARTBEAT', 0.5)  # the kill may have left a claim without its owner
     out = tmp_path / 'store'
-    process = start(out)
-    end = time.monotonic() + 60
-    while not (out / 'part-00000-00001').exists() and time.monotonic() < end:
-        time.sleep(0.0005)
-    process.kill()
-    process.join()
+    for _ in range(5):  # on a busy machine it may be through before the kill
+        shutil.rmtree(out, ignore_errors=True)
+        process = start(out)
+        end = time.monotonic() + 60
+        while not (out / 'part-00000-00001').exists() and time.monotonic() < end:
+            time.sleep(0.0005)
+        process.kill()
+        process.join()
+        before = {path.name: path.stat() for path in out.glob('part-*')}
+        if process.exitcode and len(before) < 10:
+            break
     assert process.exitcode == -signal.SIGKILL
-    before = {path.name: path.stat() for path in out.glob('part-*')}
     assert 2 <= len(before) < 10
     leftover = out / '.part-00000-00001-abcdefgh'
     leftover.write_bytes(b'what the kill may have left')

@@ -11,7 +11,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -29,6 +29,19 @@ STALE = 600.0
 """Seconds after which a claim that was not renewed is that of a dead process on another host."""
 
 _LOG_SECONDS = 30.0
+
+
+def sample_keys(samples: Samples, images: Sequence[int], epochs: Sequence[int]) -> list[Key]:
+    """Return the keys of samples image by image, so that an image is decoded once for all epochs.
+
+    Where samples are mixed the pairs are looked up here, epoch by epoch: a worker, which makes samples of all epochs in
+    turn, would draw an epoch's permutation for each of them.
+    """
+    mixes = samples.augmentation.mixes
+    keys = [
+        [Key(epoch, image, pair=samples.pair(epoch, image) if mixes else None) for image in images] for epoch in epochs
+    ]
+    return [key for of_image in zip(*keys, strict=True) for key in of_image]
 
 
 class PartQueue:
@@ -56,15 +69,9 @@ class PartQueue:
     def __iter__(self) -> Iterator[list[Key]]:
         for part in self.missing():
             if self._claim(part):
-                keys = [[self._key(epoch, image) for image in part.images] for epoch in part.epochs]
-                # The samples of an image come one after the other, in one batch where it fits: it is decoded once.
-                ordered = [key for of_image in zip(*keys, strict=True) for key in of_image]
-                size = self.meta.batch_size // len(keys) * len(keys) or self.meta.batch_size
-                yield from (ordered[start : start + size] for start in range(0, len(ordered), size))
-
-    def _key(self, epoch: int, image: int) -> Key:
-        # The workers would have to draw the permutation of each epoch again and again to find a pair.
-        return Key(epoch, image, pair=self.samples.pair(epoch, image) if self.meta.augmentation.mixes else None)
+                keys = sample_keys(self.samples, part.images, part.epochs)
+                size = self.meta.batch_size // len(part.epochs) * len(part.epochs) or self.meta.batch_size
+                yield from (keys[start : start + size] for start in range(0, len(keys), size))
 
     def _claim(self, part: Part) -> bool:
         claim, written = self._claim_file(part), self.out / part.file

@@ -23,7 +23,7 @@ from timm_mealv2.data.normalize import channel_stats
 from timm_mealv2.errors import UserError
 from timm_mealv2.files import replacing
 from timm_mealv2.models.ensemble import EnsembleTeacher
-from timm_mealv2.soft_labels.claims import STALE, PartQueue, Progress
+from timm_mealv2.soft_labels.claims import STALE, PartQueue, Progress, sample_keys
 from timm_mealv2.soft_labels.meta import META, Part, StoreMeta, difference
 from timm_mealv2.soft_labels.store import NAMES, PIXELS, SoftLabelStore, checksum, pixel_crc
 
@@ -215,16 +215,14 @@ def measure(
         seconds: How long to measure, after the start of workers and device.
     """
     device = torch.device(device)
-    step = max(1, meta.batch_size // BLOCK_EPOCHS)
+    samples = Samples(dataset, meta.augmentation, meta.seed)
+    chosen = np.random.default_rng(0).choice(meta.images, min(meta.images, 4096), replace=False)
+    keys = sample_keys(samples, chosen.tolist(), range(BLOCK_EPOCHS))
 
     def batches() -> Generator[list[Key], None, None]:
-        chosen = np.random.default_rng(0)
         while True:
-            images = chosen.integers(meta.images, size=step).tolist()
-            keys = [Key(epoch, image) for image in images for epoch in range(BLOCK_EPOCHS)]
-            yield keys[: meta.batch_size]
+            yield from (keys[start : start + meta.batch_size] for start in range(0, len(keys), meta.batch_size))
 
-    samples = Samples(dataset, meta.augmentation, meta.seed)
     with closing(batches()) as endless:
         begin = since = time.perf_counter()
         count = 0
