@@ -22,8 +22,6 @@ class Stream(IntEnum):
     EMA_ROUNDING = 5  # (seed, update): the same on every process, which must hold the same average
     INITIALIZATION = 6  # (seed,): the same on every process
     STREAMING = 7  # (seed, rank, epoch): data sets that timm's own loader streams
-    STORED_CROP = 8  # (seed, data set index, crop): the crops of a store of soft labels
-    CROP_ORDER = 9  # (seed, block of epochs): which images a soft-label epoch visits, the same on every process
     PAIR = 10  # (seed, epoch, pair): what two samples are mixed with
 
 
