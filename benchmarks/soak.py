@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from timm_mealv2.cli.parser import OneLineParser, run_cli
+from timm_mealv2.command_line import OneLineParser, run_cli
 from timm_mealv2.errors import UserError
 from timm_mealv2.training.checkpoint_saver import read_checkpoint
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from timm_mealv2 import EnsembleTeacher, MealV2Task
-from timm_mealv2.cli.parser import OneLineParser, run_cli
+from timm_mealv2.command_line import OneLineParser, run_cli
 from timm_mealv2.errors import UserError
 from timm_mealv2.files import replacing
 

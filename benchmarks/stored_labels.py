@@ -56,7 +56,7 @@ from torch import nn
 
 from timm_mealv2 import MealV2Task
 from timm_mealv2.cli import soft_labels as command
-from timm_mealv2.cli.parser import OneLineParser, run_cli
+from timm_mealv2.command_line import OneLineParser, run_cli
 from timm_mealv2.data.augmentation import Augmentation
 from timm_mealv2.data.dataset import PathsAndTargets, open_dataset
 from timm_mealv2.data.deterministic import EpochSampler, Samples
@@ -271,7 +271,7 @@ def measure_kill(args: argparse.Namespace) -> dict[str, Any]:
     environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
 
     def start(out: Path) -> subprocess.Popen:
-        argv = [sys.executable, '-m', 'timm_mealv2.soft_labels', 'record', *options, '--out', str(out)]
+        argv = [sys.executable, '-m', 'timm_mealv2.cli.soft_labels', 'record', *options, '--out', str(out)]
         return subprocess.Popen(argv, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     for name in ('one', 'killed'):

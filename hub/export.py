@@ -3,7 +3,7 @@
 import sys
 
 from timm_mealv2.cli.hub import main
-from timm_mealv2.cli.parser import run_cli
+from timm_mealv2.command_line import run_cli
 
 if __name__ == '__main__':
     run_cli(main, ['export', *sys.argv[1:]])

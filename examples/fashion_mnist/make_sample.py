@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from timm_mealv2.cli.parser import OneLineParser, run_cli
+from timm_mealv2.command_line import OneLineParser, run_cli
 from timm_mealv2.errors import UserError
 from timm_mealv2.files import replacing
 

@@ -38,7 +38,7 @@ from timm.data import ImageDataset, create_dataset, create_loader, resolve_model
 from torch import nn
 
 from timm_mealv2.cli.hub import export_model
-from timm_mealv2.cli.parser import OneLineParser, run_cli
+from timm_mealv2.command_line import OneLineParser, run_cli
 from timm_mealv2.errors import UserError
 from timm_mealv2.evaluation import evaluate
 from timm_mealv2.files import replacing

@@ -23,8 +23,8 @@ from pathlib import Path
 from quickstart import DATA, MEALV2, STUDENT_EPOCHS, TEACHERS, evaluate_all, train
 from timm.data import create_dataset
 
-from timm_mealv2.cli.parser import OneLineParser, run_cli
 from timm_mealv2.cli.soft_labels import main as soft_labels
+from timm_mealv2.command_line import OneLineParser, run_cli
 from timm_mealv2.errors import UserError
 from timm_mealv2.files import replacing
 

@@ -10,7 +10,7 @@ import timm
 import torch
 from convert import VARIANTS, find_weights
 
-from timm_mealv2.cli.parser import OneLineParser, run_cli
+from timm_mealv2.command_line import OneLineParser, run_cli
 from timm_mealv2.errors import UserError
 
 

@@ -17,7 +17,7 @@ import torch
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
-from timm_mealv2.cli.parser import OneLineParser, run_cli
+from timm_mealv2.command_line import OneLineParser, run_cli
 from timm_mealv2.errors import UserError
 
 VARIANTS = (0, 1, 2)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from timm_mealv2.cli.parser import OneLineParser, run_cli
+from timm_mealv2.command_line import OneLineParser, run_cli
 from timm_mealv2.errors import UserError
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
 from torch import nn
 
-from timm_mealv2.cli.parser import OneLineParser, run_cli
+from timm_mealv2.command_line import OneLineParser, run_cli
 from timm_mealv2.errors import UserError
 from timm_mealv2.models.factory import create_ensemble
 

@@ -13,7 +13,7 @@ from timm.models import save_for_hf
 from torch import nn
 
 from timm_mealv2.cli.evaluate import main
-from timm_mealv2.cli.parser import run_cli
+from timm_mealv2.command_line import run_cli
 
 CPU = torch.device('cpu')
 
@@ -325,5 +325,5 @@ def test_mistakes_are_one_line(tmp_path, image_folder, capsys):
     assert '--split test: there is no such folder' in refused(capsys, good, *data, '--split', 'test')
     assert '--batch-size: must be 1 or more' in refused(capsys, good, *data, '-b', 0)
     assert '--workers: must be 0 or more' in refused(capsys, good, *data, '-j', -1)
-    assert '--device abc' in refused(capsys, good, *data, '--device', 'abc')
+    assert '--device' in refused(capsys, good, *data, '--device', 'abc')
     assert '--imagenet-v2 says' in refused(capsys, good, *data, '--class-map', 'c.txt', '--imagenet-v2')

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from timm_mealv2.cli.parser import run_cli
 from timm_mealv2.cli.report import main
+from timm_mealv2.command_line import run_cli
 
 
 def test_the_command_draws_one_run_into_its_folder_and_several_into_another(tmp_path: Path) -> None:

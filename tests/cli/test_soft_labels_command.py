@@ -13,8 +13,8 @@ import torch
 from images import write_images
 from PIL import Image
 
-from timm_mealv2.cli.parser import run_cli
 from timm_mealv2.cli.soft_labels import main
+from timm_mealv2.command_line import run_cli
 from timm_mealv2.soft_labels.store import SoftLabelStore
 
 
@@ -52,7 +52,7 @@ def refused(capsys: Any, *arguments: Any) -> str:
 
 
 def test_the_program_runs_as_a_module(folder: Path) -> None:
-    command = [sys.executable, '-m', 'timm_mealv2.soft_labels', 'info', folder / 'store']
+    command = [sys.executable, '-m', 'timm_mealv2.cli.soft_labels', 'info', folder / 'store']
     result = subprocess.run(command, capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, '')
 

@@ -15,7 +15,7 @@ from huggingface_hub import constants
 from timm.models import save_for_hf
 
 from timm_mealv2.cli.hub import main
-from timm_mealv2.cli.parser import run_cli
+from timm_mealv2.command_line import run_cli
 from timm_mealv2.errors import UserError
 from timm_mealv2.hub import client as hub_client
 from timm_mealv2.hub.client import pull_folder, push_folder

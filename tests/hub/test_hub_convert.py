@@ -12,7 +12,7 @@ from timm.data import resolve_model_data_config
 from timm.models import save_for_hf
 
 from timm_mealv2.cli import hub
-from timm_mealv2.cli.parser import run_cli
+from timm_mealv2.command_line import run_cli
 from timm_mealv2.errors import UserError
 
 STUDENT = 'mealv2_mobilenetv3_small_075'

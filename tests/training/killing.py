@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from timm_mealv2.cli.parser import run_cli
+from timm_mealv2.command_line import run_cli
 from timm_mealv2.training import loop, run
 
 CHANGES = ('os.rename', 'os.link', 'os.remove', 'os.mkdir', 'open')

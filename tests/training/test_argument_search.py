@@ -10,7 +10,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from timm_mealv2.cli.parser import run_cli
+from timm_mealv2.command_line import run_cli
 from timm_mealv2.training.arguments import build_parser, parse_args
 
 ACTIONS = {

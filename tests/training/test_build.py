@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from quick_training import Train
 
-from timm_mealv2.cli.parser import run_cli
+from timm_mealv2.command_line import run_cli
 from timm_mealv2.data.dataset import open_dataset
 from timm_mealv2.errors import UserError
 from timm_mealv2.training import build_data

@@ -2,7 +2,7 @@
 
 import pytest
 
-from timm_mealv2.cli.parser import run_cli
+from timm_mealv2.command_line import run_cli
 from timm_mealv2.training.arguments import parse_args
 
 TWO_TEACHERS = ('--teachers', 'resnet18', 'resnet34')

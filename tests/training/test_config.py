@@ -10,7 +10,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler_factory import scheduler_kwargs
 
 import timm_mealv2
-from timm_mealv2.cli.parser import OneLineParser, Option, add_options
+from timm_mealv2.command_line import OneLineParser, Option, add_options
 from timm_mealv2.errors import UserError
 from timm_mealv2.training.arguments import args_text, list_recipes, paper_differences, parse_args
 from timm_mealv2.training.config import parse_with_files

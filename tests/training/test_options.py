@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from timm_mealv2.cli.option_types import Range
+from timm_mealv2.option_types import Range
 from timm_mealv2.training.options import build_parser
 
 # Facts about huggingface/pytorch-image-models train.py: flags, dest, action, type, default, nargs, choices.

@@ -15,7 +15,7 @@ import timm
 import torch
 
 import timm_mealv2
-from timm_mealv2.cli.parser import run_cli
+from timm_mealv2.command_line import run_cli
 from timm_mealv2.errors import UserError
 from timm_mealv2.hub.export import export_model
 from timm_mealv2.models.factory import create_ensemble

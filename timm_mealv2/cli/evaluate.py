@@ -10,7 +10,7 @@ import torch
 from timm.data import RealLabelsImagenet, resolve_model_data_config
 from tqdm import tqdm
 
-from timm_mealv2.cli.parser import COUNT, DATA, DEVICE, FLOAT_TYPES, TEACHERS, OneLineParser, add_options, run_cli
+from timm_mealv2.command_line import COUNT, DATA, DEVICE, FLOAT_TYPES, TEACHERS, OneLineParser, add_options, run_cli
 from timm_mealv2.data.bad_images import BadImages
 from timm_mealv2.data.dataset import dataset_root, open_dataset, unlabeled
 from timm_mealv2.data.loader import eval_loader

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from timm_mealv2.cli.parser import OneLineParser, run_cli
+from timm_mealv2.command_line import OneLineParser, run_cli
 from timm_mealv2.hub.card import CardOptions
 from timm_mealv2.hub.client import pull_folder
 from timm_mealv2.hub.export import PAPER_ACCURACY, convert_released, export_ensemble, export_model, push_model

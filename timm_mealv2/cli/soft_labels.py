@@ -15,8 +15,7 @@ from timm.data.loader import adapt_to_chs
 from timm.utils.distributed import world_info_from_env
 from torch.utils.data import Dataset
 
-from timm_mealv2.cli.option_types import COUNT, POSITIVE, PROBABILITY, SEED
-from timm_mealv2.cli.parser import (
+from timm_mealv2.command_line import (
     AUGMENTATION,
     DATA,
     DEVICE,
@@ -32,6 +31,7 @@ from timm_mealv2.data.dataset import class_names, open_dataset
 from timm_mealv2.errors import UserError
 from timm_mealv2.models.ensemble import EnsembleTeacher
 from timm_mealv2.models.factory import TeacherSpec, create_ensemble, read_classes
+from timm_mealv2.option_types import COUNT, POSITIVE, PROBABILITY, SEED
 from timm_mealv2.soft_labels.meta import StoreMeta, describe
 from timm_mealv2.soft_labels.record import measure, record
 from timm_mealv2.soft_labels.store import SoftLabelStore
@@ -309,3 +309,7 @@ def _bytes(count: int) -> str:
         if count >= scale:
             return f'{count / scale:.1f} {unit}'
     return f'{count} bytes'
+
+
+if __name__ == '__main__':
+    cli()

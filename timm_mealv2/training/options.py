@@ -5,21 +5,7 @@ from typing import Any
 
 from timm.utils import ParseKwargs
 
-from timm_mealv2.cli.option_types import (
-    COUNT,
-    COUNT_OR_0,
-    NOT_NEGATIVE,
-    POSITIVE,
-    PROBABILITY,
-    SEED,
-    OneOf,
-    Range,
-    experiment_text,
-    file_text,
-    model_text,
-    optimizer_text,
-)
-from timm_mealv2.cli.parser import (
+from timm_mealv2.command_line import (
     AUGMENTATION,
     DATA,
     DEVICE,
@@ -33,6 +19,20 @@ from timm_mealv2.cli.parser import (
     flag,
 )
 from timm_mealv2.losses import LABEL_RESTS
+from timm_mealv2.option_types import (
+    COUNT,
+    COUNT_OR_0,
+    NOT_NEGATIVE,
+    POSITIVE,
+    PROBABILITY,
+    SEED,
+    OneOf,
+    Range,
+    experiment_text,
+    file_text,
+    model_text,
+    optimizer_text,
+)
 
 _BELOW_1 = Range(float, 0, below=1)
 _FINITE = Range(float)

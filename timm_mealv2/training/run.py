@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from timm_mealv2.cli.parser import run_cli
+from timm_mealv2.command_line import run_cli
 from timm_mealv2.training.arguments import parse_args
 from timm_mealv2.training.build import build
 from timm_mealv2.training.distributed import join_processes

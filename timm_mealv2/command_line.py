@@ -7,7 +7,8 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
-from timm_mealv2.cli.option_types import (
+from timm_mealv2.errors import UserError
+from timm_mealv2.option_types import (
     COUNT,
     COUNT_OR_0,
     NOT_NEGATIVE,
@@ -17,7 +18,6 @@ from timm_mealv2.cli.option_types import (
     device_text,
     policy_text,
 )
-from timm_mealv2.errors import UserError
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 
 import pytest
 
-from timm_mealv2.cli import parser as shared
-from timm_mealv2.cli.option_types import OneOf, Range
-from timm_mealv2.cli.parser import OneLineParser, Option, add_options, flag, run_cli
+from timm_mealv2 import command_line as shared
+from timm_mealv2.command_line import OneLineParser, Option, add_options, flag, run_cli
 from timm_mealv2.errors import UserError
+from timm_mealv2.option_types import OneOf, Range
 from timm_mealv2.training.options import build_parser as build_training_parser
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from timm_mealv2.cli import option_types
-from timm_mealv2.cli.option_types import OneOf, Range
+from timm_mealv2 import option_types
+from timm_mealv2.option_types import OneOf, Range
 
 
 @pytest.mark.parametrize(
