@@ -1,0 +1,194 @@
+"""What the studies train: each arm is a line of options for `train_distill.py`, taken from the repository's root.
+
+Every arm of every seed starts from the same weights, the model `start` of that seed, unless it says otherwise, sees the
+same 2,000 images in the same number of steps and ends with a cosine. Arms without labels have no weight decay, those
+with labels 5e-4, as in the quick start; the study `recipe` varies that.
+"""
+
+from dataclasses import dataclass
+
+EPOCHS = 15
+SEEDS = (0, 1, 2, 3, 4)
+
+TUNING_SEED = 100
+LEARNING_RATES = (0.05, 0.1, 0.2)
+"""Each is tried with the tuning seed, which is not used again; the best top-1 on the tuning images decides.
+
+Arms that differ in their teachers, their mixing or their discriminator's mode alone share one: see `Arm.lr`.
+"""
+
+SAMPLE = 'examples/fashion_mnist/data'
+FULL = 'output/fashion_mnist_full'
+MODELS = 'output/studies/models'
+ONE, TWO = 'local-dir:studies/teachers/one', 'local-dir:studies/teachers/two'
+
+COMMON = (
+    '--recipe quickstart --train-split train.tar --val-split validation.tar --checkpoint-hist 1 --channels-last '
+    '--workers 0 --no-preflight --val-interval 1000 --log-interval 1000'
+)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of training.
+
+    Args:
+        name: Its name, of no other arm of any study.
+        label: What the tables call it.
+        options: Options of `train_distill.py` that tell it from the others.
+        lr: Name of the arm whose tuned learning rate it takes; None tunes its own.
+        start: Model that it starts from; '' is from scratch.
+        epochs: Epochs of 2,000 images.
+        models: Models that it needs besides, as (name, seed).
+    """
+
+    name: str
+    label: str
+    options: str
+    lr: str | None = None
+    start: str = 'start'
+    epochs: int = EPOCHS
+    models: tuple[tuple[str, int], ...] = ()
+
+
+_LABELS, _NO_LABELS = '--weight-decay 5e-4', '--weight-decay 0'
+_MEALV2 = f'--teachers {TWO} {_NO_LABELS}'
+_WITHOUT = '--discriminator-weight 0'
+_ADVERSARIAL = '--discriminator-mode adversarial'
+_LOGIT = '--kd-distill-type logit --teachers'
+_START_RECIPE = '--lr 0.1 --warmup-epochs 5 --epochs 50'
+
+MODEL_OPTIONS = {
+    'start': f'--data-dir {SAMPLE} {_START_RECIPE} {_LABELS}',
+    'taught_start': f'--data-dir {SAMPLE} {_START_RECIPE} {_MEALV2} {_WITHOUT}',
+    'teacher': f'--data-dir {FULL} --lr 0.2 --sched-on-updates --warmup-epochs 1 --warmup-lr 0.02 --epochs 4 {_LABELS}',
+}
+"""Models that arms start from or learn from. All have the student's architecture; a teacher sees 60,000 images."""
+
+TEACHER_SEEDS = (10, 11, 12, 13, 14)
+_TWO = tuple(('teacher', seed) for seed in TEACHER_SEEDS[:2])
+_WEAK = ('start', 200)
+
+
+def _teachers(models: tuple[tuple[str, int], ...], options: str = '') -> str:
+    paths = ' '.join(f'resnet10t={MODELS}/{name}-{seed}/last.pth.tar' for name, seed in models)
+    return f'--teachers {paths} {_WITHOUT} {_NO_LABELS} {options}'.strip()
+
+
+def _methods() -> tuple[Arm, ...]:
+    """Study A: what users would pick instead."""
+    options = {
+        'control': ('control, cross-entropy', _LABELS),
+        'mealv2': ('MEAL V2, official discriminator', _MEALV2),
+        'mealv2_without': ('MEAL V2 without discriminator', f'{_MEALV2} {_WITHOUT}'),
+        'logit_t1': (
+            'logit distillation, one teacher, T = 1',
+            f'{_LOGIT} {ONE} --kd-temperature 1 --task-loss-weight 0 {_NO_LABELS}',
+        ),
+        'logit_t4': (
+            'logit distillation, one teacher, T = 4',
+            f'{_LOGIT} {ONE} --kd-temperature 4 --task-loss-weight 0 {_NO_LABELS}',
+        ),
+        'logit_t4_labels': (
+            'logit distillation, one teacher, T = 4, half labels',
+            f'{_LOGIT} {ONE} --kd-temperature 4 --task-loss-weight 0.5 {_LABELS}',
+        ),
+        'mealv2_adversarial': ('MEAL V2, adversarial discriminator', f'{_MEALV2} {_ADVERSARIAL}'),
+        'ensemble_t4': (
+            'logit distillation, ensemble, T = 4',
+            f'{_LOGIT} {TWO} --kd-temperature 4 --task-loss-weight 0 {_NO_LABELS}',
+        ),
+        'mean_logits': (
+            'mean of logits, no discriminator',
+            f'--teachers python:studies.mean_logits:ensemble {_WITHOUT} {_NO_LABELS}',
+        ),
+        'mixup': ('mean probability with Mixup (FunMatch)', f'{_MEALV2} {_WITHOUT} --mixup 1'),
+    }
+    tuned_with = dict.fromkeys(('mealv2_without', 'mean_logits', 'mixup'), 'logit_t1')
+    tuned_with |= {'ensemble_t4': 'logit_t4', 'mealv2_adversarial': 'mealv2'}
+    return tuple(Arm(name, label, text, tuned_with.get(name), models=_TWO) for name, (label, text) in options.items())
+
+
+STUDIES: dict[str, tuple[Arm, ...]] = {
+    'methods': _methods(),
+    'discriminator': (
+        Arm('off', 'none', f'{_MEALV2} {_WITHOUT}', 'mealv2', models=_TWO),
+        *(
+            Arm(
+                f'{mode}_{weight}',
+                f'{mode}, weight {weight}',
+                f'{_MEALV2} --discriminator-mode {mode} --discriminator-weight {weight}',
+                'mealv2',
+                models=_TWO,
+            )
+            for weight in ('10', '0.1')
+            for mode in ('official', 'adversarial')
+        ),
+    ),
+    'recipe': (
+        *(
+            Arm(f'decay_{decay}', f'weight decay {decay}', f'{_MEALV2} --weight-decay {decay}', 'mealv2', models=_TWO)
+            for decay in ('5e-4', '1e-4', '1e-5')
+        ),
+        Arm('scratch', 'from scratch', _MEALV2, 'mealv2', '', models=_TWO),
+        Arm(
+            'step',
+            'step: tenfold down after 8 of 15 epochs',
+            f'{_MEALV2} --sched step --decay-epochs 8',
+            'mealv2',
+            models=_TWO,
+        ),
+        Arm(
+            'slow_discriminator',
+            "discriminator's learning rate a tenth",
+            f'{_MEALV2} --discriminator-lr-scale 0.1',
+            'mealv2',
+            models=_TWO,
+        ),
+    ),
+    'teachers': (
+        *(
+            Arm(
+                f'hard_{weight}',
+                f'2 equal teachers, labels mixed in at {weight}',
+                f'{_MEALV2} {_WITHOUT} --hard-label-weight {weight}',
+                'logit_t1',
+                models=_TWO,
+            )
+            for weight in ('0.1', '0.5')
+        ),
+        *(
+            Arm(
+                f'equal_{len(models)}',
+                f'{len(models)} equal teachers',
+                _teachers(models),
+                'logit_t1',
+                models=models,
+            )
+            for models in (tuple(('teacher', seed) for seed in TEACHER_SEEDS[:count]) for count in (3, 5))
+        ),
+        Arm(
+            'unequal',
+            'one of them and a weak one',
+            _teachers((_TWO[0], _WEAK)),
+            'logit_t1',
+            models=(_TWO[0], _WEAK),
+        ),
+        Arm(
+            'unequal_weighted',
+            'the same, weighted 4 to 1',
+            _teachers((_TWO[0], _WEAK), '--teacher-weights 4 1'),
+            'logit_t1',
+            models=(_TWO[0], _WEAK),
+        ),
+    ),
+    'start': (
+        Arm('taught_control', 'taught start, then cross-entropy', _LABELS, 'control', 'taught_start', models=_TWO),
+        Arm('taught', 'taught start', _MEALV2, 'mealv2', 'taught_start', models=_TWO),
+    ),
+    'longer': tuple(
+        Arm(f'{arm.name}_long', arm.label, arm.options, arm.lr or arm.name, epochs=3 * EPOCHS, models=_TWO)
+        for arm in _methods()
+        if arm.name in ('control', 'mealv2_without', 'mixup')
+    ),
+}

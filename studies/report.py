@@ -1,0 +1,181 @@
+r"""Make the tables and the picture of docs/evidence.md from studies/results/*.csv.
+
+python studies/report.py            # writes the tables between the markers, and docs/evidence.png
+python studies/report.py --check    # fails if the tables in the document are not those of the CSV files
+"""
+
+import argparse
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from arms import SEEDS, STUDIES, TUNING_SEED
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from run import ROOT, Row, read_rows
+
+from timm_mealv2.cli.parser import OneLineParser, run_cli
+from timm_mealv2.errors import UserError
+from timm_mealv2.files import replacing
+
+DOCUMENT = ROOT / 'docs/evidence.md'
+PICTURE = ROOT / 'docs/evidence.png'
+
+REFERENCES = {
+    'methods': (('control', 'mealv2_without'), ()),
+    'discriminator': (('off',), ('mealv2', 'mealv2_adversarial')),
+    'recipe': (('mealv2',), ()),
+    'teachers': (('mealv2_without',), ('logit_t1',)),
+    'start': (('mealv2',), ('control',)),
+    'longer': (('control_long',), ()),
+}
+"""Study -> the arms that its others are compared with, and arms of other studies that its table repeats."""
+
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""97.5 % quantiles of Student's t for 1 to 9 degrees of freedom."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean, its standard error, and half the width of its 95 % confidence interval."""
+
+    mean: float
+    error: float
+    half_width: float
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """Return the mean of at least two values and how sure it is."""
+    error = statistics.stdev(values) / len(values) ** 0.5
+    return Interval(statistics.mean(values), error, T_975[len(values) - 2] * error)
+
+
+def paired_gain(rows: dict[str, Row], reference: dict[str, Row]) -> Interval | None:
+    """Return the difference in top-1 over the seeds that both arms have; None below two seeds."""
+    seeds = sorted(rows.keys() & reference.keys())
+    if len(seeds) < 2:
+        return None
+    return interval([float(rows[seed]['top1']) - float(reference[seed]['top1']) for seed in seeds])
+
+
+def read_arms() -> dict[str, dict[str, Row]]:
+    """Return arm -> seed -> row over all studies; the tuning runs are left out."""
+    arms: dict[str, dict[str, Row]] = {}
+    for study in ('models', *STUDIES):
+        for row in read_rows(study):
+            if row['seed'] != str(TUNING_SEED):
+                arms.setdefault(row['arm'], {})[row['seed']] = row
+    return arms
+
+
+DEAD = ('0.6931', '0.5')
+LABELS = {arm.name: arm.label for arms in STUDIES.values() for arm in arms}
+
+
+def mean_of(rows: dict[str, Row], column: str, spec: str) -> str:
+    """Return the formatted mean of a column, '-' where a row has no value."""
+    values = [row[column] for row in rows.values()]
+    return format(statistics.mean(map(float, values)), spec) if all(values) else '-'
+
+
+def study_table(study: str, arms: dict[str, dict[str, Row]]) -> str:
+    """Return a study's results as a Markdown table: one arm a line."""
+    references, repeated = REFERENCES[study]
+    names = dict.fromkeys([*references, *repeated, *(arm.name for arm in STUDIES[study])])
+    discriminator = study == 'discriminator'
+    heads = ['arm', 'lr', 'seeds', 'top-1, %', *(f'minus {LABELS[name]}' for name in references), 'KL', 'agreement, %']
+    heads += ['dead', "discriminator's loss"] if discriminator else ['CPU s']
+    lines = [f'| {" | ".join(heads)} |', '|---' + '|---:' * (len(heads) - 1) + '|']
+    for name in names:
+        rows = {seed: row for seed, row in arms.get(name, {}).items() if int(seed) in SEEDS}
+        if len(rows) < 2:
+            continue
+        top1 = interval([float(row['top1']) for row in rows.values()])
+        gains = [None if name == other else paired_gain(rows, arms.get(other, {})) for other in references]
+        cells = [LABELS[name], next(iter(rows.values()))['lr'], str(len(rows)), f'{top1.mean:.2f} ± {top1.error:.2f}']
+        cells += [f'{gain.mean:+.2f} ± {gain.half_width:.2f}' if gain else '-' for gain in gains]
+        cells += [mean_of(rows, 'kl', '.3f'), mean_of(rows, 'agreement', '.1f')]
+        if discriminator:
+            losses = [row['discriminator_loss'] for row in rows.values()]
+            # Both outputs zero for every row: its loss is ln 2 and half of the rows count as right.
+            dead = sum((row['discriminator_loss'], row['discriminator_accuracy']) == DEAD for row in rows.values())
+            cells += [f'{dead} of {len(losses)}' if all(losses) else '-', mean_of(rows, 'discriminator_loss', '.3f')]
+        else:
+            cells += [mean_of(rows, 'seconds', '.0f')]
+        lines.append(f'| {" | ".join(cells)} |')
+    waiting = [LABELS[name] for name in names if len(arms.get(name, {})) < 2]
+    if waiting:
+        lines += ['', f'Not run yet: {"; ".join(waiting)}.']
+    return '\n'.join(lines)
+
+
+def models_table(arms: dict[str, dict[str, Row]]) -> str:
+    """Return the top-1 of what the arms start from and learn from."""
+    names = {'start': 'start', 'taught_start': 'start, taught', 'teacher': 'teacher', 'ensemble': 'the two teachers'}
+    lines = ['| model | seeds | top-1, % |', '|---|---|---:|']
+    for name, label in names.items():
+        rows = sorted(arms.get(name, {}).items(), key=lambda item: int(item[0] or 0))
+        if rows:
+            seeds = ', '.join(seed for seed, _ in rows) or '-'
+            lines.append(f'| {label} | {seeds} | {", ".join(row["top1"] for _, row in rows)} |')
+    return '\n'.join(lines)
+
+
+def fill(document: str, arms: dict[str, dict[str, Row]]) -> str:
+    """Return the document with each table in its place."""
+    tables = {'models': models_table(arms)} | {study: study_table(study, arms) for study in STUDIES}
+    for name, table in tables.items():
+        head, begin, rest = document.partition(f'<!-- {name} -->\n')
+        if begin:
+            document = f'{head}{begin}{table}\n<!-- end -->{rest.partition("<!-- end -->")[2]}'
+    return document
+
+
+def draw(arms: dict[str, dict[str, Row]]) -> None:
+    """Draw the gain over the control of each method, with its confidence interval."""
+    gains = {
+        arm.label: gain
+        for arm in STUDIES['methods']
+        if arm.name != 'control' and (gain := paired_gain(arms.get(arm.name, {}), arms['control'])) is not None
+    }
+    gains = dict(sorted(gains.items(), key=lambda item: item[1].mean))
+    figure = Figure(figsize=(9, 0.45 * len(gains) + 1.3), layout='constrained')
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.errorbar(
+        [gain.mean for gain in gains.values()],
+        list(gains),
+        xerr=[gain.half_width for gain in gains.values()],
+        fmt='o',
+        color='#1f5fa8',
+        capsize=3,
+    )
+    axes.axvline(0, color='#666666', linewidth=1)
+    axes.grid(axis='x', alpha=0.3)
+    axes.spines[['top', 'right']].set_visible(False)
+    axes.set_xlabel(f'points of top-1, mean of {len(SEEDS)} seeds and its 95 % interval')
+    figure.suptitle('Gain over going on with cross-entropy for as many steps')
+    with replacing(PICTURE) as path:
+        figure.savefig(path, dpi=120)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write or check the document."""
+    parser: argparse.ArgumentParser = OneLineParser(description='Make the tables and the picture of docs/evidence.md.')
+    parser.add_argument('--check', action='store_true', help='write nothing; fail if a table differs')
+    args = parser.parse_args(argv)
+    arms = read_arms()
+    document = DOCUMENT.read_text()
+    filled = fill(document, arms)
+    if args.check:
+        if filled != document:
+            raise UserError(f'{DOCUMENT.name} differs from studies/results: python studies/report.py writes it')
+        return
+    with replacing(DOCUMENT) as path:
+        path.write_text(filled)
+    if 'control' in arms:
+        draw(arms)
+
+
+if __name__ == '__main__':
+    run_cli(main)

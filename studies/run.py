@@ -1,0 +1,240 @@
+r"""Run a study of docs/evidence.md; what its CSV file has already is not run again.
+
+    apt install dataset-fashion-mnist
+    python examples/fashion_mnist/make_sample.py --full
+    python studies/run.py methods            # or another of studies/arms.py
+    python studies/report.py                 # the tables and pictures of docs/evidence.md
+
+A row of `studies/results/STUDY.csv` is one training: its settings, the metrics of its last weights on all 10,000 test
+images, and its seconds of processor time. First come the models that the study starts from, then the learning rates of
+the arms that tune theirs (judged on 5,000 training images that no student trains on), then the seeds.
+"""
+
+import argparse
+import csv
+import functools
+import logging
+import multiprocessing
+import os
+import shlex
+import shutil
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+import torch
+import yaml
+from arms import COMMON, FULL, LEARNING_RATES, MODEL_OPTIONS, MODELS, SAMPLE, SEEDS, STUDIES, TUNING_SEED, TWO, Arm
+from timm.data import create_dataset, create_transform
+from torch import Tensor, nn
+
+from timm_mealv2.cli.parser import OneLineParser, run_cli
+from timm_mealv2.errors import UserError
+from timm_mealv2.training import run as training
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / 'studies/results'
+COLUMNS = (
+    *('arm', 'seed', 'lr', 'top1', 'kl', 'agreement', 'tuning_top1'),
+    *('discriminator_loss', 'discriminator_accuracy', 'seconds', 'settings'),
+)
+Row = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training: its arm's name, seed and learning rate ('' if it is among the options), and all its options."""
+
+    arm: str
+    seed: int
+    lr: str
+    options: str
+    keep: bool = False
+
+
+@functools.cache
+def images(split: str) -> tuple[Tensor, Tensor]:
+    """Return images [N, 1, 32, 32] and labels [N]: the 10,000 of 'test', or 5,000 for 'tuning'."""
+    config = {
+        'input_size': (1, 32, 32),
+        'mean': (0.286,),
+        'std': (0.353,),
+        'interpolation': 'bilinear',
+        'crop_pct': 1.0,
+    }
+    name = 'validation.tar' if split == 'test' else 'train.tar'
+    data = create_dataset('', root=FULL, split=name, input_img_mode='L', transform=create_transform(**config))
+    # Images come sorted by class. The last twelfth of each is neither in the sample nor among its unlabeled images.
+    count = len(data) // 10
+    tuning = [count * label + index for label in range(10) for index in range(count * 11 // 12, count)]
+    indices = range(len(data)) if split == 'test' else tuning
+    pixels, labels = zip(*(data[index] for index in indices), strict=True)
+    return torch.stack(pixels), torch.tensor(labels)
+
+
+@torch.inference_mode()
+def log_probabilities(model: nn.Module, split: str) -> Tensor:
+    """Return the log-probabilities [N, 10] of a model on the images of a split."""
+    return torch.cat([model.eval()(batch) for batch in images(split)[0].split(250)]).log_softmax(dim=1)
+
+
+@functools.cache
+def ensemble_log_probabilities() -> Tensor:
+    """Return those of the two teachers' ensemble on the test images."""
+    return log_probabilities(timm.create_model(TWO, pretrained=True), 'test')
+
+
+def measure(model: nn.Module, *, compare: bool) -> Row:
+    """Return top-1 (percent) for reporting and for tuning; with `compare` KL (nats) and agreement with the ensemble."""
+    log_q = log_probabilities(model, 'test')
+    top1 = [
+        f'{100 * prediction.argmax(dim=1).eq(images(split)[1]).double().mean():.2f}'
+        for split, prediction in (('test', log_q), ('tuning', log_probabilities(model, 'tuning')))
+    ]
+    row = dict(zip(('top1', 'tuning_top1'), top1, strict=True))
+    if compare:
+        log_p = ensemble_log_probabilities()
+        row['kl'] = f'{(log_p.exp() * (log_p - log_q)).sum(dim=1).mean():.4f}'
+        row['agreement'] = f'{100 * log_p.argmax(dim=1).eq(log_q.argmax(dim=1)).double().mean():.2f}'
+    return row
+
+
+def train(job: Job) -> Row:
+    """Train as `train_distill.py` does, and return the row of its last weights. A kept model's folder is whole."""
+    logging.basicConfig(level=logging.WARNING)  # the training program then leaves the logging as it is
+    torch.set_num_threads(1)
+    final = Path(MODELS) / f'{job.arm}-{job.seed}'
+    folder = final.with_name(f'{final.name}-{job.lr}.part')
+    shutil.rmtree(folder, ignore_errors=True)
+    argv = [*shlex.split(f'{COMMON} {job.options}'), '--seed', str(job.seed)]
+    began = time.process_time()
+    training.main([*argv, '--output', str(folder.parent), '--experiment', folder.name])
+    seconds = time.process_time() - began
+    settings = yaml.safe_load((folder / 'args.yaml').read_text())
+    model = timm.create_model(
+        settings['model'],
+        num_classes=10,
+        in_chans=1,
+        checkpoint_path=folder / 'last.pth.tar',
+        **settings['model_kwargs'],
+    )
+    with (folder / 'summary.csv').open(newline='') as file:
+        last = list(csv.DictReader(file))[-1]
+    if job.keep:
+        shutil.rmtree(final, ignore_errors=True)
+        folder.rename(final)
+    else:
+        shutil.rmtree(folder)
+    return {
+        **{'arm': job.arm, 'seed': str(job.seed), 'lr': job.lr, 'settings': job.options},
+        **measure(model, compare=not job.keep),
+        **{f'discriminator_{key}': last.get(f'train_discriminator_{key}', '')[:6] for key in ('loss', 'accuracy')},
+        'seconds': f'{seconds:.0f}',
+    }
+
+
+def read_rows(study: str) -> list[Row]:
+    """Return the rows of a study, none if it has not been run."""
+    path = RESULTS / f'{study}.csv'
+    if not path.is_file():
+        return []
+    with path.open(newline='') as file:
+        return list(csv.DictReader(file))
+
+
+def add_row(study: str, row: Row) -> None:
+    """Append a row to a study's CSV file."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f'{study}.csv'
+    new = not path.is_file()
+    with path.open('a', newline='') as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator='\n')
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+    words = (f'{column} {row[column]}' for column in ('arm', 'seed', 'lr', 'top1', 'seconds') if row.get(column))
+    print(f'{study}: {", ".join(words)}', flush=True)
+
+
+def keys(study: str) -> set[tuple[str, ...]]:
+    """Return arm, seed and learning rate of each row of a study."""
+    return {(row['arm'], row['seed'], row['lr']) for row in read_rows(study)}
+
+
+def missing(study: str, jobs: Iterable[Job]) -> list[Job]:
+    """Return the jobs that have no row yet, or whose model is to be kept and is not there."""
+    done = keys(study)
+    return [
+        job
+        for job in dict.fromkeys(jobs)
+        if (job.arm, str(job.seed), job.lr) not in done
+        or (job.keep and not (Path(MODELS) / f'{job.arm}-{job.seed}/last.pth.tar').is_file())
+    ]
+
+
+def model_jobs(arms: Sequence[Arm], seeds: Sequence[int]) -> list[Job]:
+    """Return the trainings of the models that the arms start from or learn from."""
+    needed = [model for arm in arms for model in arm.models]
+    needed += [(arm.start, seed) for seed in (TUNING_SEED, *seeds) for arm in arms if arm.start]
+    return [Job(name, seed, '', MODEL_OPTIONS[name], keep=True) for name, seed in dict.fromkeys(needed)]
+
+
+def arm_job(arm: Arm, seed: int, lr: float | str) -> Job:
+    """Return an arm's training."""
+    options = f'--data-dir {SAMPLE} {arm.options} --lr {lr} --epochs {arm.epochs}'
+    if arm.start:
+        options += f' --initial-checkpoint {MODELS}/{arm.start}-{seed}/last.pth.tar'
+    return Job(arm.name, seed, str(lr), options)
+
+
+def tuned_lr(arm: Arm) -> str:
+    """Return an arm's learning rate: its own or another's, of the best top-1 on the tuning images."""
+    name = arm.lr or arm.name
+    rows = [row for study in STUDIES for row in read_rows(study)]
+    of_arm = [row for row in rows if row['arm'] == name and row['seed'] == str(TUNING_SEED)]
+    tuning = [row for row in of_arm if row['lr'] in map(str, LEARNING_RATES)]
+    if len(tuning) < len(LEARNING_RATES):
+        raise UserError(f'{arm.name} takes the learning rate of {name}, which is not tuned yet: run its study first.')
+    return max(tuning, key=lambda row: (float(row['tuning_top1']), -float(row['lr'])))['lr']
+
+
+def run_jobs(pool: Executor, study: str, jobs: Iterable[Job]) -> None:
+    """Run the missing jobs side by side; each adds its row as it ends."""
+    for future in as_completed([pool.submit(train, job) for job in missing(study, jobs)]):
+        row = future.result()
+        if (row['arm'], row['seed'], row['lr']) not in keys(study):  # a model is made again where its file is gone
+            add_row(study, row)
+
+
+def run_study(pool: Executor, study: str, seeds: Sequence[int] = SEEDS) -> None:
+    """Run what is missing of a study: the models it needs, learning rates, seeds."""
+    arms = STUDIES[study]
+    run_jobs(pool, 'models', model_jobs(arms, seeds))
+    if not any(row['arm'] == 'ensemble' for row in read_rows('models')):
+        ensemble = timm.create_model(TWO, pretrained=True)
+        add_row('models', {'arm': 'ensemble', 'settings': TWO, **measure(ensemble, compare=False)})
+    run_jobs(pool, study, [arm_job(arm, TUNING_SEED, lr) for arm in arms if arm.lr is None for lr in LEARNING_RATES])
+    run_jobs(pool, study, [arm_job(arm, seed, tuned_lr(arm)) for arm in arms for seed in seeds])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the studies that are named."""
+    parser: argparse.ArgumentParser = OneLineParser(
+        description='Run studies; what is in studies/results already is not run again.'
+    )
+    parser.add_argument('studies', nargs='+', choices=STUDIES, metavar='STUDY', help=', '.join(STUDIES))
+    parser.add_argument('--jobs', type=int, default=os.cpu_count(), help='trainings side by side (default: the cores)')
+    args = parser.parse_args(argv)
+    os.chdir(ROOT)
+    if not Path(FULL, 'train.tar').is_file():
+        raise UserError(f'there is no {FULL}: python examples/fashion_mnist/make_sample.py --full makes it')
+    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context('spawn')) as pool:
+        for study in args.studies:
+            run_study(pool, study)
+
+
+if __name__ == '__main__':
+    run_cli(main)

@@ -1,0 +1,124 @@
+"""The studies of docs/evidence.md: their statistics, resuming, and that the document shows their results."""
+
+import csv
+import importlib
+import json
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from timm_mealv2.training.arguments import parse_args
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLE = ROOT / 'examples/fashion_mnist'
+
+
+@pytest.fixture
+def studies(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, ModuleType]]:
+    """The programs in studies/, which import each other by their plain names."""
+    monkeypatch.syspath_prepend(str(ROOT / 'studies'))
+    names = ('arms', 'run', 'report')
+    yield {name: importlib.import_module(name) for name in names}
+    for name in names:
+        sys.modules.pop(name, None)
+
+
+class InThisProcess(Executor):
+    """Runs a job when it is submitted, and counts."""
+
+    jobs = 0
+
+    def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(function(*args, **kwargs))
+        self.jobs += 1
+        return future
+
+
+def test_a_paired_gain_is_the_mean_difference_over_shared_seeds_with_students_interval(
+    studies: dict[str, ModuleType],
+) -> None:
+    arm = {str(seed): {'top1': top1} for seed, top1 in enumerate(('82.0', '84.0', '86.0'))}
+    control = {str(seed): {'top1': top1} for seed, top1 in enumerate(('81.0', '82.0', '83.0', '50.0'))}
+    gain = studies['report'].paired_gain(arm, control)
+    # Differences 1, 2, 3: deviation 1, error 1/sqrt(3), t(0.975, 2) = 4.303.
+    assert gain.mean == pytest.approx(2)
+    assert gain.error == pytest.approx(0.57735, abs=1e-5)
+    assert gain.half_width == pytest.approx(2.4843, abs=1e-4)
+    assert studies['report'].paired_gain(arm, {'0': {'top1': '81.0'}}) is None
+
+
+def test_every_arm_is_a_command_line_that_the_training_program_takes(
+    studies: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    arms = [arm for group in studies['arms'].STUDIES.values() for arm in group]
+    assert len({arm.name for arm in arms}) == len(arms)
+    for arm in arms:
+        # The model that it starts from is made by the study.
+        options = studies['run'].arm_job(arm, 0, 0.05).options.partition(' --initial-checkpoint')[0]
+        parse_args(shlex.split(f'{studies["arms"].COMMON} {options}'))
+
+
+def test_a_study_goes_on_where_it_was(
+    studies: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, arms = studies['run'], studies['arms']
+    teacher = f'local-dir:{EXAMPLE / "teachers/teacher_b"}'
+    monkeypatch.chdir(ROOT)
+    for name, value in {
+        'RESULTS': tmp_path / 'results',
+        'MODELS': str(tmp_path / 'models'),
+        'FULL': str(EXAMPLE / 'data'),
+        'TWO': teacher,
+        'LEARNING_RATES': (0.05, 0.1),
+        'STUDIES': {'smoke': (arms.Arm('first', 'First', f'--teachers {teacher}', start='', epochs=1),)},
+    }.items():
+        monkeypatch.setattr(run, name, value)
+    pool = InThisProcess()
+    run.run_study(pool, 'smoke', seeds=(0,))
+    assert pool.jobs == 3  # two learning rates, one seed
+    rows = run.read_rows('smoke')
+    tuning = {row['lr']: float(row['tuning_top1']) for row in rows if row['seed'] == '100'}
+    assert rows[-1]['lr'] == max(tuning, key=lambda lr: tuning[lr])
+    assert float(rows[-1]['top1']) > 10
+    assert float(rows[-1]['kl']) > 0
+    assert list((tmp_path / 'models').iterdir()) == []
+
+    path = tmp_path / 'results/smoke.csv'
+    complete = path.read_text()
+    path.write_text(''.join(complete.splitlines(keepends=True)[:-1]))
+    run.run_study(pool, 'smoke', seeds=(0,))
+    assert pool.jobs == 4
+    with path.open(newline='') as file:
+        again = list(csv.DictReader(file))
+    assert [{**row, 'seconds': ''} for row in again] == [{**row, 'seconds': ''} for row in rows]
+
+
+def test_the_document_has_the_tables_of_the_csv_files(
+    studies: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = studies['report']
+    report.main(['--check'])
+    changed = tmp_path / 'evidence.md'
+    text = report.DOCUMENT.read_text()
+    row = next(line for line in text.splitlines() if line.startswith('| control, cross-entropy'))
+    changed.write_text(text.replace(row, row.replace('±', '+-')))
+    monkeypatch.setattr(report, 'DOCUMENT', changed)
+    with pytest.raises(report.UserError, match='differs from studies/results'):
+        report.main(['--check'])
+
+
+def test_the_named_teachers_are_files_that_the_studies_make(studies: dict[str, ModuleType]) -> None:
+    for name, seeds in (('one', (11,)), ('two', (10, 11))):
+        folder = ROOT / f'studies/teachers/{name}'
+        config = json.loads((folder / 'config.json').read_text())
+        paths = [(folder / teacher.partition('=')[2]).resolve() for teacher in config['model_args']['teachers']]
+        models = (ROOT / studies['arms'].MODELS).resolve()
+        assert paths == [models / f'teacher-{seed}/last.pth.tar' for seed in seeds]
