@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from run import ROOT, Row, read_rows
 
-from timm_mealv2.cli.parser import OneLineParser, run_cli
+from timm_mealv2.command_line import OneLineParser, run_cli
 from timm_mealv2.errors import UserError
 from timm_mealv2.files import replacing
 
@@ -68,7 +68,9 @@ def read_arms() -> dict[str, dict[str, Row]]:
     return arms
 
 
-DEAD = ('0.6931', '0.5')
+CHANCE = ('0.6931', '0.5')
+"""Loss (ln 2) and accuracy of a discriminator whose outputs say nothing."""
+
 LABELS = {arm.name: arm.label for arms in STUDIES.values() for arm in arms}
 
 
@@ -84,7 +86,7 @@ def study_table(study: str, arms: dict[str, dict[str, Row]]) -> str:
     names = dict.fromkeys([*references, *repeated, *(arm.name for arm in STUDIES[study])])
     discriminator = study == 'discriminator'
     heads = ['arm', 'lr', 'seeds', 'top-1, %', *(f'minus {LABELS[name]}' for name in references), 'KL', 'agreement, %']
-    heads += ['dead', "discriminator's loss"] if discriminator else ['CPU s']
+    heads += ['at chance', "discriminator's loss"] if discriminator else ['CPU s']
     lines = [f'| {" | ".join(heads)} |', '|---' + '|---:' * (len(heads) - 1) + '|']
     for name in names:
         rows = {seed: row for seed, row in arms.get(name, {}).items() if int(seed) in SEEDS}
@@ -97,9 +99,13 @@ def study_table(study: str, arms: dict[str, dict[str, Row]]) -> str:
         cells += [mean_of(rows, 'kl', '.3f'), mean_of(rows, 'agreement', '.1f')]
         if discriminator:
             losses = [row['discriminator_loss'] for row in rows.values()]
-            # Both outputs zero for every row: its loss is ln 2 and half of the rows count as right.
-            dead = sum((row['discriminator_loss'], row['discriminator_accuracy']) == DEAD for row in rows.values())
-            cells += [f'{dead} of {len(losses)}' if all(losses) else '-', mean_of(rows, 'discriminator_loss', '.3f')]
+            at_chance = sum(
+                (row['discriminator_loss'], row['discriminator_accuracy']) == CHANCE for row in rows.values()
+            )
+            cells += [
+                f'{at_chance} of {len(losses)}' if all(losses) else '-',
+                mean_of(rows, 'discriminator_loss', '.3f'),
+            ]
         else:
             cells += [mean_of(rows, 'seconds', '.0f')]
         lines.append(f'| {" | ".join(cells)} |')

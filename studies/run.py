@@ -31,7 +31,7 @@ from arms import COMMON, FULL, LEARNING_RATES, MODEL_OPTIONS, MODELS, SAMPLE, SE
 from timm.data import create_dataset, create_transform
 from torch import Tensor, nn
 
-from timm_mealv2.cli.parser import OneLineParser, run_cli
+from timm_mealv2.command_line import OneLineParser, run_cli
 from timm_mealv2.errors import UserError
 from timm_mealv2.training import run as training
 
