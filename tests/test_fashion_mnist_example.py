@@ -155,7 +155,7 @@ def test_the_experiment_runs_from_images_to_an_exported_student(
     quickstart.main(['--smoke', '--out', str(out)])
     printed = capsys.readouterr().out
     results = json.loads((out / 'results.json').read_text())
-    assert list(results) == ['teachers', 'ensemble', 'start', 'control', 'mealv2']
+    assert list(results) == ['teachers', 'ensemble', 'start', 'control', 'logit', 'mealv2']
     assert set(results['teachers']) == {'teacher_a', 'teacher_b'}
     assert min(*results['teachers'].values(), results['ensemble']) > 90
     assert f'| mealv2 | 0.16 M | {results["mealv2"]:.2f} |' in printed

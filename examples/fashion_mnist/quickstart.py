@@ -2,8 +2,9 @@ r"""The quick start: a small student learns from two trained teachers what 2,000
 
     python examples/fashion_mnist/quickstart.py
 
-It trains the student with cross-entropy ("start"), then goes on from there in two ways of as many steps: with
-cross-entropy ("control") and with MEAL V2 from the ensemble of the teachers. The weights of the last epoch are
+It trains the student with cross-entropy ("start"), then goes on from there in three ways of as many steps: with
+cross-entropy ("control"), with timm's logit distillation from the better teacher ("logit"; temperature 4, half of the
+loss on the labels) and with MEAL V2 from the ensemble of the teachers. The weights of the last epoch are
 evaluated, never the best ones on the validation images. In `output/quickstart` it leaves `results.json` (top-1 in
 percent), `results_detail.json`, `curves.png`, the run folders, and `student/`, which plain timm loads.
 
@@ -62,6 +63,8 @@ COMMON = shlex.split(
 )
 START = shlex.split('--lr 0.1 --warmup-epochs 5 --weight-decay 5e-4')
 CONTROL = shlex.split('--weight-decay 5e-4')
+LOGIT = shlex.split('--kd-distill-type logit --kd-temperature 4 --task-loss-weight 0.5 --weight-decay 5e-4')
+LOGIT += ['--teachers', TEACHERS['teacher_b']]
 MEALV2 = ['--teachers', *TEACHERS.values()]
 
 # Run by a Python process of its own, which knows nothing of this package.
@@ -102,6 +105,7 @@ def run_arms(out: Path, *, seed: int, unlabeled: Path | None, smoke: bool) -> di
     checkpoints = {'start': train('start', out, DATA, START, seed=seed, epochs=start_epochs)}
     from_start = ['--initial-checkpoint', str(checkpoints['start'])]
     checkpoints['control'] = train('control', out, DATA, CONTROL + from_start, seed=seed, epochs=epochs)
+    checkpoints['logit'] = train('logit', out, DATA, LOGIT + from_start, seed=seed, epochs=epochs)
     checkpoints['mealv2'] = train('mealv2', out, DATA, MEALV2 + from_start, seed=seed, epochs=epochs)
     if unlabeled is not None:
         images = len(create_dataset('', root=str(unlabeled), split='train.tar'))
@@ -161,7 +165,7 @@ def table_of_seeds(seeds: Sequence[int], runs: Sequence[dict[str, dict[str, floa
         cells = [*(f'{value:.2f}' for value in top1), f'{statistics.mean(top1):.2f}', f'{statistics.stdev(top1):.2f}']
         lines.append(f'| {name} | {" | ".join(cells)} | {"-" if kl is None else f"{kl:.3f}"} |')
     for name in runs[0]:
-        if name.startswith('mealv2'):
+        if name.startswith(('logit', 'mealv2')):
             gains = [run[name]['top1'] - run['control']['top1'] for run in runs]
             error = statistics.stdev(gains) / len(gains) ** 0.5
             each = ', '.join(f'{gain:+.2f}' for gain in gains)
@@ -184,17 +188,18 @@ def run_once(args: argparse.Namespace, seed: int, out: Path, validation: ImageDa
     checkpoints = run_arms(out, seed=seed, unlabeled=args.unlabeled, smoke=args.smoke)
     results = evaluate_all(checkpoints, validation)
     top1 = {name: metrics['top1'] for name, metrics in results.items()}
-    arms = {name: top1[name] for name in ('ensemble', 'start', 'control', 'mealv2')}
+    arms = {name: top1[name] for name in ('ensemble', 'start', 'control', 'logit', 'mealv2')}
     write_json(out / 'results.json', {'teachers': {name: top1[name] for name in TEACHERS}, **arms})
     detail = {'seed': seed, 'data': str(args.val_data), 'images': len(validation), 'weights': 'last epoch'}
     write_json(out / 'results_detail.json', {**detail, 'models': results})
-    labels = {'start': 'start', 'control': 'control (cross-entropy)', 'mealv2': 'MEAL V2'}
+    labels = {'start': 'start', 'control': 'control (cross-entropy)'}
+    labels |= {'logit': 'logit distillation', 'mealv2': 'MEAL V2'}
     start_epochs = 2 if args.smoke else START_EPOCHS
     draw_runs(
         {label: out / name for name, label in labels.items()},
         out / 'curves.png',
         panels=('top1', 'kl', 'agreement'),
-        first_epochs={labels['control']: start_epochs, labels['mealv2']: start_epochs},
+        first_epochs={label: start_epochs for name, label in labels.items() if name != 'start'},
         top1_lines={name: top1[name] for name in (*TEACHERS, 'ensemble')},
         top1_from=None if args.smoke else 75,
         title='Fashion-MNIST, 2,000 labelled images',
