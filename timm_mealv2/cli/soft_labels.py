@@ -269,11 +269,8 @@ def _parts(args: argparse.Namespace, device: torch.device) -> tuple[Dataset, Ens
     augmentation = build_augmentation(args, config)
     dataset = _open(args, augmentation.input_img_mode)
     top_k = args.top_k or min(10, teachers.num_classes)
-    return (
-        dataset,
-        teachers,
-        describe(dataset, teachers, augmentation, seed=args.seed, top_k=top_k, batch_size=args.batch_size),
-    )
+    meta = describe(dataset, teachers, augmentation, seed=args.seed, top_k=top_k, batch_size=args.batch_size)
+    return dataset, teachers, meta
 
 
 def _open(args: argparse.Namespace, img_mode: str) -> Dataset:

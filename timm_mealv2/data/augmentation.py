@@ -11,6 +11,12 @@ from timm.data.random_erasing import RandomErasing
 
 from timm_mealv2.data.seed import Stream, counted_seed, seed_cpu
 
+# Settings that timm's `create_transform` calls the same.
+_TRANSFORM_OPTIONS = (
+    *('input_size', 'no_aug', 'train_crop_mode', 'scale', 'ratio', 'hflip', 'vflip', 'color_jitter_prob'),
+    *('grayscale_prob', 'gaussian_blur_prob', 'mean', 'std'),
+)
+
 
 @dataclass(frozen=True)
 class Augmentation:
@@ -69,23 +75,9 @@ class Augmentation:
 
     def transform_options(self) -> dict[str, Any]:
         """Return the settings as arguments of timm's `create_transform` and `create_loader`."""
-        return {
-            'input_size': self.input_size,
-            'no_aug': self.no_aug,
-            'train_crop_mode': self.train_crop_mode,
-            'scale': self.scale,
-            'ratio': self.ratio,
-            'hflip': self.hflip,
-            'vflip': self.vflip,
-            'color_jitter': self.color_jitter or None,  # a jitter of 0 only takes time
-            'color_jitter_prob': self.color_jitter_prob,
-            'grayscale_prob': self.grayscale_prob,
-            'gaussian_blur_prob': self.gaussian_blur_prob,
-            'auto_augment': self.aa,
-            'interpolation': self.train_interpolation,
-            'mean': self.mean,
-            'std': self.std,
-        }
+        options = {name: getattr(self, name) for name in _TRANSFORM_OPTIONS}
+        jitter = self.color_jitter or None  # a jitter of 0 only takes time
+        return {**options, 'color_jitter': jitter, 'auto_augment': self.aa, 'interpolation': self.train_interpolation}
 
     def transform(self, input_size: tuple[int, int, int] | None = None) -> Any:
         """Return timm's transform from an image to uint8 pixels; three of them in turn with `aug_splits`."""

@@ -43,11 +43,9 @@ class BadImages:
                 _logger.warning(f'Left out, an image that cannot be read: {text}')
 
     def restore(self, found: Mapping[str, str], splits: Mapping[str, Dataset]) -> None:
-        """Take over the images that could not be read before a run was resumed, without those that can be read now.
+        """Take over what `found` had when it was saved, without the images that can be read now.
 
-        Args:
-            found: As `found` was saved.
-            splits: The data sets by the names that they were reported with; what is of another is taken over untested.
+        `splits` are the data sets by the names they were reported with; what is of another is taken over untested.
         """
         for key, text in found.items():
             split, _, index = key.partition(' #')
@@ -72,14 +70,7 @@ class BadImages:
         self._unshared.clear()
 
     def check(self, advice: str = '') -> None:
-        """Name all images once more, if they are too many.
-
-        Args:
-            advice: How the run can be continued.
-
-        Raises:
-            UserError: If they are.
-        """
+        """Name all images once more, and raise `UserError` with some `advice`, if they are too many."""
         if len(self.found) > self.limit:
             for text in self.found.values():
                 _logger.error(f'Cannot be read: {text}')
@@ -102,7 +93,7 @@ Collate = Callable[[KeyBatch, list[Sample]], Batch]
 
 
 class Fetched(NamedTuple):
-    """A batch, None if no image of it can be read, and what could not be read (index -> path and reason)."""
+    """A batch, None if none of its images can be read, and what could not be read (index -> path and reason)."""
 
     batch: Batch | None
     unreadable: dict[int, str]
@@ -164,10 +155,7 @@ class ReportingLoader:
     """The batches alone, as timm's `PrefetchLoader` takes them; what could not be read is reported."""
 
     def __init__(self, loader: DataLoader, bad: BadImages, split: str, skip_empty: bool = False) -> None:
-        self.loader = loader
-        self.bad = bad
-        self.split = split
-        self.skip_empty = skip_empty
+        self.loader, self.bad, self.split, self.skip_empty = loader, bad, split, skip_empty
 
     def __len__(self) -> int:
         return len(self.loader)

@@ -125,11 +125,7 @@ def check_classes(train: Dataset, validation: Dataset | None, num_classes: int) 
 
 
 class UnreadableImage(Exception):
-    """An image that cannot be read: the message names it and says why.
-
-    Attributes:
-        index: Its place in the data set.
-    """
+    """An image that cannot be read: the message names it and says why, `index` is its place in the data set."""
 
     def __init__(self, message: str, index: int = -1) -> None:
         super().__init__(message)
@@ -210,17 +206,6 @@ def keeping_no_file_open(dataset: Dataset) -> Dataset:
         dataset.reader = reader = copy(dataset.reader)  # type: ignore[attr-defined]
         reader.cache_tarfiles = False
     return dataset
-
-
-def image_size(dataset: Dataset, index: int) -> tuple[int, int] | None:
-    """Width and height of an image by the head of its file; None where there is no file, or none that can be read."""
-    if not isinstance(dataset, ImageDataset):
-        return None
-    try:
-        with closing(dataset.reader[index][0]) as file:
-            return Image.open(file).size
-    except Exception:  # of Pillow's decoders, many kinds; decoding will tell
-        return None
 
 
 def image_name(dataset: Dataset, index: int) -> str:

@@ -141,14 +141,13 @@ class TrainLoader:
         device: torch.device | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.sampler = sampler
-        self.device = device or torch.device('cpu')
+        self.sampler, self.device = sampler, device or torch.device('cpu')
         bad = bad or BadImages()
         loader = DataLoader(
             ReadableBatches(samples, collate, fill=True, limit=bad.limit),
             batch_size=None,
             sampler=sampler,
-            collate_fn=_unchanged,
+            collate_fn=unchanged,
             num_workers=workers,
             pin_memory=pin_memory,
             persistent_workers=workers > 0,
@@ -169,7 +168,8 @@ class TrainLoader:
             yield images.to(self.device), target.to(self.device)
 
 
-def _unchanged(fetched: Any) -> Any:
+def unchanged(fetched: Any) -> Any:
+    """Collate function of a `DataLoader` whose data set makes whole batches."""
     return fetched
 
 
@@ -187,28 +187,16 @@ class StreamLoader:
         **loader: Arguments of timm's `create_loader`.
     """
 
-    def __init__(
-        self,
-        dataset: IterableDataset,
-        *,
-        seed: int,
-        rank: int,
-        device: torch.device,
-        **loader: Any,
-    ) -> None:
-        self.seed, self.rank, self.device = seed, rank, device
-        self.dataset = dataset
+    resumable = False
+
+    def __init__(self, dataset: IterableDataset, *, seed: int, rank: int, device: torch.device, **loader: Any) -> None:
+        self.dataset, self.seed, self.rank, self.device = dataset, seed, rank, device
         self.loader = create_loader(dataset, is_training=True, device=device, persistent_workers=False, **loader)
         keep_signals_from_workers(self.loader)
 
     def __len__(self) -> int:
         """Batches an epoch on every process, by the data set's own count."""
         return len(self.loader)
-
-    @property
-    def resumable(self) -> bool:
-        """Whether an epoch can be entered in the middle."""
-        return False
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield (images, targets) of `epoch`; `start` must be 0."""
@@ -260,7 +248,7 @@ def eval_loader(
         ReadableBatches(samples, collate_labels, limit=bad.limit),
         batch_size=None,
         sampler=_EvalBatches(range(rank, len(samples), processes), batch_size),
-        collate_fn=_unchanged,
+        collate_fn=unchanged,
         worker_init_fn=ignore_signals,
         generator=torch.Generator(),
         **kwargs,

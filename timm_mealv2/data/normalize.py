@@ -14,12 +14,8 @@ Stats = tuple[float, ...]
 def channel_stats(cfg: Mapping[str, Any] | None, in_chans: int) -> tuple[Stats, Stats]:
     """Return the mean and std that a model takes its pixels with, one number per channel.
 
-    As timm's loader does it: ImageNet's where `cfg` has none, and the average over the channels where their number is
-    not `in_chans` (grey pictures for a colour config).
-
-    Args:
-        cfg: A `pretrained_cfg` or a data config; of interest are 'mean' and 'std'.
-        in_chans: Channels of the pictures.
+    As timm's loader does it: ImageNet's where `cfg` (a `pretrained_cfg` or a data config) has none, and the average
+    over the channels where their number is not `in_chans`, as for gray pictures and a color config.
     """
     cfg = cfg or {}
     mean, std = cfg.get('mean') or IMAGENET_DEFAULT_MEAN, cfg.get('std') or IMAGENET_DEFAULT_STD
@@ -29,14 +25,9 @@ def channel_stats(cfg: Mapping[str, Any] | None, in_chans: int) -> tuple[Stats, 
 def renormalize(x: Tensor, from_mean: Stats, from_std: Stats, to_mean: Stats, to_std: Stats) -> Tensor:
     """Bring pixels [B, C, H, W] from one normalization to another; with equal statistics, `x` itself is returned.
 
-    Computed in at least float32, returned in the dtype and memory format of `x`; gradients pass. Waits for no device.
-
-    Args:
-        x: Pixels normalized as (pixel - from_mean) / from_std.
-        from_mean: One number per channel, as are the other three (`channel_stats` makes them).
-        from_std: See `from_mean`.
-        to_mean: The pixels returned are (pixel - to_mean) / to_std.
-        to_std: See `to_mean`.
+    (pixel - from_mean) / from_std becomes (pixel - to_mean) / to_std, with one number per channel as `channel_stats`
+    gives them. Computed in at least float32, returned in the dtype and memory format of `x`; gradients pass. Waits for
+    no device.
     """
     if (from_mean, from_std) == (to_mean, to_std):
         return x

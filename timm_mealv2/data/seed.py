@@ -57,11 +57,3 @@ def preserved_generators() -> Iterator[None]:
         random.setstate(former[0])
         np.random.set_state(former[1])
         torch.set_rng_state(former[2])
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed the CPU generators for a block, and put back what they were."""
-    with preserved_generators():
-        seed_cpu(seed)
-        yield

@@ -47,13 +47,8 @@ def sample_keys(samples: Samples, images: Sequence[int], epochs: Sequence[int]) 
 class PartQueue:
     """The parts that are still to be made. Iterating claims one after the other, and yields batches of its samples.
 
-    Which samples make a batch is a function of the store's settings.
-
-    Args:
-        out: Folder of the store.
-        meta: The store's settings.
-        samples: The samples of the store.
-        again: Names of parts that are there and are made anew.
+    Which samples make a batch is a function of the store's settings. `again` names the files of parts that are there
+    and are made anew.
     """
 
     def __init__(self, out: Path, meta: StoreMeta, samples: Samples, again: set[str]) -> None:
@@ -140,9 +135,8 @@ class Progress:
     """What all processes have done: a bar on a terminal, a line from time to time elsewhere."""
 
     def __init__(self, queue: PartQueue, shown: bool) -> None:
-        self.queue = queue
+        self.queue, self.shown = queue, shown
         self.lines = shown and not sys.stderr.isatty()
-        self.shown = shown
         self.total = sum(_samples(part) for part in queue.meta.parts())
         self.unfinished = 0  # samples of parts that this process has not written yet
         self.first = self._written()

@@ -79,10 +79,9 @@ class StoreMeta:
         Raises:
             UserError: If there is none, it is of another format, or damaged.
         """
-        if not folder.is_dir():
-            raise UserError(f'{folder} holds no soft labels: there is no such folder (record makes it).')
         if not (folder / META).is_file():
-            raise UserError(f'{folder} holds no soft labels: there is no {META}.')
+            lacking = META if folder.is_dir() else 'such folder (record makes it)'
+            raise UserError(f'{folder} holds no soft labels: there is no {lacking}.')
         try:
             values = json.loads((folder / META).read_text(encoding='utf-8'))
             found = values.get('format', values.get('format_version'))
@@ -138,17 +137,10 @@ def describe(
     batch_size: int = 128,
     part_images: int | None = None,
 ) -> StoreMeta:
-    """Return what is to be recorded, still without epochs.
+    """Return what is to be recorded (see `StoreMeta`), still without epochs; `seed` is that of the training.
 
-    Args:
-        dataset: The images.
-        teachers: The ensemble.
-        augmentation: The settings that decide the samples' pixels.
-        seed: The samples' seed, that of the training.
-        top_k: Most probable classes to keep of a sample.
-        batch_size: Most samples that go through the teachers together.
-        part_images: Images of a part. If None, 128 parts share a block of epochs, or more for very many images and
-            fewer for few: a store has some thousand files at most, and a process that dies loses little.
+    With `part_images=None` 128 parts share a block of epochs, or more for very many images and fewer for few: a store
+    has some thousand files at most, and a process that dies loses little.
 
     Raises:
         UserError: If the data set has no random access, or a value is not possible.
@@ -162,8 +154,7 @@ def describe(
     channels = augmentation.input_size[0]
     if teachers.in_chans != channels:
         raise UserError(f'the teachers take {teachers.in_chans} channels, the samples have {channels}: set --in-chans.')
-    images = len(dataset)
-    dtype = teachers.autocast_dtype
+    images, dtype = len(dataset), teachers.autocast_dtype
     return StoreMeta(
         format=FORMAT,
         teachers=describe_teachers(teachers),

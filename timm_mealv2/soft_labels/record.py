@@ -9,7 +9,7 @@ import time
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from timm_mealv2.data.dataset import UnreadableImage, image_names, keeping_no_file_open
 from timm_mealv2.data.deterministic import Key, Samples
+from timm_mealv2.data.loader import unchanged
 from timm_mealv2.data.normalize import channel_stats
 from timm_mealv2.errors import UserError
 from timm_mealv2.files import replacing
@@ -60,9 +61,6 @@ def record(
         workers: Worker processes that make samples; 0 makes them in this one.
         device: Where the teachers are.
         progress: Show what all processes together have done.
-
-    Returns:
-        The store, with all epochs.
 
     Raises:
         UserError: If the folder holds a recording with other settings, or other files, or no image can be read.
@@ -133,19 +131,15 @@ def _sample_loader(samples: Samples, batches: Iterable[list[Key]], workers: int,
         _SampleBatches(samples),
         batch_sampler=batches,
         num_workers=workers,
-        collate_fn=_unchanged,
+        collate_fn=unchanged,
         pin_memory=device.type == 'cuda',
         persistent_workers=workers > 0,
         generator=torch.Generator(),  # nothing here draws from it, and no shared generator moves on
     )
 
 
-def _unchanged(batch: Any) -> Any:
-    return batch
-
-
 def _record_parts(
-    loader: DataLoader, teachers: EnsembleTeacher, queue: PartQueue, device: torch.device, shown: 'Progress'
+    loader: DataLoader, teachers: EnsembleTeacher, queue: PartQueue, device: torch.device, shown: Progress
 ) -> None:
     """Make the parts that can be claimed, and write each when its last batch has come."""
     meta = queue.meta
@@ -206,13 +200,7 @@ def measure(
 ) -> float:
     """Measure how many samples a second this process records, on images that are spread over the data set.
 
-    Args:
-        dataset: The images.
-        teachers: The ensemble, on `device`.
-        meta: What `describe` gives for these.
-        workers: Worker processes.
-        device: Where the teachers are.
-        seconds: How long to measure, after the start of workers and device.
+    The arguments are those of `record`; `seconds` begin when workers and device have started.
     """
     device = torch.device(device)
     samples = Samples(dataset, meta.augmentation, meta.seed)
@@ -244,8 +232,7 @@ def _join(out: Path, meta: StoreMeta, names: Sequence[str], samples: Samples, ep
     """Make the folder, or join a recording that is there; return its settings, with blocks up to `epochs`."""
     if (out / META).is_file():
         former = StoreMeta.read(out)
-        differing = difference(former, meta)
-        if differing:
+        if differing := difference(former, meta):
             raise UserError(f'{out} is a recording with {differing}: give the same options, or another --out.')
         SoftLabelStore(out).check_pixels(samples)
         for leftover in out.glob('.*'):
@@ -270,8 +257,7 @@ def _join(out: Path, meta: StoreMeta, names: Sequence[str], samples: Samples, ep
         save_file(_pixel_samples(samples, meta, epochs), temporary)
     meta = meta.extend(epochs, BLOCK_EPOCHS)
     meta.write(out)
-    differing = difference(StoreMeta.read(out), meta)
-    if differing:
+    if differing := difference(StoreMeta.read(out), meta):
         raise UserError(f'{out}: another process has begun a recording with {differing}.')
     return meta
 
@@ -282,11 +268,9 @@ def _pixel_samples(samples: Samples, meta: StoreMeta, epochs: int) -> dict[str, 
     for number in range(_PIXEL_SAMPLES):
         first, epoch = meta.images * number // _PIXEL_SAMPLES, number % min(epochs, BLOCK_EPOCHS)
         for image in range(first, min(first + 16, meta.images)):  # the first that can be read
-            try:
+            with suppress(UnreadableImage):
                 chosen[f'{epoch}-{image}'] = np.ascontiguousarray(samples.sample(epoch, image).pixels)
                 break
-            except UnreadableImage:
-                pass
     return chosen
 
 

@@ -61,9 +61,8 @@ class StoredSampler(EpochSampler):
         known = records['crc'] != 0
         if not known.all() and not self._told:
             self._told = True
-            _logger.warning(
-                f'Left out, not readable when recorded: {np.count_nonzero(~known):,} samples of this epoch.'
-            )
+            left_out = np.count_nonzero(~known)
+            _logger.warning(f'Left out, not readable when recorded: {left_out:,} samples of this epoch.')
         data, size = records.tobytes(), records.itemsize
         del records
         for batch in super().__iter__():
@@ -86,11 +85,7 @@ class CollateStored:
     """Collates samples with their records: labels float32 [B, 1 + 2K].
 
     A label is the hard label (-1 if unknown, or if the sample is mixed of two images), K class indices and K
-    probabilities.
-
-    Args:
-        store: The store.
-        check: Compare each sample's pixels with those that the teachers saw.
+    probabilities. With `check`, each sample's pixels are compared with those that the teachers saw.
     """
 
     def __init__(self, store: SoftLabelStore, check: bool = True) -> None:

@@ -72,14 +72,7 @@ class SoftLabelStore:
         )
 
     def read_slice(self, epoch: int, number: int) -> np.ndarray:
-        """Read the records of one epoch for a range of images, and compare them with their checksum.
-
-        Args:
-            epoch: The epoch, below `epochs`.
-            number: Number of the range of images.
-
-        Returns:
-            Records [images] of `meta.dtype`.
+        """Read the records [images] of an epoch for range `number` of the images, and compare them with their checksum.
 
         Raises:
             UserError: If the records are damaged.
@@ -100,15 +93,7 @@ class SoftLabelStore:
         return np.frombuffer(data, self.meta.dtype, count)
 
     def read_epoch(self, epoch: int, rows: np.ndarray) -> np.ndarray:
-        """Read the records of some images in one epoch, slice by slice.
-
-        Args:
-            epoch: The epoch, below `epochs`.
-            rows: Numbers of the images, int [n], in any order.
-
-        Returns:
-            Records [n] of `meta.dtype`, in the order of `rows`.
-        """
+        """Read the records [n] of the images `rows`, int [n] in any order, in one epoch, slice by slice."""
         records = np.empty(len(rows), self.meta.dtype)
         order = np.argsort(rows)
         step = self.meta.part_images
@@ -127,14 +112,9 @@ class SoftLabelStore:
         return data.decode('utf-8', 'surrogateescape').split('\0')
 
     def match(self, names: Sequence[str]) -> np.ndarray | None:
-        """Find a data set's images in the store.
+        """Return the number in the store of each image of a data set, int64 [n].
 
-        Args:
-            names: The names of the data set's images.
-
-        Returns:
-            The number of each image in the store, int64 [n]; None if they are the same images in the same order, which
-            one digest tells.
+        None if they are the same images in the same order, which one digest tells.
 
         Raises:
             UserError: If an image is not in the store.
@@ -158,21 +138,18 @@ class SoftLabelStore:
         return rows
 
     def samples(self, dataset: Dataset, labels: range | None = None) -> tuple[Samples, np.ndarray | None]:
-        """Return the recorded training's samples, by the images' numbers in the store.
+        """Return the recorded training's samples, by the images' numbers in the store, and these numbers (see `match`).
 
         Args:
             dataset: The images of the store, or some of them, without a transform.
             labels: The possible labels; None takes all.
-
-        Returns:
-            The samples, and the number of each image of the data set in the store (see `match`).
         """
         rows, positions = self.match(image_names(dataset)), None
         if rows is not None:
             positions = np.full(self.meta.images, -1)
             positions[rows] = np.arange(len(rows))
-        meta = self.meta
-        return Samples(dataset, meta.augmentation, meta.seed, labels=labels, positions=positions), rows
+        samples = Samples(dataset, self.meta.augmentation, self.meta.seed, labels=labels, positions=positions)
+        return samples, rows
 
     def training_settings(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Compare a training's settings with the store's, and return those that the store decides.
@@ -180,23 +157,19 @@ class SoftLabelStore:
         Mean and standard deviation are not compared: the store's fill what augmentation leaves empty, the training's
         normalize the pixels.
 
-        Args:
-            given: Option (timm's name) -> value, of those that the user gave.
-
-        Returns:
-            Option -> value, of those that were not given.
+        `given` has the options (timm's names) that the user gave; the options returned are others.
 
         Raises:
             UserError: At the first setting that would give other pixels or classes than the recorded ones.
         """
-        meta = self.meta
-        channels, height, width = meta.augmentation.input_size
-        fields = asdict(meta.augmentation)
+        channels, height, width = self.meta.augmentation.input_size
+        fields = asdict(self.meta.augmentation)
         stored = {name: value for name, value in fields.items() if name not in ('mean', 'std')}
-        stored |= {'num_classes': meta.num_classes}
-        stored |= {'mixup_mode': 'pair'} if meta.augmentation.mixes else {}
-        teachers = [teacher['name'] for teacher in meta.teachers]
-        compared = {**stored, 'in_chans': channels, 'teachers': sorted(teachers)}
+        stored['num_classes'] = self.meta.num_classes
+        if self.meta.augmentation.mixes:
+            stored['mixup_mode'] = 'pair'
+        teachers = sorted(teacher['name'] for teacher in self.meta.teachers)
+        compared = {**stored, 'in_chans': channels, 'teachers': teachers}
         if height == width:
             compared['img_size'] = height
         for name, value in given.items():
@@ -208,17 +181,14 @@ class SoftLabelStore:
                     f'{option_text(name)} was {shown(compared[name])} when {self.path} was recorded and is '
                     f'{shown(value)} here: leave it out, or record again.'
                 )
-        lists = {name: list(value) if isinstance(value, tuple) else value for name, value in stored.items()}
-        return {name: value for name, value in lists.items() if name not in given}
+        new = {name: value for name, value in stored.items() if name not in given}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in new.items()}
 
     def check_pixels(self, samples: Samples, accept_change: bool = False) -> None:
         """Make the stored samples anew, and compare their pixels with those that the teachers saw.
 
-        Samples of images that are not there now are left out.
-
-        Args:
-            samples: The samples, by the images' numbers in the store.
-            accept_change: Accept small differences, such as another version of the image decoder makes.
+        Samples of images that are not there now are left out. `accept_change` accepts small differences, such as
+        another version of the image decoder makes.
 
         Raises:
             UserError: If pixels differ.
@@ -236,13 +206,10 @@ class SoftLabelStore:
                     now = samples.sample(epoch, row).pixels
             except UnreadableImage:
                 continue
-            if now.shape == former.shape:
-                change = float(np.abs(now.astype(np.int16) - former).mean())
-                if change == 0 or (accept_change and change <= MAX_PIXEL_CHANGE):
-                    continue
-            else:
-                change = 255.0
-            raise UserError(f'image {row} differs by {change:.2f} levels on average: {self.pixels_differ()}')
+            same_shape = now.shape == former.shape
+            change = float(np.abs(now.astype(np.int16) - former).mean()) if same_shape else 255.0
+            if change > (MAX_PIXEL_CHANGE if accept_change else 0):
+                raise UserError(f'image {row} differs by {change:.2f} levels on average: {self.pixels_differ()}')
 
     def pixels_differ(self) -> str:
         """Return what to do about other pixels than the recorded ones, with the versions of what makes them."""

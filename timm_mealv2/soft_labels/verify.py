@@ -21,12 +21,8 @@ from timm_mealv2.soft_labels.store import SoftLabelStore, pixel_crc
 class Comparison:
     """How predictions that were made again differ from the stored ones.
 
-    Attributes:
-        samples: Number of samples compared.
-        max_difference: Largest difference of a stored probability.
-        mean_difference: Mean difference of the stored probabilities.
-        agreement: Share of samples with the same most probable class, 0..1.
-        cosine: Smallest cosine of a sample's stored and new probabilities.
+    The differences are of stored probabilities, `agreement` is the share (0..1) of samples with the same most probable
+    class, and `cosine` the smallest of a sample's stored and new probabilities.
     """
 
     samples: int
@@ -39,12 +35,7 @@ class Comparison:
 def create_teachers(
     meta: StoreMeta, names: Sequence[str] | None = None, device: torch.device | str | None = None
 ) -> EnsembleTeacher:
-    """Create the teachers of a store.
-
-    Args:
-        meta: What the store says of them.
-        names: What to load in place of the recorded names, in their order: a file may be somewhere else now.
-        device: Where they are put.
+    """Create the teachers of a store; `names`, in their order, are loaded in place of the recorded ones.
 
     Raises:
         UserError: If one cannot be loaded, or the number of names is another.
@@ -55,7 +46,6 @@ def create_teachers(
         raise UserError(
             f'--teachers must name the {len(recorded)} recorded ones ({" ".join(recorded)}), got {len(names)}.'
         )
-    teachers = list(zip(names, meta.teachers, strict=True))
     # Where height and width differ, the size is the teacher's own.
     sizes = [size[0] if size and size[0] == size[1] else None for size in (t['img_size'] for t in meta.teachers)]
     return create_ensemble(
@@ -64,7 +54,7 @@ def create_teachers(
         in_chans=meta.augmentation.input_size[0],
         weights=[teacher['weight'] for teacher in meta.teachers],
         img_sizes=sizes,  # type: ignore[arg-type]
-        classes={name: teacher['classes'] for name, teacher in teachers if teacher['classes'] is not None},
+        classes={name: t['classes'] for name, t in zip(names, meta.teachers, strict=True) if t['classes'] is not None},
         autocast_dtype=getattr(torch, meta.autocast_dtype) if meta.autocast_dtype else None,
         device=device,
     )
@@ -77,10 +67,7 @@ def changed_teachers(meta: StoreMeta, teachers: EnsembleTeacher) -> list[str]:
 
 
 def read_all(store: SoftLabelStore) -> int:
-    """Read every record of a store, and compare all checksums.
-
-    Returns:
-        The number of records of images that could not be read.
+    """Read a store with all checksums; return the number of records of images that could not be read.
 
     Raises:
         UserError: If a part is missing or damaged.
@@ -106,23 +93,16 @@ def compare(
     device: torch.device | str = 'cpu',
     seed: int = 42,
 ) -> Comparison:
-    """Make random samples of a store again, and let the teachers predict them.
+    """Make `count` random samples of a store again, and let the teachers (on `device`) predict them.
 
-    Args:
-        store: The store.
-        samples: The samples, by the images' numbers in the store.
-        teachers: The ensemble, on `device`.
-        rows: The images that are there, by their numbers in the store.
-        count: Number of samples.
-        device: Where the teachers are.
-        seed: Seed of the choice.
+    `rows` are the images that are there, by their numbers in the store, as `samples` has them too.
 
     Raises:
         UserError: If pixels have changed, or an image cannot be read any more.
     """
     generator = np.random.default_rng(seed)
-    chosen = generator.integers(store.epochs, size=count), generator.choice(rows, count)
-    pairs = sorted(zip(*(array.tolist() for array in chosen), strict=True))
+    epochs = generator.integers(store.epochs, size=count).tolist()
+    pairs = sorted(zip(epochs, generator.choice(rows, count).tolist(), strict=True))
     records: list[np.ndarray] = []
     predicted: list[np.ndarray] = []
     for start in range(0, count, store.meta.batch_size):
@@ -158,17 +138,12 @@ def compare(
 def draw_samples(
     store: SoftLabelStore, samples: Samples, row: int, class_names: Sequence[str] | None = None, count: int = 8
 ) -> Image.Image:
-    """Draw the samples of an image in the first epochs, each beside the classes that the teachers gave it.
+    """Draw the samples of an image in the first `count` epochs, each beside the classes that the teachers gave it.
 
-    Args:
-        store: The store.
-        samples: The samples, by the images' numbers in the store.
-        row: The image's number in the store.
-        class_names: Names of the classes; numbers if None.
-        count: Most samples to draw.
+    `row` is the image's number in the store, as `samples` has it too.
 
     Raises:
-        UserError: If the image could not be read when it was recorded, or cannot be now.
+        UserError: If the image cannot be read.
     """
     font, bold = ImageFont.load_default(15), ImageFont.load_default(17)
     side, text_width, columns = 224, 236, 2
@@ -186,9 +161,8 @@ def draw_samples(
         shown = pixels[0] if len(pixels) == 1 else pixels[:3].transpose(1, 2, 0)
         picture.paste(Image.fromarray(shown).resize((side, side), Image.Resampling.NEAREST), (left, top))
         left += side + 10
-        fits = pixel_crc(pixels) == record['crc']
         draw.text((left, top), f'epoch {epoch}', 'black', bold)
-        if not fits:
+        if pixel_crc(pixels) != record['crc']:
             draw.text((left, top + 22), 'not the recorded pixels', 'red', font)
             continue
         rows = list(zip(record['classes'].tolist(), record['probabilities'].tolist(), strict=True))[:6]
