@@ -161,8 +161,7 @@ class MealV2Task(TrainingTask):
             output, discriminator_loss, accuracy = self.trainable_module(input, teacher_rows)
             similarity, entropy = sparse_similarity_loss(output, *soft_target, rest=self.label_rest)
 
-        result = {'loss': similarity, 'output': output}
-        result['similarity_loss'] = similarity.detach()
+        result = {'loss': similarity, 'output': output, 'similarity_loss': similarity.detach()}
         result['kl'] = (similarity - entropy).detach()
         result['teacher_agreement'] = (output.detach().argmax(dim=1) == teacher_top1).to(entropy.dtype).mean()
         if discriminator_loss is not None:
@@ -221,10 +220,9 @@ class MealV2Task(TrainingTask):
 
     @torch.no_grad()
     def nonfinite_teachers(self, input: Tensor) -> list[str]:
-        """Run every live teacher on a batch; return the names of those whose probabilities are not all finite.
+        """Run every live teacher on a batch [B, chans, H, W]; return the names of those with a NaN or infinity.
 
-        Args:
-            input: Images [B, chans, H, W], normalized for the student.
+        The images are normalized for the student.
         """
         if self.teacher is None:
             return []
@@ -245,11 +243,7 @@ class MealV2Task(TrainingTask):
         return {} if discriminator is None else {'discriminator': discriminator.state_dict()}
 
     def load_task_state(
-        self,
-        state: dict[str, Any] | None,
-        strict: bool = True,
-        module: nn.Module | None = None,
-        ema: bool = False,
+        self, state: dict[str, Any] | None, strict: bool = True, module: nn.Module | None = None, ema: bool = False
     ) -> None:
         """Load what `get_task_state` returned. Without a discriminator in `state` the present one is kept.
 
@@ -270,21 +264,17 @@ class MealV2Task(TrainingTask):
         if isinstance(teacher_model, EnsembleTeacher):
             teacher = teacher_model.to(self.device)
         else:
+            in_chans = getattr(student, 'in_chans', None)
             teacher = create_ensemble(
-                teacher_model,
-                num_classes=self.num_classes,
-                in_chans=getattr(student, 'in_chans', None),
-                device=self.device,
+                teacher_model, num_classes=self.num_classes, in_chans=in_chans, device=self.device
             )
         if teacher.num_classes != self.num_classes:
             raise UserError(f'The student has {self.num_classes} classes, its teachers {teacher.num_classes}.')
         own = {parameter.data_ptr() for parameter in student.parameters() if parameter.numel()}
         for name, module in zip(teacher.names, teacher.teachers, strict=True):
             if any(parameter.data_ptr() in own for parameter in module.parameters()):
-                raise UserError(
-                    f'Teacher {name} shares weights with the student: pass a copy, or leave the student out of the '
-                    'teachers.'
-                )
+                remedy = 'pass a copy, or leave the student out of the teachers'
+                raise UserError(f'Teacher {name} shares weights with the student: {remedy}.')
         return teacher
 
     def _build_discriminator(self, mode: str, reduction: int) -> tuple[DiscriminatorLoss | None, nn.Module | None]:

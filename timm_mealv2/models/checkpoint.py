@@ -71,9 +71,7 @@ class TrainingCheckpoint:
     def read(cls, path: str | os.PathLike[str], arch: str | None = None) -> Self:
         """Read a file with `weights_only=True`: a checkpoint of `mealv2-train` or timm's train.py, or a state dict.
 
-        Args:
-            path: The file, of torch (.pth, .pth.tar) or .safetensors.
-            arch: The timm architecture, its tag optional, for a file that does not tell it.
+        The file is one of torch (.pth, .pth.tar) or .safetensors; `arch` is for one that does not tell it.
 
         Raises:
             UserError: If the file is not there, cannot be read, or holds no state dict.
@@ -93,9 +91,8 @@ class TrainingCheckpoint:
         checkpoint = cls(path, contents if isinstance(contents, dict) else {}, arch)
         state = checkpoint.state_dict()
         if not state or not all(isinstance(value, Tensor) for value in state.values()):
-            raise UserError(
-                f'{label} holds no state dict: expected tensors by name, as torch.save(model.state_dict()).'
-            )
+            expected = 'tensors by name, as torch.save(model.state_dict())'
+            raise UserError(f'{label} holds no state dict: expected {expected}.')
         return checkpoint
 
     def __str__(self) -> str:
@@ -186,9 +183,8 @@ class TrainingCheckpoint:
         if arch is None:
             raise UserError(f'{self} does not tell its model: name its architecture, as NAME=PATH.')
         if is_ensemble(arch):  # the file's arguments could name code as a teacher
-            raise UserError(
-                f'{self}: an ensemble has no checkpoint of its own; give each of its teachers as NAME=PATH.'
-            )
+            remedy = 'give each of its teachers as NAME=PATH'
+            raise UserError(f'{self}: an ensemble has no checkpoint of its own; {remedy}.')
         bare, trained_bare = (get_arch_name(name or arch) for name in (arch, trained))
         if VANILLA_ARCHITECTURE.get(bare, bare) != VANILLA_ARCHITECTURE.get(trained_bare, trained_bare):
             args = {}

@@ -101,9 +101,8 @@ class TeacherSpec:
         elif self.kind == 'local-dir':
             config = Path(self.path or '', 'config.json')
             if not config.is_file():
-                raise UserError(
-                    f'{self} cannot be loaded: Config file not found: {config} (a file of yours is NAME=PATH)'
-                )
+                fault = f'Config file not found: {config} (a file of yours is NAME=PATH)'
+                raise UserError(f'{self} cannot be loaded: {fault}')
         elif self.kind == 'python':
             module_name, _, function = self.name.partition(':')
             if not function.isidentifier() or not all(part.isidentifier() for part in module_name.split('.')):
@@ -118,14 +117,7 @@ class TeacherSpec:
         pretrained: bool = True,
         cache_dir: str | Path | None = None,
     ) -> nn.Module:
-        """Build the teacher on the CPU.
-
-        Args:
-            num_classes: The class count that it must have; without `pretrained`, a named model gets it.
-            in_chans: Input channels; a named model whose weights have others gets an adapted first convolution.
-            img_size: The image size that a named model of fixed size is built for.
-            pretrained: False gives named models random weights.
-            cache_dir: Where downloads are kept; timm's place if None.
+        """Build the teacher on the CPU; the arguments are those of `create_ensemble`, for this teacher alone.
 
         Raises:
             UserError: If the teacher is unknown, cannot be loaded, or has another class count.
@@ -154,7 +146,13 @@ class TeacherSpec:
         """The timm model of a name, a folder or a repository."""
         name = _known(self.name) if self.kind == 'timm' else str(self)
         try:
-            if is_ensemble(self._architecture(name, cache_dir)):  # its arguments are for `create_ensemble`
+            architecture = name
+            if self.kind == 'local-dir':  # timm's reader takes no config.json of an ensemble without 'pretrained_cfg'
+                config = Path(self.path or '', 'config.json')
+                architecture = str(json.loads(config.read_text(encoding='utf-8'))['architecture'])
+            elif self.kind == 'hf-hub':
+                architecture = str(load_model_config_from_hf(self.name, cache_dir)[1])
+            if is_ensemble(architecture):  # its arguments are for `create_ensemble`
                 kwargs = {'model_name': name, 'num_classes': num_classes, 'in_chans': in_chans, 'cache_dir': cache_dir}
             else:
                 kwargs = self._model_arguments(name, num_classes, in_chans, img_size, pretrained, cache_dir)
@@ -162,17 +160,9 @@ class TeacherSpec:
         except UserError:
             raise
         except Exception as error:  # names, folders, config files and the network are the user's, whatever they raise
-            raise UserError(
-                f'{self} cannot be loaded: {one_line(error)} (a download needs the network; a file of yours is '
-                'NAME=PATH)'
-            ) from error
+            remedy = 'a download needs the network; a file of yours is NAME=PATH'
+            raise UserError(f'{self} cannot be loaded: {one_line(error)} ({remedy})') from error
         return model
-
-    def _architecture(self, name: str, cache_dir: str | Path | None) -> str:
-        if self.kind == 'local-dir':  # timm's own reader takes no config.json of an ensemble without 'pretrained_cfg'
-            config = Path(self.path or '', 'config.json')
-            return str(json.loads(config.read_text(encoding='utf-8'))['architecture'])
-        return str(load_model_config_from_hf(self.name, cache_dir)[1]) if self.kind == 'hf-hub' else name
 
     def _model_arguments(
         self,
@@ -223,8 +213,7 @@ def read_classes(texts: Sequence[str]) -> dict[str, list[int]]:
     A file has one class index a line, but for blank lines and `#` comments.
 
     Raises:
-        UserError: If a text is none of this kind, a teacher is there twice, or a file cannot be read or holds
-            anything else.
+        UserError: If a text or a file is of another form, a teacher is there twice, or a file cannot be read.
     """
     classes: dict[str, list[int]] = {}
     for text in texts:
@@ -280,11 +269,9 @@ def create_ensemble(
         UserError: If a teacher is unknown, cannot be loaded, or does not fit the others.
     """
     given = [teachers] if isinstance(teachers, str | TeacherSpec | nn.Module) else teachers
-    members = [
-        member
-        for teacher in given
-        for member in (TeacherSpec.parse_all([teacher]) if isinstance(teacher, str) else [teacher])
-    ]
+    members: list[TeacherSpec | nn.Module] = []
+    for teacher in given:
+        members += TeacherSpec.parse_all([teacher]) if isinstance(teacher, str) else [teacher]
     sizes: list[int | None] = [None] * len(members) if img_sizes is None else list(img_sizes)
     if len(sizes) == 1:
         sizes *= len(members)
@@ -300,17 +287,12 @@ def create_ensemble(
             member.check()
     modules = []
     for member, name, size in zip(members, names, sizes, strict=True):
-        module = (
-            member
-            if isinstance(member, nn.Module)
-            else member.build(
-                num_classes=None if name in classes else num_classes,
-                in_chans=in_chans,
-                img_size=size,
-                pretrained=pretrained,
-                cache_dir=cache_dir,
+        module = member
+        if isinstance(module, TeacherSpec):
+            count = None if name in classes else num_classes
+            module = module.build(
+                num_classes=count, in_chans=in_chans, img_size=size, pretrained=pretrained, cache_dir=cache_dir
             )
-        )
         modules.append(_subset(module, name, classes[name], num_classes) if name in classes else module)
     ensemble = EnsembleTeacher(modules, weights, names=names, img_sizes=sizes, autocast_dtype=autocast_dtype)
     _check_count(ensemble.names[0], 'classes', ensemble.num_classes, num_classes)

@@ -100,8 +100,11 @@ def _read_weights(cfg: PretrainedCfg, cache_dir: str | os.PathLike[str] | None, 
     The order of sources is timm's.
     """
     if cfg.source == 'local-dir':
-        path = _weights_file(str(cfg.file))
-        return check(_readable(path, str(path)), str(path))
+        names = 'model.safetensors', 'pytorch_model.bin'  # what timm's save_for_hf writes, in timm's order
+        paths = [path for name in names if (path := Path(str(cfg.file), name)).is_file()]
+        if not paths:
+            raise UserError(f'{cfg.file}: no weights there; expected {" or ".join(names)}')
+        return check(_readable(paths[0], str(paths[0])), str(paths[0]))
     if cfg.source != 'hf-hub':
         if cfg.state_dict:
             return check(clean_state_dict(cfg.state_dict), 'the given state_dict')
@@ -118,14 +121,6 @@ def _read_weights(cfg: PretrainedCfg, cache_dir: str | os.PathLike[str] | None, 
         f'{cfg.architecture}: no weights were released; train it with `mealv2-train --recipe {recipe}`, '
         f'or give pretrained_cfg_overlay=dict(file=...)'
     )
-
-
-def _weights_file(folder: str) -> Path:
-    names = 'model.safetensors', 'pytorch_model.bin'  # what timm's save_for_hf writes, in the order timm looks for them
-    for name in names:
-        if (path := Path(folder, name)).is_file():
-            return path
-    raise UserError(f'{folder}: no weights there; expected {" or ".join(names)}')
 
 
 def _readable(path: Path, name: str) -> dict[str, Tensor]:
@@ -204,11 +199,7 @@ def _download(url: str, path: Path) -> None:
 
 
 def _read_checked(file: Path, path: Path, record: Path) -> tuple[dict[str, Tensor], str]:
-    """Read `file`, which is or will be `path`, after comparing its digest with the pinned or the recorded one.
-
-    Returns:
-        The weights, and the digest.
-    """
+    """The weights in `file`, which is or will be `path`, and its digest, which must be the pinned or recorded one."""
     with file.open('rb') as opened:
         digest = hashlib.file_digest(opened, 'sha256').hexdigest()
     expected, where = KNOWN_SHA256.get(path.name), 'KNOWN_SHA256'
@@ -231,17 +222,10 @@ def _fitting(
     architecture: Callable[..., nn.Module],
     model_args: dict[str, Any],
 ) -> dict[str, Tensor]:
-    """Return `weights` if their keys and shapes are those of the full model that `cfg` describes.
+    """Return `weights` (named `origin` in messages) if their keys and shapes are those of the full model.
 
-    Args:
-        weights: State dict without prefixes.
-        origin: What to call it in a message.
-        cfg: Gives the number of classes and of input channels, whatever the model at hand is built with.
-        architecture: timm's function.
-        model_args: The arguments that an exported folder's `config.json` adds.
-
-    Raises:
-        UserError: They differ; names the first few keys of each kind and counts them.
+    `cfg` gives its classes and input channels, whatever the model at hand is built with, `architecture` is timm's
+    function, and `model_args` are what an exported folder's `config.json` adds.
     """
     bare = replace(cfg, **dict.fromkeys(_SOURCES))
     full = architecture(pretrained=False, pretrained_cfg=bare, **{**model_args, 'device': 'meta'}).state_dict()
@@ -255,18 +239,17 @@ def _fitting(
             if key in weights and (shape[key] != list(value.shape) or not isinstance(weights[key], Tensor))
         ],
     }
-    told = '; '.join(f'{len(keys)} {kind} ({_some(keys)})' for kind, keys in problems.items() if keys)
+    told = '; '.join(
+        f'{len(keys)} {kind} ({", ".join(keys[:3])}{", ..." if len(keys) > 3 else ""})'
+        for kind, keys in problems.items()
+        if keys
+    )
     if told:
-        vanilla = architecture.__name__
         raise UserError(
-            f'{origin} does not fit {cfg.architecture} (weights of a {vanilla} with {cfg.num_classes} classes and '
-            f'{cfg.input_size[0]} input channels are expected): {told}'
+            f'{origin} does not fit {cfg.architecture} (weights of a {architecture.__name__} with {cfg.num_classes} '
+            f'classes and {cfg.input_size[0]} input channels are expected): {told}'
         )
     return weights
-
-
-def _some(keys: list[str], number: int = 3) -> str:
-    return ', '.join(keys[:number]) + (', ...' if len(keys) > number else '')
 
 
 def _first_line(error: Exception) -> str:
