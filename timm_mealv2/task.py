@@ -72,7 +72,6 @@ class MealV2Task(TrainingTask):
             index is -1 are left out (choosing rows waits for the device once a step).
         device: Device of discriminator and teachers; the student's if None.
         dtype: Dtype of the discriminator, the student's if None; at least float32.
-        verbose: Log what is set up.
         label_rest: What becomes of the probability beyond the stored labels' K classes: 'uniform', 'renormalize' or
             'drop', see `timm_mealv2.losses.sparse_similarity_loss`. A discriminator goes with 'uniform' alone: its
             rows are whole distributions.
@@ -340,7 +339,6 @@ def scale_discriminator_lr(
     Args:
         optimizer_or_groups: An optimizer over `task.get_trainable_module()`, or the list of its parameter groups;
             changed in place.
-        task: Holds the discriminator.
         scale: Factor on the learning rate, 0 or more.
 
     Raises:

@@ -58,7 +58,6 @@ class TrainingCheckpoint:
     """A file of weights, most often with what its training program knew about the model.
 
     Attributes:
-        path: The file.
         contents: What it holds; of a bare state dict, its tensors. Tensors of a zip file are memory-mapped.
         arch: The architecture that the user named; None leaves it to the file.
     """

@@ -129,44 +129,21 @@ class TeacherSpec:
         if self.kind == 'checkpoint':
             model = TrainingCheckpoint.read(self.path or '', _known(self.name)).build(num_classes)
         else:
-            model = self._create(num_classes, in_chans, img_size, pretrained, cache_dir)
+            try:
+                arguments = self._model_arguments(num_classes, in_chans, img_size, pretrained, cache_dir)
+                model = create_model(pretrained=pretrained, **arguments)
+            except UserError:
+                raise
+            except Exception as error:  # names, folders, configs and the network are the user's, whatever they raise
+                remedy = 'a download needs the network; a file of yours is NAME=PATH'
+                raise UserError(f'{self} cannot be loaded: {one_line(error)} ({remedy})') from error
         for module in model.modules():
             if isinstance(module, nn.Conv2d):  # the faster layout for inference, which all of timm's models take
                 module.to(memory_format=torch.channels_last)
         return model
 
-    def _create(
-        self,
-        num_classes: int | None,
-        in_chans: int | None,
-        img_size: int | None,
-        pretrained: bool,
-        cache_dir: str | Path | None,
-    ) -> nn.Module:
-        """The timm model of a name, a folder or a repository."""
-        name = _known(self.name) if self.kind == 'timm' else str(self)
-        try:
-            architecture = name
-            if self.kind == 'local-dir':  # timm's reader takes no config.json of an ensemble without 'pretrained_cfg'
-                config = Path(self.path or '', 'config.json')
-                architecture = str(json.loads(config.read_text(encoding='utf-8'))['architecture'])
-            elif self.kind == 'hf-hub':
-                architecture = str(load_model_config_from_hf(self.name, cache_dir)[1])
-            if is_ensemble(architecture):  # its arguments are for `create_ensemble`
-                kwargs = {'model_name': name, 'num_classes': num_classes, 'in_chans': in_chans, 'cache_dir': cache_dir}
-            else:
-                kwargs = self._model_arguments(name, num_classes, in_chans, img_size, pretrained, cache_dir)
-            model: nn.Module = create_model(pretrained=pretrained, **kwargs)
-        except UserError:
-            raise
-        except Exception as error:  # names, folders, config files and the network are the user's, whatever they raise
-            remedy = 'a download needs the network; a file of yours is NAME=PATH'
-            raise UserError(f'{self} cannot be loaded: {one_line(error)} ({remedy})') from error
-        return model
-
     def _model_arguments(
         self,
-        name: str,
         num_classes: int | None,
         in_chans: int | None,
         img_size: int | None,
@@ -174,6 +151,14 @@ class TeacherSpec:
         cache_dir: str | Path | None,
     ) -> dict[str, Any]:
         """Arguments for `timm.create_model`: a model with its own class count (`num_classes` without its weights)."""
+        architecture = name = _known(self.name) if self.kind == 'timm' else str(self)
+        if self.kind == 'local-dir':  # timm's reader takes no config.json of an ensemble without 'pretrained_cfg'
+            config = Path(self.path or '', 'config.json')
+            architecture = str(json.loads(config.read_text(encoding='utf-8'))['architecture'])
+        elif self.kind == 'hf-hub':
+            architecture = str(load_model_config_from_hf(self.name, cache_dir)[1])
+        if is_ensemble(architecture):  # its arguments are those of `create_ensemble`
+            return {'model_name': name, 'num_classes': num_classes, 'in_chans': in_chans, 'cache_dir': cache_dir}
         resolved = resolve_model_input_args(name, {'img_size': img_size}, cache_dir=cache_dir)
         cfg = resolved['pretrained_cfg']
         kwargs = architecture_arguments(resolved)

@@ -53,7 +53,11 @@ def create_student(name: str, architecture: Callable[..., nn.Module], pretrained
     Raises:
         UserError: The tag is unknown, there are no weights, or they do not arrive or do not fit.
     """
-    cfg = _resolve(name, kwargs.pop('pretrained_cfg', None), kwargs.pop('pretrained_cfg_overlay', None))
+    known, given = get_arch_pretrained_cfgs(name), kwargs.pop('pretrained_cfg', None)
+    if isinstance(given, str) and given and f'{name}.{given}' not in known:
+        raise UserError(f'{name} has no tag {given!r}; there is {", ".join(known)}')
+    cfg = resolve_pretrained_cfg(name, given, kwargs.pop('pretrained_cfg_overlay', None))
+    cfg = replace(cfg, architecture=name)
     if not pretrained:
         return architecture(pretrained=False, pretrained_cfg=cfg, **kwargs)
 
@@ -65,13 +69,6 @@ def create_student(name: str, architecture: Callable[..., nn.Module], pretrained
     model = architecture(pretrained=True, pretrained_cfg=loading, **kwargs)
     _restore_source(model, cfg)
     return model
-
-
-def _resolve(name: str, pretrained_cfg: Any, overlay: dict[str, Any] | None) -> PretrainedCfg:
-    known = get_arch_pretrained_cfgs(name)
-    if isinstance(pretrained_cfg, str) and pretrained_cfg and f'{name}.{pretrained_cfg}' not in known:
-        raise UserError(f'{name} has no tag {pretrained_cfg!r}; there is {", ".join(known)}')
-    return replace(resolve_pretrained_cfg(name, pretrained_cfg, overlay), architecture=name)
 
 
 def _from_namespace(cfg: PretrainedCfg) -> PretrainedCfg:
