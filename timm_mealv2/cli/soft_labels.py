@@ -97,12 +97,10 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument('store', type=Path, metavar='DIR', help='the store')
     command.add_argument('--teachers', nargs='+', metavar='TEACHER', help='what to load in place of the recorded names')
     command.add_argument('--samples', type=COUNT, default=256, metavar='N', help='samples to predict again')
-    command.add_argument(
-        '--tolerance', type=POSITIVE, default=0.01, metavar='P', help='largest difference of a probability'
-    )
-    command.add_argument(
-        '--min-cosine', type=PROBABILITY, default=0.999, metavar='C', help='smallest cosine of the probabilities'
-    )
+    text = 'largest difference of a probability'
+    command.add_argument('--tolerance', type=POSITIVE, default=0.01, metavar='P', help=text)
+    text = 'smallest cosine of the probabilities'
+    command.add_argument('--min-cosine', type=PROBABILITY, default=0.999, metavar='C', help=text)
     command.add_argument('--seed', type=SEED, default=42, help='seed of the choice')
     _add_data(command)
     add_options(command.add_argument_group('device'), DEVICE[:1])
@@ -124,9 +122,8 @@ def _add_recording(parser: argparse.ArgumentParser) -> None:
     add('--epochs', type=COUNT, metavar='M', help='epochs to record, those that are there included')
     add('--top-k', type=COUNT, metavar='K', help='most probable classes to keep; 10, or all where there are fewer')
     add('--seed', type=SEED, default=42, help="the training's seed: that of crops, augmentation and order")
-    add(
-        '--model', metavar='NAME', help='student, whose image size, mean and std count; else those of the first teacher'
-    )
+    student = 'student, whose image size, mean and std count; else those of the first teacher'
+    add('--model', metavar='NAME', help=student)
     add_options(parser.add_argument_group('teachers'), TEACHERS)
     _add_data(parser)
     add_options(parser.add_argument_group('images'), INPUT)
@@ -210,9 +207,8 @@ def _verify(args: argparse.Namespace) -> None:
     print(f'same top-1           {100 * result.agreement:.2f}%')
     print(f'smallest cosine      {result.cosine:.6f}')
     if changed:
-        raise UserError(
-            f'not the recorded teachers: {", ".join(changed)} had other weights; name them with --teachers.'
-        )
+        names = ', '.join(changed)
+        raise UserError(f'not the recorded teachers: {names} had other weights; name them with --teachers.')
     if not (result.max_difference <= args.tolerance and result.cosine >= args.min_cosine):
         raise UserError(
             f'the predictions do not match: a probability differs by {result.max_difference:.2e} (--tolerance '
@@ -246,9 +242,8 @@ def _parts(args: argparse.Namespace, device: torch.device) -> tuple[Dataset, Ens
     if 'mixup_mode' not in args.given:
         args.mixup_mode = 'pair'
     elif args.mixup_mode != 'pair' and (args.mixup or args.cutmix or args.cutmix_minmax):
-        raise UserError(
-            f'--mixup-mode {args.mixup_mode}: a sample would depend on its batch; pair is what can be recorded.'
-        )
+        fault = 'a sample would depend on its batch; pair is what can be recorded'
+        raise UserError(f'--mixup-mode {args.mixup_mode}: {fault}.')
     teachers = create_ensemble(
         TeacherSpec.parse_all(args.teachers),
         num_classes=args.num_classes,

@@ -103,8 +103,6 @@ class ReadableBatches(Dataset):
     """Makes whole batches, in a worker: what cannot be read is left out.
 
     Args:
-        samples: Makes the samples.
-        collate: Makes a batch of them.
         fill: Fill up a batch of which less than two images are left: every process has something to train on, and
             batch norm a variance. The next images of the data set take the place, or, where the labels are stored,
             copies of what is left.

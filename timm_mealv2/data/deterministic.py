@@ -54,8 +54,6 @@ class Key(NamedTuple):
     """What a worker is asked for: one sample.
 
     Attributes:
-        epoch: Epoch of the sample.
-        index: Number of the image.
         turn: With repeated augmentation, further counters that tell the repeats of an image apart.
         size: Number of the image size, with sizes that change from batch to batch.
         pair: The image's pair in this epoch; looked up if None.
@@ -105,8 +103,6 @@ class Samples:
 
     Args:
         dataset: Images with random access (`open_dataset` makes it), without a transform.
-        augmentation: What is done to them.
-        seed: The run's seed.
         labels: The possible labels; None takes all.
         input_sizes: (channels, height, width) of each size, for sizes that change from batch to batch.
         positions: Place in the data set of each image, where the images are numbered otherwise.
@@ -235,9 +231,6 @@ class EpochSampler(Sampler[KeyBatch]):
     Args:
         count: Number of images.
         batch_size: Samples a batch and process.
-        seed: The run's seed.
-        rank: Number of this process.
-        world_size: Number of processes.
         samples_per_decode: R.
         pairs: Keep neighbors of the permutation in one batch, to be mixed with each other.
         repeats: Repeated augmentation: how often an image comes in turn, 0 for not.
@@ -287,8 +280,7 @@ class EpochSampler(Sampler[KeyBatch]):
         if self._scheduled is not None:
             return len(self._scheduled)
         whole, rest = divmod(self._length, self.batch_size)
-        lone = rest == 1 and whole > 0
-        return whole + (rest > 0 and not lone)
+        return whole + (rest > 1 or (rest == 1 and not whole))
 
     def set_position(self, epoch: int, start: int = 0) -> None:
         """Choose the epoch and the first batch of the next iteration; what is skipped is not loaded."""

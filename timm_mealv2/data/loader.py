@@ -22,6 +22,7 @@ from timm_mealv2.data.augmentation import Erasing
 from timm_mealv2.data.bad_images import BadImages, Batch, Collate, ReadableBatches, ReportingLoader, SampleSource
 from timm_mealv2.data.dataset import read_image
 from timm_mealv2.data.deterministic import EpochSampler, Key, KeyBatch, Sample
+from timm_mealv2.data.normalize import Stats
 from timm_mealv2.data.seed import Stream, counted_seed, seed_all, seed_cpu
 from timm_mealv2.data.workers import ignore_signals, keep_signals_from_workers
 
@@ -72,8 +73,6 @@ class CollateMixed:
     Args:
         mixing: Arguments of timm's `Mixup`.
         erasing: Erases a mixed image, with the counters of its own sample.
-        seed: The run's seed.
-        rank: Number of this process.
         off_epoch: First epoch without mixing, 0 for never.
     """
 
@@ -101,24 +100,37 @@ class CollateMixed:
         return images, target
 
 
-def _normalizing(
-    loader: ReportingLoader, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device, dtype: torch.dtype
+def _load_batches(
+    batches: ReadableBatches,
+    sampler: Sampler[KeyBatch],
+    bad: BadImages,
+    split: str,
+    normalization: tuple[Stats, Stats],
+    device: torch.device,
+    dtype: torch.dtype,
+    **workers: Any,
 ) -> PrefetchLoader:
-    """Bring uint8 batches to `device` and normalize them there, in timm's arithmetic."""
-    return PrefetchLoader(loader, mean=mean, std=std, channels=len(mean), device=device, img_dtype=dtype)
+    """Load batches in worker processes, bring them to `device` and normalize them there, in timm's arithmetic."""
+    loader = DataLoader(
+        batches,
+        batch_size=None,
+        sampler=sampler,
+        collate_fn=unchanged,
+        worker_init_fn=ignore_signals,
+        generator=torch.Generator(),  # the workers' own seed, which nothing uses, comes out of no shared generator
+        **workers,
+    )
+    reporting = ReportingLoader(loader, bad, split, skip_empty=not batches.fill)
+    mean, std = normalization
+    return PrefetchLoader(reporting, mean=mean, std=std, channels=len(mean), device=device, img_dtype=dtype)
 
 
 class TrainLoader:
     """Training batches on the device, from any batch of any epoch.
 
     Args:
-        samples: Makes the samples.
         sampler: Says which make each batch.
-        collate: Makes a batch of them.
         normalization: Mean and std of the pixels (0..1), one number per channel each.
-        bad: Told of the images that cannot be read.
-        workers: Worker processes.
-        pin_memory: Pin the workers' batches in memory.
         prefetch: Normalize on the device and ahead of the training, otherwise on the CPU.
         device: Where batches go, the CPU if None.
         dtype: Floating point type of the images.
@@ -133,7 +145,7 @@ class TrainLoader:
         sampler: EpochSampler,
         collate: Collate = collate_labels,
         *,
-        normalization: tuple[tuple[float, ...], tuple[float, ...]],
+        normalization: tuple[Stats, Stats],
         bad: BadImages | None = None,
         workers: int = 0,
         pin_memory: bool = False,
@@ -143,19 +155,10 @@ class TrainLoader:
     ) -> None:
         self.sampler, self.device = sampler, device or torch.device('cpu')
         bad = bad or BadImages()
-        loader = DataLoader(
-            ReadableBatches(samples, collate, fill=True, limit=bad.limit),
-            batch_size=None,
-            sampler=sampler,
-            collate_fn=unchanged,
-            num_workers=workers,
-            pin_memory=pin_memory,
-            persistent_workers=workers > 0,
-            worker_init_fn=ignore_signals,
-            generator=torch.Generator(),  # the workers' own seed, which nothing uses, comes out of no shared generator
-        )
+        batches = ReadableBatches(samples, collate, fill=True, limit=bad.limit)
         where = self.device if prefetch else torch.device('cpu')
-        self.loader = _normalizing(ReportingLoader(loader, bad, 'train'), *normalization, where, dtype)
+        options = {'num_workers': workers, 'pin_memory': pin_memory, 'persistent_workers': workers > 0}
+        self.loader = _load_batches(batches, sampler, bad, 'train', normalization, where, dtype, **options)
 
     def __len__(self) -> int:
         """Batches an epoch on every process."""
@@ -179,12 +182,7 @@ class StreamLoader:
     Such a set has no random access: an epoch can only be entered at its start, and its augmentation is reproducible for
     the same number of processes and workers alone.
 
-    Args:
-        dataset: timm's `IterableImageDataset`.
-        seed: The run's seed.
-        rank: Number of this process.
-        device: Where batches go.
-        **loader: Arguments of timm's `create_loader`.
+    `dataset` is timm's `IterableImageDataset`; `loader` has arguments of timm's `create_loader`.
     """
 
     resumable = False
@@ -223,11 +221,8 @@ def eval_loader(
     numbers of batches.
 
     Args:
-        dataset: The validation split.
         data_config: As timm's `resolve_data_config` gives it.
         batch_size: Images a batch and process.
-        device: Where batches go.
-        bad: Told of the images that cannot be read.
         distributed: Share the images among the processes of the default group.
         **kwargs: Further arguments of timm's `create_loader`: 'num_workers', 'pin_memory', 'use_prefetcher' and
             'img_dtype'.
@@ -244,18 +239,11 @@ def eval_loader(
     bad = bad or BadImages()
     samples = _EvalSamples(dataset, create_transform(**config, is_training=False, use_prefetcher=True))
     rank, processes = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
-    inner = DataLoader(
-        ReadableBatches(samples, collate_labels, limit=bad.limit),
-        batch_size=None,
-        sampler=_EvalBatches(range(rank, len(samples), processes), batch_size),
-        collate_fn=unchanged,
-        worker_init_fn=ignore_signals,
-        generator=torch.Generator(),
-        **kwargs,
-    )
-    reporting = ReportingLoader(inner, bad, 'validation', skip_empty=True)
+    sampler = _EvalBatches(range(rank, len(samples), processes), batch_size)
+    batches = ReadableBatches(samples, collate_labels, limit=bad.limit)
+    normalization = tuple(config['mean']), tuple(config['std'])
     where = device if prefetch else torch.device('cpu')
-    return _normalizing(reporting, tuple(config['mean']), tuple(config['std']), where, dtype)
+    return _load_batches(batches, sampler, bad, 'validation', normalization, where, dtype, **kwargs)
 
 
 class _EvalSamples:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -142,16 +143,8 @@ class Progress:
         self.first = self._written()
         self.start = self.looked = self.told = time.monotonic()
         columns, lines = shutil.get_terminal_size()  # of a terminal that does not tell, tqdm would show nothing
-        self.bar = tqdm(
-            total=self.total,
-            initial=self.first,
-            unit=' samples',
-            unit_scale=True,
-            disable=not shown or self.lines,
-            leave=False,
-            ncols=columns,
-            nrows=lines,
-        )
+        look: Any = {'unit': ' samples', 'unit_scale': True, 'leave': False, 'ncols': columns, 'nrows': lines}
+        self.bar = tqdm(total=self.total, initial=self.first, disable=not shown or self.lines, **look)
 
     def _written(self) -> int:
         return self.total - sum(_samples(part) for part in self.queue.missing())

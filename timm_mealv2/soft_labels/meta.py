@@ -46,11 +46,9 @@ class StoreMeta:
         teachers: For each teacher 'name' (as the user gave it), 'sha256' of its weights, 'weight', 'img_size' ([h, w]
             or None) and 'classes' (those taken of its own, or None).
         autocast_dtype: The teachers' autocast; None for none.
-        augmentation: The settings that decide the samples' pixels.
         seed: Seed of the samples.
         num_classes: Class count C.
         top_k: Classes kept of a sample, K.
-        images: Number of images N.
         names_sha256: SHA-256 of the file of names.
         versions: Versions of the libraries that make the pixels.
         batch_size: Most samples that go through the teachers together; it decides the last bits of a prediction.

@@ -53,13 +53,11 @@ def record(
     What is there already stays, but for parts with an image that could not be read and can be read now.
 
     Args:
-        out: The folder.
         dataset: The images, without a transform.
         teachers: The ensemble, on `device`.
         meta: What `describe` gives for these.
         epochs: Epochs to have in the end.
         workers: Worker processes that make samples; 0 makes them in this one.
-        device: Where the teachers are.
         progress: Show what all processes together have done.
 
     Raises:

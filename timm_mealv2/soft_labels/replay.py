@@ -27,7 +27,6 @@ class StoredSampler(EpochSampler):
     image that could not be read when it was recorded is left out of its batch.
 
     Args:
-        store: The store.
         epochs: Number of its epochs to take.
         rows: The number of each image in the store; None if they are the data set's own.
         batch_size: Samples a batch and process.
@@ -73,9 +72,8 @@ class StoredSampler(EpochSampler):
                 if known[at]
             ]
             if not keys:
-                raise UserError(
-                    f'{self.store.path} has no record of any image of batch {batch.number}: mend the images.'
-                )
+                fault = f'has no record of any image of batch {batch.number}'
+                raise UserError(f'{self.store.path} {fault}: mend the images.')
             if len(keys) < min(2, len(batch.keys)):
                 keys *= 2  # batch norm has no variance of one sample
             yield batch._replace(keys=keys)
@@ -114,7 +112,6 @@ def replay(
     """Return what a training loader needs to train on a store.
 
     Args:
-        store: The store.
         dataset: The images of the store, or some of them, without a transform.
         batch_size: Samples a batch and process.
         labels: The possible hard labels; None takes all.

@@ -45,8 +45,6 @@ class SoftLabelStore:
     """Reads a store. Opening it looks at `meta.json` and at the files' sizes only.
 
     Attributes:
-        path: The folder.
-        meta: What the store holds.
         missing: The parts that are not there, or have another size than they should.
         epochs: Number of epochs, from the first on, of which no part is missing.
 
