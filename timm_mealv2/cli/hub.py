@@ -23,11 +23,8 @@ def build_parser() -> argparse.ArgumentParser:
     export = commands.add_parser('export', help='make a folder from a training checkpoint')
     export.add_argument('checkpoint', help='last.pth.tar, model_best.pth.tar or another checkpoint of a run folder')
     _add_folder_options(export)
-    export.add_argument(
-        '--no-ema',
-        action='store_true',
-        help='the weights themselves, not their average (--model-ema) where there is one',
-    )
+    no_ema = 'the weights themselves, not their average (--model-ema) where there is one'
+    export.add_argument('--no-ema', action='store_true', help=no_ema)
     export.add_argument('--dataset-id', metavar='ID', help="the Hub's name of the data set, for the card")
     export.add_argument('--examples', nargs='+', default=[], metavar='IMAGE', help='images for the card and the demo')
     export.add_argument('--demo', action='store_true', help='add a Gradio app, which runs as a Space')
@@ -51,11 +48,8 @@ def build_parser() -> argparse.ArgumentParser:
     push.add_argument('--revision', help='branch; the main one if not given')
     push.add_argument('--message', help='message of the commit')
     push.add_argument('--create-pr', action='store_true', help='open a pull request')
-    push.add_argument(
-        '--i-have-permission',
-        action='store_true',
-        help='the owners of weights without a license (those of `convert`) allowed it',
-    )
+    permission = 'the owners of weights without a license (those of `convert`) allowed it'
+    push.add_argument('--i-have-permission', action='store_true', help=permission)
 
     pull = commands.add_parser('pull', help='get a folder from the Hugging Face Hub, verified')
     pull.add_argument('repo', metavar='REPO', help='USER/NAME')
@@ -69,9 +63,8 @@ def _add_folder_options(parser: argparse.ArgumentParser, has_license: bool = Tru
     parser.add_argument('--repo-id', metavar='REPO', help='USER/NAME that it will have on the Hub, for the card')
     parser.add_argument('--card', metavar='FILE', help='Jinja template of the card, in place of the own one')
     if has_license:
-        parser.add_argument(
-            '--license', metavar='ID', help="its license by the Hub's name, as in apache-2.0; left out if not given"
-        )
+        text = "its license by the Hub's name, as in apache-2.0; left out if not given"
+        parser.add_argument('--license', metavar='ID', help=text)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -80,16 +73,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(format='%(message)s', stream=sys.stderr)
     logging.getLogger('timm_mealv2').setLevel(logging.INFO)
     if args.command == 'push':
-        url = push_model(
-            args.source,
-            args.repo,
-            private=args.private,
-            revision=args.revision,
-            message=args.message,
-            create_pr=args.create_pr,
-            has_permission=args.i_have_permission,
-        )
-        print(url)
+        options = {name: getattr(args, name) for name in ('private', 'revision', 'message', 'create_pr')}
+        print(push_model(args.source, args.repo, has_permission=args.i_have_permission, **options))
         return
     if args.command == 'pull':
         folder = pull_folder(args.repo, args.out, revision=args.revision)
@@ -100,20 +85,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _make_folder(args: argparse.Namespace) -> Path:
-    card = CardOptions(
-        repo_id=args.repo_id,
-        license=getattr(args, 'license', None),
-        dataset_id=getattr(args, 'dataset_id', None),
-        template=args.card,
-    )
+    names = {name: getattr(args, name, None) for name in ('repo_id', 'license', 'dataset_id')}
+    card = CardOptions(template=args.card, **names)
     if args.command == 'export-ensemble':
+        sizes, count = args.teacher_img_size, args.num_classes
         return export_ensemble(
-            args.teachers,
-            args.out,
-            weights=args.teacher_weights,
-            num_classes=args.num_classes,
-            img_sizes=args.teacher_img_size,
-            card=card,
+            args.teachers, args.out, weights=args.teacher_weights, num_classes=count, img_sizes=sizes, card=card
         )
     if args.command == 'convert':
         folder = convert_released(args.file, args.student, args.out, card=card)

@@ -82,18 +82,14 @@ def write_card(
     header: Mapping[str, Any] | None = None,
     **variables: Any,
 ) -> None:
-    """Write the card of an exported folder.
+    """Write the card of an exported folder, which has its config.json.
 
     Args:
-        folder: The folder, with its config.json.
         name: Name of the model where `options` names no repository.
-        options: What the user says.
+        options: What the user says; a `UserError` tells that its template is none of a card.
         tags: Tags beside those of every card.
         header: Further entries of the YAML header; None leaves one out.
         **variables: Variables of the template, for those that it does not have empty by itself.
-
-    Raises:
-        UserError: If `options.template` is no template of a card.
     """
     config = read_config(folder)
     cfg = config['pretrained_cfg']
@@ -136,16 +132,12 @@ def write_trained_card(
     exported (or the reverse), or in another run (the metric differs from the checkpoint's).
 
     Args:
-        folder: The exported folder.
         name: Name of the model where `options` names no repository.
         checkpoint: The training checkpoint; `summary.csv` and `args.yaml` lie beside it if its folder is a run's.
-        options: What the user says.
+        options: What the user says; a `UserError` tells that its template is none of a card.
         averaged: The average (EMA) was exported.
         predictions: Image's file name in `folder` -> the exported model's probability of each class.
         app: The folder has an app.py that a Space can run.
-
-    Raises:
-        UserError: If `options.template` is no template of a card.
     """
     args = checkpoint.args
     run = _draw_run(checkpoint.path.resolve().parent, name, folder / CURVES_FILE)
@@ -155,8 +147,9 @@ def write_trained_card(
     teachers = _teachers(args)
     stored = bool(args.get('soft_labels'))
     method = args.get('kd_distill_type') or 'logit' if teachers or stored else ''
-    dataset_id = options.dataset_id or _hub_dataset(args)
-    dataset = dataset_id or _dataset_name(args)
+    hub_dataset, own_name = _dataset_names(args)
+    dataset_id = options.dataset_id or hub_dataset
+    dataset = dataset_id or own_name
     eval_results = [
         EvalResult(
             task_type='image-classification',
@@ -288,18 +281,13 @@ def _teachers(args: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [weights_row(name, weight / sum(weights)) for name, weight in zip(names, weights, strict=True)]
 
 
-def _hub_dataset(args: Mapping[str, Any]) -> str | None:
-    """The Hub's name of a data set that timm read from there (hfds/NAME, hfids/NAME)."""
-    kind, _, name = (args.get('dataset') or '').partition('/')
-    return name if kind in ('hfds', 'hfids') else None
-
-
-def _dataset_name(args: Mapping[str, Any]) -> str:
-    """What the data set is called on the user's machine, '' if that is not known."""
+def _dataset_names(args: Mapping[str, Any]) -> tuple[str | None, str]:
+    """The Hub's name of a data set that timm read from there, and what it is called on this machine; '' if unknown."""
     if args.get('dataset'):
-        return str(args['dataset']).rpartition('/')[2]
+        kind, _, name = args['dataset'].partition('/')
+        return name if kind in ('hfds', 'hfids') else None, args['dataset'].rpartition('/')[2]
     path = args.get('data_dir') or args.get('data')
-    return Path(path).resolve().name if path else ''
+    return None, Path(path).resolve().name if path else ''
 
 
 def _settings(args: Mapping[str, Any], written: Mapping[str, Any]) -> str:

@@ -64,7 +64,6 @@ def push_folder(
     files already.
 
     Args:
-        folder: The export.
         repo_id: USER/NAME; the repository is made if it is not there.
         private: Make it private. One that is there and public is refused.
         revision: Branch, made from the main one if it is not there; the main one if None.
@@ -114,11 +113,8 @@ def pull_folder(repo_id: str, out: str | os.PathLike[str] | None = None, *, revi
 
     Args:
         repo_id: USER/NAME.
-        out: The folder to make; NAME in the current one if None. An earlier export there is replaced.
+        out: The folder to make, which is returned; NAME in the current one if None. An earlier export is replaced.
         revision: Branch, tag or commit; the main branch if None.
-
-    Returns:
-        The folder.
 
     Raises:
         UserError: If the repository cannot be read, holds pickles or is no export, a file arrives damaged, or `out`
@@ -156,12 +152,9 @@ def _download(api: HfApi, repo_id: str, revision: str | None, folder: Path) -> N
     api.snapshot_download(repo_id, revision=commit, local_dir=folder)
     # The client compares sizes alone.
     verification = api.verify_repo_checksums(repo_id, revision=commit, local_dir=folder)
-    damaged = [mismatch['path'] for mismatch in verification.mismatches] + verification.missing_paths
-    if damaged:
-        raise UserError(
-            f'{", ".join(damaged)} of {repo_id} did not arrive with the checksum that the Hub states: nothing is kept, '
-            'pull again.'
-        )
+    if damaged := [mismatch['path'] for mismatch in verification.mismatches] + verification.missing_paths:
+        fault = 'did not arrive with the checksum that the Hub states'
+        raise UserError(f'{", ".join(damaged)} of {repo_id} {fault}: nothing is kept, pull again.')
     read_config(folder)  # refuses one that says where weights come from
     if not is_export(folder):
         raise UserError(f'{repo_id} is no model in safetensors: it has no model.safetensors.')
@@ -249,11 +242,7 @@ class _Push:
 
 
 def check_repo_id(repo_id: str, with_namespace: bool = False) -> None:
-    """Check the name of a repository, with the user's if that is wanted.
-
-    Raises:
-        UserError: If it cannot be one.
-    """
+    """Raise a `UserError` if this cannot be the name of a repository, with the user's if that is wanted."""
     try:
         validate_repo_id(repo_id)
     except ValueError as error:

@@ -1,6 +1,8 @@
 """Trained models as folders that plain timm loads: `timm.create_model('local-dir:FOLDER', pretrained=True)`.
 
 Such a folder is made from a training checkpoint, from an ensemble's teachers or from a file that the authors released.
+It appears at `out` when it has been loaded back and compared; an earlier export there is replaced, and an error leaves
+that as it was. `card` is what only the user can say about the model.
 """
 
 import hashlib
@@ -18,10 +20,7 @@ import timm
 import torch
 from PIL import Image
 from timm.data import ImageNetInfo, resolve_model_data_config
-from timm.models import (
-    get_pretrained_cfg,
-    save_for_hf,
-)
+from timm.models import get_pretrained_cfg, save_for_hf
 from torch import nn
 
 from timm_mealv2.errors import UserError
@@ -45,7 +44,7 @@ from timm_mealv2.models.mealv2_students import VANILLA_ARCHITECTURE
 
 _logger = logging.getLogger(__name__)
 
-# What an architecture's config says about the architecture; the rest of it is about weights that are not these.
+# What an architecture's config says about the architecture; its other entries are about weights that are not these.
 _ARCHITECTURE_KEYS = ('architecture', 'first_conv', 'classifier', 'fixed_input_size', 'min_input_size')
 
 NO_LICENSE = 'unknown'
@@ -77,19 +76,14 @@ def export_model(
 
     `model.safetensors` has the weights; `config.json` timm's own architecture (also for the `mealv2_*` students), its
     arguments, the data configuration of the training and the class names; `README.md` is the model card, with
-    `curves.png` where the run folder has a summary. The folder is loaded back and compared before it gets its name:
-    the weights are equal to the bit, and so is the data configuration.
+    `curves.png` where the run folder has a summary. Loaded back, weights and data configuration are equal to the bit.
 
     Args:
         checkpoint: A `.pth.tar` of a run folder, or one of timm's train.py.
-        out: The folder to make. An earlier export there is replaced; an error leaves it as it was.
+        out: The folder to make, which is returned.
         use_ema: Take the averaged weights where the checkpoint has them.
-        card: What only the user can say about the model.
         demo: Add a Gradio app, which runs as a Space.
         examples: Images for the card and the app.
-
-    Returns:
-        The folder.
 
     Raises:
         UserError: If the checkpoint cannot be read or does not tell its model, or `out` is something else.
@@ -108,15 +102,9 @@ def export_model(
             app = resources.files('timm_mealv2') / 'hub' / 'demo.py'
             (folder / APP_FILE).write_bytes(app.read_bytes())
             (folder / REQUIREMENTS_FILE).write_text(f'gradio\ntimm>={timm.__version__}\n')
-        write_trained_card(
-            folder,
-            out.resolve().name,
-            trained,
-            card or CardOptions(),
-            averaged=averaged,
-            predictions=_add_examples(folder, examples),
-            app=demo,
-        )
+        predictions = _add_examples(folder, examples)
+        name, options = out.resolve().name, card or CardOptions()
+        write_trained_card(folder, name, trained, options, averaged=averaged, predictions=predictions, app=demo)
     kind = 'the weights, not their moving average' if has_average else 'the weights'
     _logger.info(f'{checkpoint}: exported {"the moving average of the weights (EMA)" if averaged else kind}.')
     return out
@@ -131,21 +119,10 @@ def export_ensemble(
     img_sizes: Sequence[int] | None = None,
     card: CardOptions | None = None,
 ) -> Path:
-    """Make a small folder that names the teachers of an ensemble; loading it needs this package imported.
+    """Make a small folder `out` that names the teachers of an ensemble; loading it needs this package imported.
 
-    The teachers' weights stay where they are; paths are written whole. The folder is loaded back and compared before
-    it gets its name.
-
-    Args:
-        teachers: Texts that name teachers, but not by a Python function.
-        out: The folder to make. An earlier export there is replaced; an error leaves it as it was.
-        weights: One per teacher; equal if None.
-        num_classes: The class count that all must have; not checked if None.
-        img_sizes: The image size that the teachers are to see, one for all or one per teacher.
-        card: What only the user can say about the ensemble.
-
-    Returns:
-        The folder.
+    The teachers' weights stay where they are; paths are written whole. The other arguments are those of
+    `create_ensemble`, but no text may name a Python function.
 
     Raises:
         UserError: If a teacher is unknown, cannot be loaded, or does not fit the others, or `out` is something else.
@@ -158,12 +135,8 @@ def export_ensemble(
     arguments |= {key: list(value) for key, value in (('weights', weights), ('img_sizes', img_sizes)) if value}
     ensemble = create_ensemble(**arguments, num_classes=num_classes)
     data_config = resolve_model_data_config(ensemble)
-    config = {
-        'architecture': ENSEMBLE,
-        'num_classes': ensemble.num_classes,
-        'model_args': arguments,
-        'pretrained_cfg': data_config,
-    }
+    config = {'architecture': ENSEMBLE, 'num_classes': ensemble.num_classes, 'model_args': arguments}
+    config['pretrained_cfg'] = data_config
     with replacing_export(out) as folder:
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2))
         _check_equal(ensemble, data_config, timm.create_model(f'local-dir:{folder}', pretrained=True))
@@ -182,11 +155,7 @@ def convert_released(
     Args:
         file: The released file; it must fit the student exactly.
         student: The student's name with its tag, as in mealv2_resnet50.in1k.
-        out: The folder to make. An earlier export there is replaced; an error leaves it as it was.
-        card: What only the user can say about the model.
-
-    Returns:
-        The folder.
+        out: The folder to make, which is returned.
 
     Raises:
         UserError: If there is no such student, nothing was released for it, or the file is not there or does not fit.
@@ -222,26 +191,14 @@ def convert_released(
     return out
 
 
-def push_model(
-    source: str | os.PathLike[str],
-    repo_id: str,
-    *,
-    private: bool = False,
-    revision: str | None = None,
-    message: str | None = None,
-    create_pr: bool = False,
-    has_permission: bool = False,
-) -> str:
+def push_model(source: str | os.PathLike[str], repo_id: str, *, has_permission: bool = False, **options: Any) -> str:
     """Push an exported folder, or the export of a training checkpoint, to the Hugging Face Hub in one commit.
 
     Args:
         source: The folder or the checkpoint.
         repo_id: USER/NAME; the repository is made if it is not there.
-        private: Make it private.
-        revision: Branch; the main one if None.
-        message: Message of the commit.
-        create_pr: Open a pull request with the commit.
         has_permission: The owners of weights without a license allowed it.
+        **options: 'private', 'revision', 'message' and 'create_pr' of `push_folder`.
 
     Returns:
         URL of the commit or the pull request.
@@ -251,11 +208,10 @@ def push_model(
             does not take it.
     """
     source = Path(source)
-    arguments: dict[str, Any] = {'private': private, 'revision': revision, 'message': message, 'create_pr': create_pr}
     if source.is_file():
         with tempfile.TemporaryDirectory() as temporary:
             folder = export_model(source, Path(temporary, 'export'), card=CardOptions(repo_id=repo_id))
-            return push_folder(folder, repo_id, source=source, **arguments)
+            return push_folder(folder, repo_id, source=source, **options)
     if not is_export(source):
         raise UserError(f'{source} is neither a checkpoint nor an exported folder: make one with `mealv2-hub export`.')
     config = read_config(source)
@@ -266,10 +222,9 @@ def push_model(
         )
     for teacher in TeacherSpec.parse_all(config.get('model_args', {}).get('teachers', ())):
         if teacher.path is not None:
-            raise UserError(
-                f'{teacher} is on this machine alone: push it, then export the ensemble with its hf-hub:USER/REPO.'
-            )
-    return push_folder(source, repo_id, **arguments)
+            remedy = 'push it, then export the ensemble with its hf-hub:USER/REPO'
+            raise UserError(f'{teacher} is on this machine alone: {remedy}.')
+    return push_folder(source, repo_id, **options)
 
 
 def _describe(model: Any, data_config: Mapping[str, Any], **about: Any) -> None:
@@ -302,13 +257,12 @@ def _check_equal(model: nn.Module, data_config: Mapping[str, Any], loaded: nn.Mo
         raise RuntimeError(f'the export has other weights: {sorted(weights.keys() ^ loaded_weights.keys())}')
     if differing := [name for name, tensor in weights.items() if not torch.equal(tensor, loaded_weights[name])]:
         raise RuntimeError(f'these weights differ after loading the export: {differing}')
-    expected, received = (_tuples(config) for config in (data_config, resolve_model_data_config(loaded)))
+    expected, received = (
+        {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
+        for config in (data_config, resolve_model_data_config(loaded))
+    )
     if expected != received:
         raise RuntimeError(f'the data configuration was {expected} and is {received} after loading the export')
-
-
-def _tuples(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
 
 
 def _add_examples(folder: Path, images: Sequence[str | os.PathLike[str]]) -> dict[str, dict[str, float]]:
