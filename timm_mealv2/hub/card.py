@@ -86,10 +86,13 @@ def write_card(
 
     Args:
         name: Name of the model where `options` names no repository.
-        options: What the user says; a `UserError` tells that its template is none of a card.
+        options: What the user says.
         tags: Tags beside those of every card.
         header: Further entries of the YAML header; None leaves one out.
         **variables: Variables of the template, for those that it does not have empty by itself.
+
+    Raises:
+        UserError: If `options.template` is no template of a card.
     """
     config = read_config(folder)
     cfg = config['pretrained_cfg']
@@ -134,7 +137,7 @@ def write_trained_card(
     Args:
         name: Name of the model where `options` names no repository.
         checkpoint: The training checkpoint; `summary.csv` and `args.yaml` lie beside it if its folder is a run's.
-        options: What the user says; a `UserError` tells that its template is none of a card.
+        options: What the user says; errors are those of `write_card`.
         averaged: The average (EMA) was exported.
         predictions: Image's file name in `folder` -> the exported model's probability of each class.
         app: The folder has an app.py that a Space can run.
