@@ -1,12 +1,14 @@
 """The report: what is in a run folder is drawn, and a folder that holds none is refused in one line."""
 
+import json
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
-from timm_mealv2 import report
+from timm_mealv2 import report, runs
 from timm_mealv2.errors import UserError
 
 HEADER = 'epoch,train_loss,train_kl,train_discriminator_accuracy,eval_loss,eval_top1,eval_top5,lr,images_per_second'
@@ -29,7 +31,7 @@ def run(tmp_path: Path) -> Path:
 
 
 def test_an_epoch_without_evaluation_has_no_value(run: Path) -> None:
-    read = report.read_run(run)
+    read = runs.read_run(run)
     assert read.epochs == [0, 1, 2, 3]
     assert read.values('eval_top1') == [(1, 51.5), (2, 77.75), (3, 62.5)]
     assert read.values('lr') == [(0, 0.1), (1, 0.1), (2, 0.01), (3, 0.01)]
@@ -73,7 +75,7 @@ def test_the_page_has_everything_in_it(run: Path) -> None:
     text = page.read_text()
     assert 'first &lt;run&gt;, last epoch (4)' in text
     assert 'first &lt;run&gt;, best epoch (3)' in text
-    top1 = next(line for line in text.splitlines() if '<td>eval_top1</td>' in line)
+    top1 = next(line for line in text.splitlines() if '<td>Top-1 accuracy, top-1 (validation images, %)</td>' in line)
     assert '>62.5<' in top1
     assert '>77.75<' in top1
     assert '<td>resnet10t</td>' in text
@@ -89,8 +91,9 @@ def test_settings_that_differ_between_runs_stand_out(run: Path, tmp_path: Path) 
     (other / 'summary.csv').write_text('epoch,train_loss,lr\n0,1.0,0.5\n')
     (other / 'args.yaml').write_text('model: resnet10t\nlr: 0.5\n')
     text = report.write_report({'a': run, 'b': other}, tmp_path / 'both.html').read_text()
-    assert '<tr class="differs"><td>lr</td><td>0.1</td><td>0.5</td></tr>' in text
-    assert '<tr><td>model</td><td>resnet10t</td><td>resnet10t</td></tr>' in text
+    differing, same = text.split('<h2>Settings that differ</h2>')[1].split('<h2>Curves</h2>')
+    assert '<tr><td>lr</td><td>0.1</td><td>0.5</td></tr>' in differing
+    assert '<tr><td>model</td><td>resnet10t</td></tr>' in same
     assert 'b, best epoch' not in text  # it was never evaluated
 
 
@@ -124,9 +127,60 @@ def test_what_is_no_run_is_refused(tmp_path: Path, content: str | None, message:
     if content is not None:
         (tmp_path / 'summary.csv').write_text(content)
     with pytest.raises(UserError, match=message):
-        report.read_run(tmp_path)
+        runs.read_run(tmp_path)
 
 
 def test_drawing_leaves_pyplot_alone(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, 'matplotlib.pyplot', None)  # an import would fail
     report.write_report(run)
+
+
+def test_the_headline_has_the_student_beside_its_teachers_and_its_initial_weights(run: Path, tmp_path: Path) -> None:
+    rows = {
+        'ensemble': {'top1': 92.5, 'samples': 2000},
+        'teacher local-dir:/models/great': {'top1': 91.25, 'samples': 2000},
+        'student (initial)': {'top1': 8.5, 'loss': None, 'samples': 2000},
+    }
+    (run / 'preflight.json').write_text(json.dumps(rows))
+    figures = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report.Figure, 'savefig', lambda figure, *_, **__: figures.append(figure))
+        report.draw_runs({'run': run}, tmp_path / 'curves.png')
+    top1 = next(axes for axes in figures[0].axes if axes.get_title() == 'Top-1 accuracy')
+    curve, *lines = top1.get_lines()
+    assert list(curve.get_xdata()) == [0, 2, 3, 4]
+    assert list(curve.get_ydata()) == [8.5, 51.5, 77.75, 62.5]
+    assert [line.get_label() for line in lines] == ['ensemble (92.50)', 'teacher models/great (91.25)']
+    text = report.write_report(run).read_text()
+    for name, value in (('best epoch', '77.75'), ('ensemble', '92.5'), ('teacher models/great', '91.25')):
+        assert f'<td>top-1, %: {name}</td><td class="number">{value}</td>' in text
+    assert '<td>top-1, %: student (initial)</td><td class="number">8.5</td>' in text
+    assert '<td>images evaluated on</td><td class="number">2000</td>' in text
+    (run / 'preflight.json').write_text('{')
+    with pytest.raises(UserError, match='is not JSON'):
+        runs.read_run(run)
+
+
+def test_parameters_and_multiplications_are_those_of_the_network() -> None:
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, padding=1, bias=False), torch.nn.Flatten())
+    model.pretrained_cfg = {'input_size': (3, 8, 8)}
+    assert runs.model_cost(model) == (108, pytest.approx(108 * 64 / 1e9))
+
+
+def test_runs_that_differ_in_their_seed_alone_have_a_mean_and_a_spread(tmp_path: Path) -> None:
+    for seed, top1 in enumerate((80, 82, 90)):
+        folder = tmp_path / f'run{seed}'
+        folder.mkdir()
+        (folder / 'summary.csv').write_text(f'epoch,eval_top1\n0,{top1}\n')
+        (folder / 'args.yaml').write_text(f'seed: {seed}\nexperiment: run{seed}\nlr: {0.1 if seed < 2 else 0.2}\n')
+    folders = {f'run{seed}': tmp_path / f'run{seed}' for seed in range(3)}
+    text = report.write_report(folders).read_text()
+    name = 'run0, run1: Top-1 accuracy, top-1 (validation images, %)'
+    assert f'<td>{name}</td><td class="number">2</td><td class="number">81 ± 1.4</td>' in text
+
+
+def test_teachers_are_told_apart_by_as_much_of_their_paths_as_it_takes() -> None:
+    models = ['ensemble', 'teacher local-dir:/x/a/last.pth.tar', 'teacher local-dir:/x/b/last.pth.tar']
+    assert list(runs.short_names(models).values()) == ['ensemble', 'teacher a/last.pth.tar', 'teacher b/last.pth.tar']
+    models = ['teacher local-dir:/x/a/last.pth.tar', 'teacher local-dir:/y/a/last.pth.tar']
+    assert list(runs.short_names(models).values()) == models

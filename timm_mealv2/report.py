@@ -1,17 +1,16 @@
 """A run folder drawn: curves of `summary.csv` as PNG, and one HTML file with curves, results and settings in it."""
 
 import base64
-import csv
 import html
+import json
 import math
-import os
+import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import yaml
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -19,8 +18,8 @@ from matplotlib.ticker import MaxNLocator
 
 from timm_mealv2.errors import UserError
 from timm_mealv2.files import replacing
-
-StrPath = str | os.PathLike[str]
+from timm_mealv2.models.checkpoint import TrainingCheckpoint
+from timm_mealv2.runs import INITIAL, Run, StrPath, model_cost, read_run, short_names
 
 # Okabe and Ito's colors, which color-blind readers can tell apart; yellow is too pale for a line on white.
 COLORS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')
@@ -36,12 +35,14 @@ class Panel:
         unit: Label of the y axis.
         columns: Column of summary.csv -> its name in the legend.
         scale: Factor from the column to the unit.
+        log: Draw it on a logarithmic scale where the values are positive and span more than a factor of 20.
     """
 
     title: str
     unit: str
     columns: Mapping[str, str]
     scale: float = 1.0
+    log: bool = False
 
 
 PANELS = {
@@ -52,8 +53,9 @@ PANELS = {
         'Loss',
         'nats',
         {'train_loss': 'training', 'train_similarity_loss': 'training, similarity alone', 'eval_loss': 'validation'},
+        log=True,
     ),
-    'kl': Panel('KL divergence from the teachers', 'nats', {'train_kl': 'training', 'eval_kl': 'validation'}),
+    'kl': Panel('KL divergence from the teachers', 'nats', {'train_kl': 'training', 'eval_kl': 'validation'}, log=True),
     'agreement': Panel(
         'Agreement with the teachers', 'training crops, %', {'train_teacher_agreement': 'same top-1'}, 100
     ),
@@ -61,58 +63,10 @@ PANELS = {
     'discriminator_accuracy': Panel(
         'Discriminator accuracy', 'rows told right, %', {'train_discriminator_accuracy': 'training'}, 100
     ),
-    'lr': Panel('Learning rate', 'learning rate', {'lr': 'learning rate'}),
+    'lr': Panel('Learning rate', 'learning rate', {'lr': 'learning rate'}, log=True),
     'speed': Panel('Speed', 'training images/s', {'images_per_second': 'images/s'}),
 }
 """Name -> panel, in the order in which they are drawn; a panel without any data is left out."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a run folder tells.
-
-    Attributes:
-        epochs: Epoch numbers, from 0.
-        columns: Column -> one value per epoch, None where there is none (an epoch without evaluation).
-        settings: The program's arguments (args.yaml); empty if the file is not there.
-    """
-
-    epochs: list[int]
-    columns: dict[str, list[float | None]]
-    settings: dict[str, Any] = field(default_factory=dict)
-
-    def values(self, column: str) -> list[tuple[int, float]]:
-        """Return (epoch, value) of a column where it has one."""
-        values = self.columns.get(column, [])
-        return [(epoch, value) for epoch, value in zip(self.epochs, values, strict=False) if value is not None]
-
-
-def read_run(folder: StrPath) -> Run:
-    """Read `summary.csv` and `args.yaml` of a run folder.
-
-    Raises:
-        UserError: If there is no summary, it is empty, or holds something else than numbers.
-    """
-    path = Path(folder) / 'summary.csv'
-    if not path.is_file():
-        raise UserError(f'no summary.csv in {folder}: expected a run folder (OUTPUT/EXPERIMENT) with a finished epoch.')
-    try:
-        with path.open(newline='') as file:
-            rows = list(csv.DictReader(file))
-        epochs = [int(float(row.pop('epoch'))) for row in rows]
-        columns = {
-            name: [float(row[name]) if row.get(name) else None for row in rows] for name in (rows[0] if rows else ())
-        }
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f'{path} is no summary of a run: expected a column epoch and numbers ({error}).') from error
-    if not rows:
-        raise UserError(f'{path} has no epoch yet: wait for the first to end.')
-    settings_path = Path(folder) / 'args.yaml'
-    try:
-        settings = yaml.safe_load(settings_path.read_text()) if settings_path.is_file() else {}
-    except yaml.YAMLError as error:
-        raise UserError(f'{settings_path} is not YAML: {error}') from error
-    return Run(epochs, columns, settings or {})
 
 
 def draw_runs(
@@ -132,7 +86,8 @@ def draw_runs(
         out_png: The file to write.
         panels: Names of `PANELS`; all that have data if None.
         first_epochs: Label -> epochs trained before the run's first, for a run that goes on from another's weights.
-        top1_lines: Label -> top-1 in percent, drawn as a horizontal line: what the teachers reach.
+        top1_lines: Label -> top-1 in percent, drawn as a horizontal line: what the teachers reach. Those of the runs'
+            preflight.json if None.
         top1_from: The lowest top-1 in percent that is shown; all if None.
         title: Heading of the picture.
 
@@ -147,6 +102,10 @@ def draw_runs(
     ]
     if not drawn:
         raise UserError(f'nothing to draw: summary.csv has none of the columns of {", ".join(panels or PANELS)}.')
+    if top1_lines is None:
+        measured = {name: run.before(name, 'top1') for run in loaded.values() for name in run.preflight}
+        shown = short_names(measured)
+        top1_lines = {shown[name]: top1 for name, top1 in measured.items() if top1 is not None and name != INITIAL}
     across = min(len(drawn), 3)
     down = -(-len(drawn) // across)
     # A figure and canvas of one's own leave pyplot's state, and with it the user's plots, alone.
@@ -159,7 +118,7 @@ def draw_runs(
         axes = figure.add_subplot(grid[divmod(index, across)])
         _draw_panel(axes, panel, loaded, first_epochs or {})
         if panel is PANELS['top1']:
-            for number, (label, value) in enumerate((top1_lines or {}).items()):
+            for number, (label, value) in enumerate(top1_lines.items()):
                 style = LINE_STYLES[1 + number % 3]
                 axes.axhline(value, color='#666666', linestyle=style, linewidth=1.2, label=f'{label} ({value:.2f})')
             axes.set_ylim(bottom=top1_from)
@@ -177,6 +136,8 @@ def _draw_panel(axes: Axes, panel: Panel, runs: Mapping[str, Run], first_epochs:
             points = run.values(column)
             if not points:
                 continue
+            initial = run.before(INITIAL, column.removeprefix('eval_')) if column.startswith('eval_') else None
+            points = points if initial is None else [(-1, initial), *points]
             words = [label] if len(runs) > 1 else []
             words += [panel.columns[column]] if len(columns) > 1 or not words else []
             axes.plot(
@@ -188,6 +149,10 @@ def _draw_panel(axes: Axes, panel: Panel, runs: Mapping[str, Run], first_epochs:
                 linewidth=1.6,
                 label=': '.join(words),
             )
+    shown: list[float] = [value for line in axes.get_lines() for value in np.asarray(line.get_ydata()).tolist()]
+    values = [value for value in shown if math.isfinite(value)]
+    if panel.log and values and min(values) > 0 and max(values) > 20 * min(values):
+        axes.set_yscale('log')
     axes.set_title(panel.title, fontsize=11)
     axes.set_xlabel('epochs trained')
     axes.set_ylabel(panel.unit)
@@ -213,7 +178,15 @@ def write_report(run_folder: StrPath | Mapping[str, StrPath], out_html: StrPath 
     with tempfile.TemporaryDirectory() as temporary:
         picture = base64.b64encode(draw_runs(folders, Path(temporary, 'curves.png')).read_bytes()).decode()
     title = html.escape(', '.join(runs))
-    text = PAGE.format(title=title, picture=picture, results=_results_html(runs), settings=_settings_html(runs))
+    differing, settings = _settings_html(runs)
+    text = PAGE.format(
+        title=title,
+        picture=picture,
+        headline=_headline_html(runs, folders),
+        results=_results_html(runs),
+        differing=differing,
+        settings=settings,
+    )
     with replacing(out) as path:
         path.write_text(text, encoding='utf-8')
     return out
@@ -227,18 +200,23 @@ PAGE = """<!DOCTYPE html>
 <title>{title}</title>
 <style>
 body {{ font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 76rem; margin: 2rem auto; padding: 0 1rem }}
-img {{ max-width: 100%; height: auto }}
+img {{ width: 100%; min-width: 50rem; height: auto }}
+th, td {{ overflow-wrap: anywhere; min-width: 4.5rem }}
+h1 {{ overflow-wrap: anywhere }}
 .wide {{ overflow-x: auto }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums }}
 th, td {{ padding: .25rem .9rem .25rem 0; text-align: left; border-bottom: 1px solid #ddd; vertical-align: top }}
 td.number, th.number {{ text-align: right }}
-tr.differs td {{ font-weight: 600 }}
 </style>
 </head>
 <body>
 <h1>{title}</h1>
+{headline}
+{differing}
 <h2>Curves</h2>
+<div class="wide">
 <img alt="Curves of {title}; the last values are in the table below." src="data:image/png;base64,{picture}">
+</div>
 <h2>Results</h2>
 {results}
 <h2>Settings</h2>
@@ -246,6 +224,74 @@ tr.differs td {{ font-weight: 600 }}
 </body>
 </html>
 """
+
+
+def _headline_html(runs: Mapping[str, Run], folders: Mapping[str, StrPath]) -> str:
+    """What a reader asks first: the student and its cost, and its accuracy beside what it began with and learned from.
+
+    Without labels it is the agreement with the teachers in place of the accuracy.
+    """
+    rows: dict[str, list[str]] = {}
+    shown = short_names(name for run in runs.values() for name in run.preflight)
+    for number, (label, run) in enumerate(runs.items()):
+        parameters, gmacs = _cost(Path(folders[label]))
+        metric = 'top1' if any(run.values('eval_top1')) else 'agreement'
+        title = {'top1': 'top-1, %', 'agreement': 'same top-1 as the teachers, %'}[metric]
+        best, evaluated = _best_row(run), run.columns.get(f'eval_{metric}', [])
+        cells = {
+            'student': str(run.settings.get('model', '-')),
+            'parameters, millions': _number(parameters, 1e6),
+            'GMACs an image': _number(gmacs),
+            'epochs trained': str(run.epochs[-1] + 1),
+            f'{title}: best epoch': '-' if best is None else _number(evaluated[best] if evaluated else None),
+        }
+        cells |= {f'{title}: {shown[name]}': _number(run.before(name, metric)) for name in run.preflight}
+        if run.preflight:
+            cells['images evaluated on'] = f'{run.before("ensemble", "samples") or 0:.0f}'
+        speeds = [speed for _, speed in run.values('images_per_second')]
+        cells['training images/s, mean'] = _number(statistics.mean(speeds) if speeds else None)
+        for name, cell in cells.items():
+            rows.setdefault(name, ['-'] * len(runs))[number] = cell
+    return _table('', list(runs), list(rows.items()), numbers=True) + _seeds_html(runs)
+
+
+def _cost(folder: Path) -> tuple[float | None, float | None]:
+    """Parameters and GMACs of the student in the run's last checkpoint; None where there is none to rebuild it from."""
+    try:
+        return model_cost(TrainingCheckpoint.read(folder / 'last.pth.tar').build())
+    except UserError:
+        return None, None
+
+
+def _number(value: float | None, scale: float = 1.0) -> str:
+    return '-' if value is None else f'{value / scale:.4g}'
+
+
+def _seeds_html(runs: Mapping[str, Run]) -> str:
+    """Mean and spread of the last evaluation, over runs that differ in nothing but their seed and their folder."""
+    groups: dict[str, list[str]] = {}
+    for label, run in runs.items():
+        same = {key: value for key, value in run.settings.items() if key not in ('seed', 'output', 'experiment')}
+        if 'seed' in run.settings:
+            groups.setdefault(json.dumps(same, sort_keys=True, default=str), []).append(label)
+    rows = []
+    for labels in groups.values():
+        for column in ('eval_top1', 'eval_agreement', 'eval_kl'):
+            last = [values[-1][1] for label in labels if (values := runs[label].values(column))]
+            if len(last) == len(labels) > 1:
+                spread = f'{statistics.mean(last):.4g} ± {statistics.stdev(last):.2g}'
+                rows.append((f'{", ".join(labels)}: {_measure(column)[0]}', [str(len(last)), spread]))
+    heads = ['seeds', 'mean ± standard deviation']
+    return '<h2>Over seeds, last evaluation</h2>' + _table('runs', heads, rows, numbers=True) if rows else ''
+
+
+def _measure(column: str) -> tuple[str, float]:
+    """Name and unit of a column for a reader, and the factor to that unit; other columns go by their own name."""
+    for panel in PANELS.values():
+        if column in panel.columns:
+            words = f', {panel.columns[column]}' if len(panel.columns) > 1 else ''
+            return f'{panel.title}{words} ({panel.unit})', panel.scale
+    return column, 1.0
 
 
 def _results_html(runs: Mapping[str, Run]) -> str:
@@ -258,9 +304,10 @@ def _results_html(runs: Mapping[str, Run]) -> str:
             if row is not None:
                 heads.append(f'{label}, {title} epoch ({run.epochs[row] + 1})')
                 columns.append([run.columns[name][row] if name in run.columns else None for name in names])
-    rows = [
-        (name, ['-' if column[i] is None else f'{column[i]:.6g}' for column in columns]) for i, name in enumerate(names)
-    ]
+    rows = []
+    for index, (title, scale) in enumerate(map(_measure, names)):
+        values = [column[index] for column in columns]
+        rows.append((title, ['-' if value is None else f'{value * scale:.6g}' for value in values]))
     return _table('measure', heads, rows, numbers=True)
 
 
@@ -278,20 +325,24 @@ def _best_row(run: Run) -> int | None:
     return max(ranks, key=ranks.__getitem__)
 
 
-def _settings_html(runs: Mapping[str, Run]) -> str:
-    """A table of the settings, those that differ between the runs in bold."""
+def _settings_html(runs: Mapping[str, Run]) -> tuple[str, str]:
+    """A table of the settings that differ between the runs, and one of those that all have."""
     names = sorted({name for run in runs.values() for name in run.settings})
     if not names:
-        return '<p>There is no args.yaml.</p>'
+        return '', '<p>There is no args.yaml.</p>'
     rows = [(name, [str(run.settings.get(name, '-')) for run in runs.values()]) for name in names]
-    return _table('setting', list(runs), rows, numbers=False)
+    differing = [row for row in rows if len(set(row[1])) > 1]
+    common = [(name, cells[:1]) for name, cells in rows if len(set(cells)) == 1]
+    different = _table('setting', list(runs), differing, numbers=False)
+    return '<h2>Settings that differ</h2>' + different if differing else '', _table(
+        'setting', ['value'], common, numbers=False
+    )
 
 
 def _table(corner: str, heads: Sequence[str], rows: Sequence[tuple[str, list[str]]], *, numbers: bool) -> str:
     kind = ' class="number"' if numbers else ''
     lines = [f'<tr><th>{corner}</th>' + ''.join(f'<th{kind}>{html.escape(head)}</th>' for head in heads) + '</tr>']
     for name, cells in rows:
-        row_kind = ' class="differs"' if not numbers and len(set(cells)) > 1 else ''
         cells_html = ''.join(f'<td{kind}>{html.escape(cell)}</td>' for cell in cells)
-        lines.append(f'<tr{row_kind}><td>{html.escape(name)}</td>{cells_html}</tr>')
+        lines.append(f'<tr><td>{html.escape(name)}</td>{cells_html}</tr>')
     return '<div class="wide"><table>\n' + '\n'.join(lines) + '\n</table></div>'

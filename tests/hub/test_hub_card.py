@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -271,3 +272,16 @@ def test_a_template_that_is_none_leaves_no_folder(
     with pytest.raises(UserError, match=message):
         export_model(tmp_path / 'last.pth.tar', tmp_path / 'out', card=CardOptions(template=template))
     assert not (tmp_path / 'out').exists()
+
+
+def test_what_was_measured_before_the_first_step_and_what_the_student_costs(
+    run_folder: Path, teacher: str, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(run_folder, tmp_path / 'run'))
+    rows = {'ensemble': {'samples': 12, 'top1': 75.0}, f'teacher {teacher}': {'samples': 12, 'top1': 66.625}}
+    (copy / 'preflight.json').write_text(json.dumps(rows))
+    text = card_of(copy / 'last.pth.tar', tmp_path / 'out').text
+    assert 'top-1 accuracy on 12 images, % |' in text
+    assert '| not known | 66.62 |' in text
+    assert ' million parameters and takes ' in text
+    assert 'top-1 accuracy on' not in card_of(run_folder / 'last.pth.tar', tmp_path / 'without').text

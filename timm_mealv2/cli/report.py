@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from timm_mealv2.command_line import OneLineParser, run_cli
-from timm_mealv2.report import draw_runs, read_run, write_report
+from timm_mealv2.report import draw_runs, write_report
+from timm_mealv2.runs import read_run
 
 
 def build_parser() -> argparse.ArgumentParser:

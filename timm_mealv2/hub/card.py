@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -23,10 +23,8 @@ from timm_mealv2.errors import UserError
 from timm_mealv2.hub.folder import CARD_FILE, CURVES_FILE, read_config
 from timm_mealv2.models.checkpoint import TrainingCheckpoint
 from timm_mealv2.models.factory import TeacherSpec
+from timm_mealv2.runs import Run, model_cost, read_run
 from timm_mealv2.soft_labels.store import StoreMeta
-
-if TYPE_CHECKING:
-    from timm_mealv2.report import Run
 
 _logger = logging.getLogger(__name__)
 
@@ -43,7 +41,7 @@ METRICS = {
 _LISTS = ('teachers', 'results', 'examples', 'claims')
 _OF_ONE_KIND = (
     *('method', 'stored', 'hard_label_weight', 'dataset', 'split', 'epochs', 'ema_decay', 'start', 'own_weights'),
-    *('curves', 'recipe', 'program', 'settings', 'student', 'sha256'),
+    *('curves', 'recipe', 'program', 'settings', 'student', 'sha256', 'parameters', 'gmacs', 'measured_on'),
 )
 _PREPROCESSING = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
 # Settings about the machine or an account there, not about the training.
@@ -148,6 +146,9 @@ def write_trained_card(
     if read_config(folder)['num_classes'] <= 5:
         measured.pop('top5', None)  # always 100
     teachers = _teachers(args)
+    for text, row in zip(args.get('teachers') or (), teachers, strict=False):
+        row['top1'] = run.before(f'teacher {text}', 'top1') if run else None
+    parameters, gmacs = model_cost(checkpoint.build(ema=averaged))
     stored = bool(args.get('soft_labels'))
     method = args.get('kd_distill_type') or 'logit' if teachers or stored else ''
     hub_dataset, own_name = _dataset_names(args)
@@ -204,6 +205,9 @@ def write_trained_card(
         recipe=args.get('recipe') or '',
         program='mealv2-train' if 'discriminator_mode' in args else 'python train.py',
         settings=_settings(args, run.settings) if run else '',
+        parameters=parameters,
+        gmacs=gmacs,
+        measured_on=int((run and run.before('ensemble', 'samples')) or 0),
     )
 
 
@@ -233,9 +237,9 @@ def weights_row(text: str, weight: float = 1.0) -> dict[str, Any]:
 # What the checkpoint and its run tell
 
 
-def _draw_run(run_folder: Path, name: str, picture: Path) -> 'Run | None':
+def _draw_run(run_folder: Path, name: str, picture: Path) -> Run | None:
     """Draw the curves of a run folder, and return what it tells; None, with a warning, if that cannot be read."""
-    from timm_mealv2.report import draw_runs, read_run  # loads matplotlib, which no other command needs
+    from timm_mealv2.report import draw_runs  # loads matplotlib, which no other command needs
 
     try:
         run = read_run(run_folder)
@@ -246,7 +250,7 @@ def _draw_run(run_folder: Path, name: str, picture: Path) -> 'Run | None':
     return run
 
 
-def _measured(checkpoint: TrainingCheckpoint, run: 'Run', averaged: bool) -> dict[str, float]:
+def _measured(checkpoint: TrainingCheckpoint, run: Run, averaged: bool) -> dict[str, float]:
     """The metrics that summary.csv has of exactly the exported weights; none, with a warning, if it has none."""
     saved = checkpoint.contents
     epoch, metric = saved.get('epoch'), saved.get('metric')
