@@ -179,7 +179,7 @@ def write_report(run_folder: StrPath | Mapping[str, StrPath], out_html: StrPath 
         picture = base64.b64encode(draw_runs(folders, Path(temporary, 'curves.png')).read_bytes()).decode()
     title = html.escape(', '.join(runs))
     differing, settings = _settings_html(runs)
-    text = PAGE.format(
+    body = BODY.format(
         title=title,
         picture=picture,
         headline=_headline_html(runs, folders),
@@ -188,7 +188,7 @@ def write_report(run_folder: StrPath | Mapping[str, StrPath], out_html: StrPath 
         settings=settings,
     )
     with replacing(out) as path:
-        path.write_text(text, encoding='utf-8')
+        path.write_text(html_page(', '.join(runs), body), encoding='utf-8')
     return out
 
 
@@ -200,7 +200,7 @@ PAGE = """<!DOCTYPE html>
 <title>{title}</title>
 <style>
 body {{ font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 76rem; margin: 2rem auto; padding: 0 1rem }}
-img {{ width: 100%; min-width: 50rem; height: auto }}
+.wide > img {{ width: 100%; min-width: 50rem; height: auto }}
 th, td {{ overflow-wrap: anywhere; min-width: 4.5rem }}
 h1 {{ overflow-wrap: anywhere }}
 .wide {{ overflow-x: auto }}
@@ -211,7 +211,12 @@ td.number, th.number {{ text-align: right }}
 </head>
 <body>
 <h1>{title}</h1>
-{headline}
+{body}
+</body>
+</html>
+"""
+
+BODY = """{headline}
 {differing}
 <h2>Curves</h2>
 <div class="wide">
@@ -220,10 +225,28 @@ td.number, th.number {{ text-align: right }}
 <h2>Results</h2>
 {results}
 <h2>Settings</h2>
-{settings}
-</body>
-</html>
-"""
+{settings}"""
+
+
+def html_page(title: str, body: str) -> str:
+    """Return a page of the project's look; `body` is HTML, the title is not."""
+    return PAGE.format(title=html.escape(title), body=body)
+
+
+def html_table(corner: str, heads: Sequence[str], rows: Sequence[tuple[str, list[str]]], kind: str = '') -> str:
+    """Return a table, in a box that scrolls where it is wider than the page.
+
+    Args:
+        corner: Heading of the first column.
+        heads: Headings of the others.
+        rows: The first cell of each row and the others, as HTML.
+        kind: Attributes of the other cells.
+    """
+    lines = [f'<tr><th>{corner}</th>' + ''.join(f'<th{kind}>{html.escape(head)}</th>' for head in heads) + '</tr>']
+    lines += [
+        f'<tr><td>{name}</td>' + ''.join(f'<td{kind}>{cell}</td>' for cell in cells) + '</tr>' for name, cells in rows
+    ]
+    return '<div class="wide"><table>\n' + '\n'.join(lines) + '\n</table></div>'
 
 
 def _headline_html(runs: Mapping[str, Run], folders: Mapping[str, StrPath]) -> str:
@@ -340,9 +363,5 @@ def _settings_html(runs: Mapping[str, Run]) -> tuple[str, str]:
 
 
 def _table(corner: str, heads: Sequence[str], rows: Sequence[tuple[str, list[str]]], *, numbers: bool) -> str:
-    kind = ' class="number"' if numbers else ''
-    lines = [f'<tr><th>{corner}</th>' + ''.join(f'<th{kind}>{html.escape(head)}</th>' for head in heads) + '</tr>']
-    for name, cells in rows:
-        cells_html = ''.join(f'<td{kind}>{html.escape(cell)}</td>' for cell in cells)
-        lines.append(f'<tr><td>{html.escape(name)}</td>{cells_html}</tr>')
-    return '<div class="wide"><table>\n' + '\n'.join(lines) + '\n</table></div>'
+    escaped = [(html.escape(name), list(map(html.escape, cells))) for name, cells in rows]
+    return html_table(corner, heads, escaped, ' class="number"' if numbers else '')

@@ -1,5 +1,6 @@
 """Tests of timm_mealv2/cli/evaluate.py: the program on real files."""
 
+import csv
 import json
 
 import numpy as np
@@ -327,3 +328,45 @@ def test_mistakes_are_one_line(tmp_path, image_folder, capsys):
     assert '--workers: must be 0 or more' in refused(capsys, good, *data, '-j', -1)
     assert '--device' in refused(capsys, good, *data, '--device', 'abc')
     assert '--imagenet-v2 says' in refused(capsys, good, *data, '--class-map', 'c.txt', '--imagenet-v2')
+
+
+@pytest.mark.parametrize('labeled', [True, False])
+def test_predictions_are_written_for_each_image_that_can_be_read(tmp_path, spoilt, capsys, labeled):
+    model = save_model(tmp_path / 'a.pth')
+    save_model(tmp_path / 'b.pth', seed=1)
+    folder = spoilt / 'validation'
+    broken = sorted(folder.rglob('*.png'))[5]
+    expected, targets = outputs_by_hand(model, folder)
+    broken.write_bytes(b'no image')
+    kept = [index for index in range(12) if index != 5]
+    name = f'test_resnet={tmp_path}/a.pth'
+    options = ['--data-dir', folder, '-j', 0, '-b', 5, '--device', 'cpu', *([] if labeled else ['--unlabeled'])]
+    main(
+        [str(arg) for arg in (name, '--teachers', f'test_resnet={tmp_path}/b.pth', *options)]
+        + ['--predictions', str(tmp_path / 'p.csv'), '--report', str(tmp_path / 'page')]
+    )
+    with (tmp_path / 'p.csv').open(newline='') as file:
+        rows = [row for row in csv.DictReader(file) if row['model'] == name]
+    assert len(rows) == 11
+    assert str(broken.relative_to(folder)) not in [row['filename'] for row in rows]
+    probabilities, classes = expected[kept].softmax(1).topk(3)
+    names = sorted(path.name for path in folder.iterdir())
+    for row, target, top, probs in zip(rows, targets[kept].tolist(), classes.tolist(), probabilities, strict=True):
+        assert row['target'] == (str(target) if labeled else '')
+        assert row['filename'].split('/')[0] == names[target]
+        assert [row[f'index_{k}'] for k in range(3)] == [str(index) for index in top]
+        assert [row[f'label_{k}'] for k in range(3)] == [names[index] for index in top]
+        assert [float(row[f'prob_{k}']) for k in range(3)] == pytest.approx(probs.tolist(), abs=1e-5)
+    assert [path.name for path in (tmp_path / 'page').iterdir()] == ['evaluation.html']
+    text = (tmp_path / 'page/evaluation.html').read_text()
+    assert 'of 11 images' in text
+    assert 'src="data:image/png;base64,' in text
+    assert 'http' not in text
+
+
+def test_files_for_predictions_are_checked_before_anything_is_read(tmp_path, image_folder, capsys):
+    common = ['test_resnet', '--data-dir', image_folder]
+    (tmp_path / 'file').touch()
+    assert 'there is no folder' in refused(capsys, *common, '--predictions', tmp_path / 'no/p.csv')
+    assert 'is a file: name a folder' in refused(capsys, *common, '--report', tmp_path / 'file')
+    assert 'is a folder: name a file' in refused(capsys, *common, '--predictions', tmp_path)

@@ -2,17 +2,20 @@
 
 import argparse
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from timm.data import RealLabelsImagenet, resolve_model_data_config
+from torch import Tensor
+from torch.utils.data import IterableDataset
 from tqdm import tqdm
 
 from timm_mealv2.command_line import COUNT, DATA, DEVICE, FLOAT_TYPES, TEACHERS, OneLineParser, add_options, run_cli
 from timm_mealv2.data.bad_images import BadImages
-from timm_mealv2.data.dataset import dataset_root, open_dataset, unlabeled
+from timm_mealv2.data.dataset import class_names, dataset_root, image_names, open_dataset, unlabeled
 from timm_mealv2.data.loader import eval_loader
 from timm_mealv2.data.normalize import channel_stats
 from timm_mealv2.errors import UserError
@@ -20,6 +23,7 @@ from timm_mealv2.evaluation import Metrics, evaluate, member_names, metrics_as_j
 from timm_mealv2.files import replacing
 from timm_mealv2.models.ensemble import EnsembleTeacher
 from timm_mealv2.models.factory import TeacherSpec, create_ensemble, read_classes
+from timm_mealv2.predictions import Predictions, write_page, write_predictions
 
 ENSEMBLE = 'ensemble'
 """What the ensemble of `--teachers` is called in the table and the JSON."""
@@ -68,6 +72,13 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group('results').add_argument
     add('--calibration', action='store_true', help='negative log-likelihood and expected calibration error too')
+    add(
+        '--report',
+        type=Path,
+        metavar='DIR',
+        help='write evaluation.html there: confusion, calibration, images that differ',
+    )
+    add('--predictions', type=Path, metavar='FILE', help='write the most likely classes of each image there, as CSV')
     add('--json', type=Path, metavar='FILE', help='write the results there as well')
     return parser
 
@@ -106,18 +117,29 @@ def main(argv: Sequence[str] | None = None) -> None:
         config['mean'], config['std'] = channel_stats(config, model.in_chans)
         configs[name] = config
     results: dict[str, dict[str, Any]] = {}
+    predictions: dict[str, Predictions] = {}
     bad = BadImages()
     for config in configs.values():
         # Models of the same pixels are evaluated together, each time with the ensemble to compare them with.
         if group := [name for name in models if configs[name] == config and name not in results]:
             together = {name: models[name] for name in models if name in group or name == ENSEMBLE}
-            rows = _evaluate_with(config, together, data, args, device, bad)
+            rows = _evaluate_with(config, together, data, args, device, bad, predictions)
             results |= {name: rows[name] for name in group}
 
     results = {name: results[name] for name in models}
     print(_table(results))
     if bad.found:
         print(f'Images that cannot be read and are left out: {len(bad.found)}')
+    if args.report is not None or args.predictions is not None:
+        predictions = {name: predictions[name] for name in models}
+        images = [index for index in range(len(data)) if f'validation #{index}' not in bad.found]
+        every = image_names(data)
+        files, classes = [every[index] for index in images], class_names(data) or []
+        if args.predictions is not None:
+            write_predictions(args.predictions, predictions, files, classes)
+        if args.report is not None:
+            args.report.mkdir(exist_ok=True)
+            write_page(args.report / 'evaluation.html', predictions, data, images, files, classes)
     if args.json is not None:
         for name, model in models.items():
             parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -135,10 +157,14 @@ def _checked_device(args: argparse.Namespace) -> torch.device:
         raise UserError('--unlabeled leaves nothing to report without --teachers or --real-labels: give one.')
     if args.imagenet_v2 and (args.class_map or args.unlabeled):
         raise UserError('--imagenet-v2 says what the classes are: leave out --class-map and --unlabeled.')
-    if args.json is not None and not args.json.parent.is_dir():
-        raise UserError(f'--json {args.json}: there is no folder {args.json.parent}; make it first.')
-    if args.json is not None and args.json.is_dir():
-        raise UserError(f'--json {args.json} is a folder: name a file.')
+    for name in ('json', 'predictions', 'report'):
+        path = getattr(args, name)
+        if path is not None and not path.parent.is_dir():
+            raise UserError(f'--{name} {path}: there is no folder {path.parent}; make it first.')
+        if path is not None and path.exists() and path.is_dir() != (name == 'report'):
+            raise UserError(
+                f'--{name} {path} is a {"file: name a folder" if path.is_file() else "folder: name a file"}.'
+            )
     try:
         device = torch.device(args.device or ('cuda' if torch.cuda.is_available() else 'cpu'))
         torch.zeros(1, device=device)
@@ -163,6 +189,8 @@ def _open_data(args: argparse.Namespace) -> Any:
     )
     if args.split and args.data_dir is not None and dataset_root(data) == Path(args.data_dir):
         raise UserError(f'--split {args.split}: there is no such folder in {args.data_dir}.')  # timm takes all of it
+    if (args.report or args.predictions) and isinstance(data, IterableDataset):
+        raise UserError('--report and --predictions need a data set with numbered images, and this one is a stream.')
     return unlabeled(data) if args.unlabeled else data
 
 
@@ -173,8 +201,9 @@ def _evaluate_with(
     args: argparse.Namespace,
     device: torch.device,
     bad: BadImages,
+    predictions: dict[str, Predictions],
 ) -> dict[str, Metrics]:
-    """Evaluate models on the data, cut and normalized as `config` says."""
+    """Evaluate models on the data, cut and normalized as `config` says; add to `predictions` if they are wanted."""
     data.input_img_mode = args.input_img_mode or ('L' if config['input_size'][0] == 1 else 'RGB')
     options = {'num_workers': args.workers, 'pin_memory': device.type == 'cuda'}
     loader = eval_loader(data, config, batch_size=args.batch_size, device=device, bad=bad, **options)
@@ -186,20 +215,44 @@ def _evaluate_with(
     rows = {name: members.get(name, name) for name in models}
     wanted = () if args.real_labels is None else rows.values()
     real_labels = {row: _real_labels(args.real_labels, data) for row in wanted}
+    targets: list[Tensor] = []
+    top: dict[str, list[Tensor]] = {}
+    batches = tqdm(loader, desc='evaluating', leave=False, disable=None)
+
+    def keep_targets() -> Iterator[tuple[Tensor, Tensor]]:
+        for x, target in batches:
+            targets.append(target.cpu())
+            yield x, target
+
+    def keep_output(name: str, output: Tensor) -> None:
+        if name in real_labels:
+            real_labels[name].add_result(output)
+        if wants_predictions:
+            probabilities, classes = output.softmax(dim=1).topk(min(5, output.shape[1]))
+            top.setdefault(name, []).append(torch.stack([classes.double(), probabilities.double()]).cpu())
+
+    wants_predictions = args.report is not None or args.predictions is not None
     results = evaluate(
         {name: model for name, model in models.items() if rows[name] == name},
-        tqdm(loader, desc='evaluating', leave=False, disable=None),
+        keep_targets() if wants_predictions else batches,
         device=device,
         reference=ENSEMBLE if ensemble is not None else None,
         members=bool(members),
         data_config=config,
         calibration=args.calibration,
-        on_output=lambda name, output: real_labels[name].add_result(output) if name in real_labels else None,
+        on_output=keep_output,
     )
     if real_labels and bad.found:
         raise UserError('--real-labels needs every image of the validation set, but some cannot be read: see above.')
     for row, labels in real_labels.items():
         results[row].update({f'real_top{k}': accuracy for k, accuracy in labels.get_accuracy().items()})
+    if wants_predictions:
+        tops = {row: torch.cat(parts, dim=1) for row, parts in top.items()}
+        of_row = {row: Predictions(torch.cat(targets), classes.long(), probs) for row, (classes, probs) in tops.items()}
+        for name, row in rows.items():
+            predictions[name] = of_row[row]
+            if ENSEMBLE in of_row and name != ENSEMBLE:
+                predictions[name] = replace(of_row[row], ensemble=of_row[ENSEMBLE])
     return {name: results[row] for name, row in rows.items()}
 
 

@@ -1,0 +1,194 @@
+"""What models predict, image by image: a CSV file, and one HTML page with pictures of where they are wrong."""
+
+import base64
+import csv
+import html
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from timm_mealv2.data.dataset import read_image
+from timm_mealv2.files import replacing
+from timm_mealv2.report import html_page, html_table
+
+CLASSES_SHOWN = 30
+GALLERY = 24
+BINS = 15
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The most likely classes of each image by one model, K = 5 or all if there are fewer.
+
+    Attributes:
+        targets: Label of each image [N], -1 where it is not known.
+        classes: The most likely classes [N, K], the first one first.
+        probabilities: Their probabilities [N, K].
+        ensemble: The same of the teachers' ensemble on the same pixels; None without teachers, or of the ensemble.
+    """
+
+    targets: Tensor
+    classes: Tensor
+    probabilities: Tensor
+    ensemble: 'Predictions | None' = None
+
+    @property
+    def expected(self) -> Tensor:
+        """The class that each image [N] is compared with: its label or, without labels, the ensemble's top-1."""
+        unlabeled = self.ensemble is not None and bool((self.targets < 0).all())
+        return self.ensemble.classes[:, 0] if unlabeled and self.ensemble is not None else self.targets
+
+
+def write_predictions(
+    path: Path, models: Mapping[str, Predictions], files: Sequence[str], class_names: Sequence[str]
+) -> None:
+    """Write a CSV file with a row for each model and image; the columns have the names of timm's inference.py.
+
+    Args:
+        path: The file; it is written whole or not at all.
+        models: Model's name -> its predictions.
+        files: File name of each image.
+        class_names: Name of each class; its number stands for one beyond them.
+    """
+    most = max(predictions.classes.shape[1] for predictions in models.values())
+    columns = [f'{column}_{k}' for column in ('index', 'label', 'prob') for k in range(most)]
+    with replacing(path) as temporary, temporary.open('w', newline='', encoding='utf-8') as file:
+        writer = csv.writer(file)
+        writer.writerow(['model', 'filename', 'target', *columns])
+        for model, predictions in models.items():
+            rows = zip(
+                files,
+                *(values.tolist() for values in (predictions.targets, predictions.classes, predictions.probabilities)),
+                strict=True,
+            )
+            for name, target, classes, probabilities in rows:
+                filled = [''] * (most - len(classes))
+                labels = [_class_name(index, class_names) for index in classes]
+                known = '' if target < 0 else target
+                writer.writerow([model, name, known, *classes, *filled, *labels, *filled, *probabilities, *filled])
+
+
+def write_page(
+    path: Path,
+    models: Mapping[str, Predictions],
+    data: Any,
+    images: Sequence[int],
+    files: Sequence[str],
+    class_names: Sequence[str],
+) -> None:
+    """Write one HTML page: confusion, accuracy of each class, calibration, and where model and ensemble differ.
+
+    Without labels the ensemble's top-1 takes their place.
+
+    Args:
+        path: The file; it is written whole or not at all, and needs no other file.
+        models: Model's name -> its predictions.
+        data: The data set.
+        images: Number in the data set of each predicted image.
+        files: File name of each.
+        class_names: Name of each class.
+    """
+    parts = []
+    for model, predictions in models.items():
+        known = (predictions.expected >= 0) & predictions.probabilities[:, 0].isfinite()
+        parts.append(f'<h2>{html.escape(model)}</h2>')
+        if known.any():
+            parts.append(_picture(predictions, known, class_names))
+        else:
+            parts.append('<p>Neither labels nor an ensemble to compare it with.</p>')
+        if predictions.ensemble is not None:
+            rows = list(_gallery(predictions, predictions.ensemble, data, images, files, class_names))
+            differing = (predictions.classes[:, 0] != predictions.ensemble.classes[:, 0]).sum().item()
+            parts.append(f'<h3>Model and ensemble differ: {differing} of {len(images)} images</h3>')
+            parts.append(f'<p>The {len(rows)} of which both are surest, with the most likely classes of each, %.</p>')
+            parts.append(html_table('image', ['file', 'label', 'model', 'ensemble'], rows))
+    with replacing(path) as temporary:
+        temporary.write_text(html_page('Predictions', '\n'.join(parts)), encoding='utf-8')
+
+
+def _picture(predictions: Predictions, known: Tensor, class_names: Sequence[str]) -> str:
+    """Confusion matrix, accuracy of each class and calibration of the images `known` [N], as an HTML image."""
+    expected, top1 = predictions.expected[known], predictions.classes[known, 0]
+    confidence = predictions.probabilities[known, 0]
+    labeled = bool((predictions.targets >= 0).any())
+    against, measure = ('label', 'accuracy') if labeled else ("ensemble's top-1", 'agreement')
+    count = 1 + int(torch.maximum(expected, top1).max())
+    confusion = torch.bincount(expected * count + top1, minlength=count * count).view(count, count)
+    right, images = confusion.diag(), confusion.sum(dim=1)
+    # Of many classes those are shown that have most errors.
+    shown = (images - right).argsort(descending=True, stable=True)[:CLASSES_SHOWN].sort().values
+    names = [_class_name(int(index), class_names) for index in shown]
+    figure = Figure(figsize=(16, 5.4), layout='constrained')
+    FigureCanvasAgg(figure)
+    matrix, bars, calibration = figure.subplots(1, 3)
+
+    shares = confusion[shown][:, shown] / images[shown].clamp(min=1)[:, None]
+    matrix.set(title='Confusion matrix, % of the row', xlabel="model's top-1", ylabel=against)
+    matrix.imshow((100 * shares).numpy(), cmap='Blues', vmin=0, vmax=100)
+    matrix.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
+    matrix.set_yticks(range(len(names)), names, fontsize=8)
+    if len(names) <= 12:
+        for row in range(len(names)):
+            for column in range(len(names)):
+                share = 100 * shares[row, column].item()
+                color = 'white' if share > 50 else 'black'
+                matrix.text(column, row, f'{share:.0f}', ha='center', va='center', fontsize=7, color=color)
+
+    bars.set(title=f'{measure.capitalize()} of each class', xlabel=f'{measure}, %', xlim=(0, 100))
+    bars.barh(range(len(names)), (100 * right / images.clamp(min=1))[shown].tolist(), color='#0072B2')
+    bars.set_yticks(range(len(names)), [f'{name} ({images[i]})' for name, i in zip(names, shown, strict=True)])
+    bars.tick_params(axis='y', labelsize=8)
+    bars.invert_yaxis()
+
+    index = (confidence * BINS).ceil().long().clamp(1, BINS) - 1
+    size = torch.bincount(index, minlength=BINS)
+    used = size > 0
+    sums = [torch.bincount(index, values.double(), BINS) for values in (confidence, expected == top1)]
+    means = [(100 * total[used] / size[used]).tolist() for total in sums]
+    calibration.set(title='Calibration', xlabel='largest probability, %', ylabel=f'{measure}, %')
+    calibration.plot([0, 100], [0, 100], color='#666666', linestyle='--', label='perfect')
+    calibration.plot(*means, color='#D55E00', marker='o', label='model')
+    calibration.legend(frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format='png', dpi=100)
+    return f'<div class="wide">{_image(buffer.getvalue(), "png", "Confusion, classes, calibration")}</div>'
+
+
+def _gallery(
+    predictions: Predictions,
+    ensemble: Predictions,
+    data: Any,
+    images: Sequence[int],
+    files: Sequence[str],
+    class_names: Sequence[str],
+) -> Iterator[tuple[str, list[str]]]:
+    """Rows of the table of images where the two differ, those first of which both are surest."""
+    sure = torch.minimum(predictions.probabilities[:, 0], ensemble.probabilities[:, 0]).nan_to_num(0)
+    differs = (predictions.classes[:, 0] != ensemble.classes[:, 0]).nonzero()[:, 0]
+    for number in differs[sure[differs].argsort(descending=True, stable=True)][:GALLERY].tolist():
+        image, _ = read_image(data, images[number])
+        image = image.convert('RGB')
+        image.thumbnail((160, 160))
+        buffer = io.BytesIO()
+        image.save(buffer, 'JPEG')
+        target = int(predictions.targets[number])
+        cells = [html.escape(files[number]), html.escape(_class_name(target, class_names)) if target >= 0 else '-']
+        for one in (predictions, ensemble):
+            top = zip(one.classes[number].tolist(), one.probabilities[number].tolist(), strict=True)
+            cells.append('<br>'.join(f'{html.escape(_class_name(c, class_names))} {100 * p:.1f}' for c, p in top))
+        yield _image(buffer.getvalue(), 'jpeg', files[number]), cells
+
+
+def _class_name(index: int, class_names: Sequence[str]) -> str:
+    return class_names[index] if index < len(class_names) else str(index)
+
+
+def _image(content: bytes, kind: str, text: str) -> str:
+    return f'<img alt="{html.escape(text)}" src="data:image/{kind};base64,{base64.b64encode(content).decode()}">'
