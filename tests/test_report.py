@@ -70,7 +70,10 @@ def test_curves_show_the_columns_that_are_there_in_percent_and_from_the_first_ep
 
 
 def test_the_page_has_everything_in_it(run: Path) -> None:
+    assert 'href' not in report.write_report(run).read_text()
+    (run / 'evaluation.html').touch()
     page = report.write_report(run)
+    assert '<a href="evaluation.html">' in page.read_text()
     assert page == run / 'report.html'
     text = page.read_text()
     assert 'first &lt;run&gt;, last epoch (4)' in text

@@ -187,6 +187,8 @@ def write_report(run_folder: StrPath | Mapping[str, StrPath], out_html: StrPath 
         differing=differing,
         settings=settings,
     )
+    if (out.parent / 'evaluation.html').is_file():  # of mealv2-eval --report
+        body = f'<p><a href="evaluation.html">Predictions, image by image</a></p>\n{body}'
     with replacing(out) as path:
         path.write_text(html_page(', '.join(runs), body), encoding='utf-8')
     return out
@@ -202,7 +204,7 @@ PAGE = """<!DOCTYPE html>
 body {{ font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 76rem; margin: 2rem auto; padding: 0 1rem }}
 .wide > img {{ width: 100%; min-width: 50rem; height: auto }}
 th, td {{ overflow-wrap: anywhere; min-width: 4.5rem }}
-h1 {{ overflow-wrap: anywhere }}
+h1, h2 {{ overflow-wrap: anywhere }}
 .wide {{ overflow-x: auto }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums }}
 th, td {{ padding: .25rem .9rem .25rem 0; text-align: left; border-bottom: 1px solid #ddd; vertical-align: top }}
