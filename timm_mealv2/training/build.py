@@ -204,8 +204,7 @@ def _build_task(
     processes: Processes,
 ) -> TrainingTask:
     """Create what computes the loss: ours with teachers or stored labels, timm's classification or its others."""
-    dtype = FLOAT_TYPES[args.model_dtype or 'float32']
-    common: dict[str, Any] = {'device': processes.device, 'dtype': dtype, 'verbose': processes.primary}
+    common: dict[str, Any] = {'device': processes.device, 'dtype': pixels.dtype, 'verbose': processes.primary}
     if teachers is not None or args.soft_labels:
         return MealV2Task(
             student,

@@ -46,11 +46,13 @@ class Pixels:
         config: The resolved data configuration: 'input_size', 'mean', 'std', 'interpolation' and the like.
         num_classes: Number of classes.
         batch_size: Images of a batch, per process.
+        dtype: Floating point type of the images, and of the student's weights.
     """
 
     config: dict[str, Any]
     num_classes: int
     batch_size: int
+    dtype: torch.dtype
 
     @property
     def channels(self) -> int:
@@ -138,7 +140,7 @@ def build_data(
         distributed=processes.distributed,
         pin_memory=args.pin_mem,
         use_prefetcher=not args.no_prefetcher,
-        img_dtype=FLOAT_TYPES[args.model_dtype or 'float32'],
+        img_dtype=pixels.dtype,
     )
     splits = {'train': train, 'validation': validation}
     return Data(loader, Validation(evaluated, by_agreement), class_names(train), splits)
@@ -316,7 +318,7 @@ def _build_train_loader(
         pin_memory=args.pin_mem,
         prefetch=not args.no_prefetcher,
         device=processes.device,
-        dtype=FLOAT_TYPES[args.model_dtype or 'float32'],
+        dtype=pixels.dtype,
     )
 
 
@@ -341,7 +343,7 @@ def _build_stream_loader(
         distributed=processes.distributed,
         pin_memory=args.pin_mem,
         use_prefetcher=not args.no_prefetcher,
-        img_dtype=FLOAT_TYPES[args.model_dtype or 'float32'],
+        img_dtype=pixels.dtype,
         re_prob=args.reprob,
         re_mode=args.remode,
         re_count=args.recount,

@@ -74,24 +74,29 @@ def build_student(args: argparse.Namespace, batch_size: int, processes: Processe
     config = _resolve_pixels(args, model, in_chans or int(getattr(model, 'in_chans', 3)))
     if args.split_bn:
         model = convert_splitbn_model(model, max(args.aug_splits, 2))
-    model.to(device=processes.device, dtype=FLOAT_TYPES[args.model_dtype or 'float32'])
+    dtype = FLOAT_TYPES[args.model_dtype or 'float32']
+    model.to(device=processes.device, dtype=dtype)
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
-    _try_forward(args, model, config['input_size'], processes.device)
+    _try_forward(args, model, config['input_size'], processes.device, dtype)
     if processes.distributed and args.sync_bn:
         model = convert_sync_batchnorm(model)
-    return model, Pixels(config, num_classes, batch_size)
+    return model, Pixels(config, num_classes, batch_size, dtype)
 
 
 @torch.no_grad()
 def _try_forward(
-    args: argparse.Namespace, model: nn.Module, input_size: tuple[int, int, int], device: torch.device
+    args: argparse.Namespace,
+    model: nn.Module,
+    input_size: tuple[int, int, int],
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> None:
     """Tell at once, not in the first step, that a model does not take images of a size."""
     sizes = {'--img-size': [input_size[1:]], '--train-img-sizes': [(size, size) for size in args.train_img_sizes or ()]}
     model.eval()
     for name, size in [(name, size) for name, some in sizes.items() for size in some]:
-        images = torch.zeros(1, input_size[0], *size, device=device, dtype=FLOAT_TYPES[args.model_dtype or 'float32'])
+        images = torch.zeros(1, input_size[0], *size, device=device, dtype=dtype)
         try:
             model(images)
         except (AssertionError, RuntimeError, ValueError) as error:
