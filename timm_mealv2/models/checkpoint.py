@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from timm_mealv2.errors import UserError, one_line
 from timm_mealv2.models.mealv2_students import VANILLA_ARCHITECTURE
+from timm_mealv2.models.pretrained import misfit
 
 _DATA_CONFIG = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
 
@@ -162,7 +163,7 @@ class TrainingCheckpoint:
         try:
             model.load_state_dict(state, strict=True)
         except RuntimeError as error:
-            raise UserError(f'{self} does not fit the architecture: {_misfit(model.state_dict(), state)}.') from error
+            raise UserError(f'{self} does not fit the architecture: {misfit(model.state_dict(), state)}.') from error
         cfg = filter_pretrained_cfg(model.pretrained_cfg, remove_source=True)
         cfg.update(data_config or resolve_input_data_config(model, args))
         cfg['num_classes'] = model.num_classes
@@ -227,20 +228,3 @@ def _first_conv_chans(model: nn.Module, state: dict[str, Tensor]) -> int:
     if weight is None or own is None or weight.ndim < 2:
         return in_chans
     return max(1, weight.shape[1] * in_chans // own.shape[1])
-
-
-def _misfit(expected: dict[str, Tensor], received: dict[str, Tensor]) -> str:
-    """What differs between two state dicts, in one line: at most three of each kind."""
-    missing = [key for key in expected if key not in received]
-    unknown = [key for key in received if key not in expected]
-    shapes = [
-        f'{key} is {list(received[key].shape)} for {list(tensor.shape)}'
-        for key, tensor in expected.items()
-        if key in received and received[key].shape != tensor.shape
-    ]
-    kinds = (('missing', missing), ('unknown', unknown), ('of other shape', shapes))
-    return '; '.join(
-        f'{len(found)} {kind} ({", ".join(found[:3])}{", ..." if len(found) > 3 else ""})'
-        for kind, found in kinds
-        if found
-    )

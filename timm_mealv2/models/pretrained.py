@@ -10,7 +10,7 @@ import http.client
 import logging
 import os
 import ssl
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -226,27 +226,32 @@ def _fitting(
     """
     bare = replace(cfg, **dict.fromkeys(_SOURCES))
     full = architecture(pretrained=False, pretrained_cfg=bare, **{**model_args, 'device': 'meta'}).state_dict()
-    shape = {key: list(getattr(value, 'shape', ())) for key, value in weights.items()}
-    problems = {
-        'missing': [key for key in full if key not in weights],
-        'unexpected': [key for key in weights if key not in full],
-        'of another shape': [
-            f'{key} {shape[key]} instead of {list(value.shape)}'
-            for key, value in full.items()
-            if key in weights and (shape[key] != list(value.shape) or not isinstance(weights[key], Tensor))
-        ],
-    }
-    told = '; '.join(
-        f'{len(keys)} {kind} ({", ".join(keys[:3])}{", ..." if len(keys) > 3 else ""})'
-        for kind, keys in problems.items()
-        if keys
-    )
+    told = misfit(full, weights)
     if told:
         raise UserError(
             f'{origin} does not fit {cfg.architecture} (weights of a {architecture.__name__} with {cfg.num_classes} '
             f'classes and {cfg.input_size[0]} input channels are expected): {told}'
         )
     return weights
+
+
+def misfit(expected: Mapping[str, Tensor], received: Mapping[str, Any]) -> str:
+    """Return how a state dict differs from the one expected, three keys of each kind; '' if it fits."""
+    shape = {key: list(getattr(value, 'shape', ())) for key, value in received.items()}
+    problems = {
+        'missing': [key for key in expected if key not in received],
+        'unexpected': [key for key in received if key not in expected],
+        'of another shape': [
+            f'{key} {shape[key]} instead of {list(value.shape)}'
+            for key, value in expected.items()
+            if key in received and (shape[key] != list(value.shape) or not isinstance(received[key], Tensor))
+        ],
+    }
+    return '; '.join(
+        f'{len(keys)} {kind} ({", ".join(keys[:3])}{", ..." if len(keys) > 3 else ""})'
+        for kind, keys in problems.items()
+        if keys
+    )
 
 
 def _first_line(error: Exception) -> str:

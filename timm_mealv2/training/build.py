@@ -30,7 +30,7 @@ from timm_mealv2.models.ensemble import EnsembleTeacher
 from timm_mealv2.models.factory import TeacherSpec, create_ensemble, read_classes
 from timm_mealv2.task import MealV2Task, scale_discriminator_lr
 from timm_mealv2.training.arguments import args_text, paper_differences
-from timm_mealv2.training.build_data import FLOAT_TYPES, Data, Pixels, build_data
+from timm_mealv2.training.build_data import Data, Pixels, build_data
 from timm_mealv2.training.build_student import build_student
 from timm_mealv2.training.checks import mixes
 from timm_mealv2.training.distributed import Processes
@@ -191,7 +191,7 @@ def _build_teachers(args: argparse.Namespace, pixels: Pixels, device: torch.devi
         weights=args.teacher_weights,
         img_sizes=args.teacher_img_size,
         classes=read_classes(args.teacher_classes or ()),
-        autocast_dtype=FLOAT_TYPES[args.teacher_dtype] if args.teacher_dtype else None,
+        autocast_dtype=getattr(torch, args.teacher_dtype) if args.teacher_dtype else None,
         device=device,
     )
 
@@ -285,7 +285,7 @@ def _build_stepper(
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
     scaler = None
     if args.amp:
-        autocast = functools.partial(torch.autocast, device_type=device.type, dtype=FLOAT_TYPES[args.amp_dtype])
+        autocast = functools.partial(torch.autocast, device_type=device.type, dtype=getattr(torch, args.amp_dtype))
         scaler = LossScaler(device=device.type) if args.amp_dtype == 'float16' else None
     exponent = {'none': 0.0, 'sqrt': 0.5, 'linear': 1.0}[args.variable_batch_loss_scale]
     weight = (lambda images: (images / pixels.batch_size) ** exponent) if exponent else None

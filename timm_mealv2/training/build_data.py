@@ -32,8 +32,6 @@ from timm_mealv2.training.distributed import Processes
 
 _logger = logging.getLogger(__name__)
 
-FLOAT_TYPES = {'float16': torch.float16, 'bfloat16': torch.bfloat16, 'float32': torch.float32}
-
 EVALUATED_AT_MOST = 50_000
 """Training images that stand in for a validation split."""
 

@@ -14,7 +14,7 @@ from torch import nn
 from timm_mealv2.data.seed import Stream, counted_seed, seed_all
 from timm_mealv2.errors import UserError, one_line
 from timm_mealv2.models.checkpoint import TrainingCheckpoint
-from timm_mealv2.training.build_data import FLOAT_TYPES, Pixels
+from timm_mealv2.training.build_data import Pixels
 from timm_mealv2.training.distributed import Processes
 
 _logger = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ def build_student(args: argparse.Namespace, batch_size: int, processes: Processe
     config = _resolve_pixels(args, model, in_chans or int(getattr(model, 'in_chans', 3)))
     if args.split_bn:
         model = convert_splitbn_model(model, max(args.aug_splits, 2))
-    dtype = FLOAT_TYPES[args.model_dtype or 'float32']
+    dtype = getattr(torch, args.model_dtype or 'float32')
     model.to(device=processes.device, dtype=dtype)
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
