@@ -47,6 +47,7 @@ def assert_one_line(capsys: pytest.CaptureFixture[str], argv: list[str], *texts:
         ('--aug-splits 2 --mixup 0.1', 'cannot go with'),
         ('--aug-splits 2 --jsd-loss --bce-loss', 'cannot go with --bce-loss'),
         ('--split-bn', 'needs --aug-splits'),
+        ('--split-bn --aug-splits 2 --freeze-bn', 'cannot go with --freeze-bn'),
         ('--bce-sum', 'needs --bce-loss'),
         ('--torchscript', 'refused'),
         ('--fuser nvfuser', 'refused'),

@@ -138,6 +138,21 @@ def test_two_processes_train_as_one_with_the_double_batch(train: Train, teachers
         torch.testing.assert_close(weights(tmp_path / 'two' / 'last.pth.tar')[name], value, rtol=1e-4, atol=1e-5)
 
 
+def test_frozen_batch_norm_keeps_its_statistics_while_the_weights_train(train: Train, teachers: list[str]) -> None:
+    first = train('first', '--teachers', *teachers) / 'last.pth.tar'
+    options = ('--teachers', *teachers, '--initial-checkpoint', first, '--freeze-bn', '--model-ema')
+    whole = train('whole', *options)
+    resumed = train('resumed', *options, '--resume', whole / 'checkpoint-0.pth.tar')
+    before = weights(first)
+    for path, key in ((whole, 'state_dict'), (whole, 'state_dict_ema'), (resumed, 'state_dict')):
+        for name, value in weights(path / 'last.pth.tar', key).items():
+            is_statistic = name.rpartition('.')[2] in ('running_mean', 'running_var', 'num_batches_tracked')
+            assert torch.equal(value, before[name]) == is_statistic, f'{path.name} {key} {name}'
+    assert_equal_weights(whole / 'last.pth.tar', resumed / 'last.pth.tar')
+    longer = weights(train('longer', '--teachers', *teachers, '--initial-checkpoint', first) / 'last.pth.tar')
+    assert not any(torch.equal(value, before[name]) for name, value in longer.items())
+
+
 @pytest.mark.parametrize('kind', ['logit', 'feature'])
 def test_timms_own_distillation_tasks_run(train: Train, kind: str, tmp_path: Path) -> None:
     teacher = timm.create_model('test_efficientnet', num_classes=3)

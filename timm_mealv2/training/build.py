@@ -111,7 +111,7 @@ def _plan(args: argparse.Namespace, settings: dict[str, Any], checkpoint: Any, e
         log_interval=args.log_interval,
         recovery_interval=args.recovery_interval,
         checkpoint_hist=args.checkpoint_hist,
-        dist_bn=args.dist_bn,
+        dist_bn='' if args.freeze_bn else args.dist_bn,  # a mean of equal numbers may be rounded
         save_images=args.save_images,
         synchronize=args.synchronize_step,
         tensorboard=args.log_tensorboard,
@@ -301,6 +301,7 @@ def _build_stepper(
         channels_last=args.channels_last,
         seed=args.seed,
         rank=guard.processes.rank,
+        freeze_bn=args.freeze_bn,
         agree=guard.agree,
     )
 

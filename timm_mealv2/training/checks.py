@@ -154,6 +154,8 @@ def _check_losses(args: argparse.Namespace) -> None:
         _refuse('split_bn', True, 'needs --aug-splits 2 or more, or --resplit with it')
     if args.split_bn and args.sync_bn:
         _refuse('split_bn', True, 'cannot go with --sync-bn')
+    if args.split_bn and args.freeze_bn:
+        _refuse('split_bn', True, 'cannot go with --freeze-bn')
     if args.aug_splits and mixes(args):
         _refuse('aug_splits', args.aug_splits, 'cannot go with --mixup or --cutmix')
     if args.aug_splits and args.no_aug:

@@ -107,7 +107,7 @@ def measure_training(
     timed = TimedStepper.of(stepper)
     if teachers is not None:
         timed.time_teachers(teachers)
-    stepper.task.train()
+    timed.train()
     epoch = batches = images_seen = updates = 0
     began = waited = 0.0
     while True:

@@ -53,6 +53,8 @@ class Stepper:
         channels_last: Memory format of the images.
         seed: The run's seed.
         rank: Number of this process.
+        freeze_bn: Batch norm of what trains normalizes with its running statistics, which stay as they are; its weights
+            and biases train like others.
         agree: Told whether this process's update is finite; returns whether that of all processes is.
     """
 
@@ -67,14 +69,22 @@ class Stepper:
     channels_last: bool = False
     seed: int = 42
     rank: int = 0
+    freeze_bn: bool = False
     agree: Callable[[bool], bool] = bool
 
     def __post_init__(self) -> None:
         self._finite = torch.tensor(True)
-        norms = [m for m in self.task.get_trainable_module().modules() if isinstance(m, _NormBase)]
+        self._norms = [m for m in self.task.get_trainable_module().modules() if isinstance(m, _NormBase)]
         # What a forward pass changes before it is known whether the update is made.
-        self._statistics = [buffer for norm in norms for buffer in norm.buffers()]
+        self._statistics = [buffer for norm in self._norms for buffer in norm.buffers()]
         self._kept = [buffer.clone() for buffer in self._statistics]
+
+    def train(self) -> None:
+        """Set the task to training, before its first step and after each evaluation."""
+        self.task.train()
+        if self.freeze_bn:
+            for norm in self._norms:
+                norm.eval()
 
     def step(
         self, images: Tensor, target: Tensor, *, update: int, part: int = 0, parts: int = 1
@@ -248,7 +258,7 @@ def train_one_epoch(
         Means of the task's scalars over the epoch and all processes, and 'images_per_second' of all processes.
     """
     events = events or EpochEvents()
-    stepper.task.train()
+    stepper.train()
     batches, update = len(loader), start.update
     log = _Log(events, start, batches)
     results: list[tuple[dict[str, Tensor], int]] = []  # of the update's batches, counted if it is made

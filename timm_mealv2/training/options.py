@@ -249,6 +249,7 @@ _REGULARIZATION = (
 _BATCH_NORM = (
     Option('--bn-momentum', PROBABILITY, 'X', 'momentum of batch norm'),
     Option('--bn-eps', POSITIVE, 'X', 'epsilon of batch norm'),
+    flag('--freeze-bn', help='normalize with the statistics that the student begins with; they stay'),
     flag('--sync-bn', help='synchronize batch norm over the processes'),
     Option(
         '--dist-bn',
