@@ -349,7 +349,7 @@ def test_a_full_disk_leaves_the_former_checkpoint(image_folder: Path, tmp_path: 
     assert 'cannot write a checkpoint' in last
     assert 'the former one is as it was' in last
     assert (folder / 'last.pth.tar').read_bytes() == former
-    assert {path.suffix for path in folder.iterdir()} <= {'.tar', '.csv', '.yaml'}
+    assert {path.suffix for path in folder.iterdir()} <= {'.tar', '.csv', '.yaml', '.log'}
     run_here(image_folder, tmp_path, '--resume', 'auto', '--epochs', '2')
 
 

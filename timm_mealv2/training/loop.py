@@ -1,9 +1,6 @@
 """One step and one epoch of training. Knows a task, a loader and an optimizer, never the command line."""
 
-import logging
 import math
-import sys
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -17,14 +14,12 @@ from timm.utils import dispatch_clip_grad
 from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import get_total_norm
-from tqdm import tqdm
 
 from timm_mealv2.data.loader import StreamLoader, TrainLoader
 from timm_mealv2.data.seed import Stream, counted_seed, seed_all
 from timm_mealv2.training.checkpoint_saver import Progress
-from timm_mealv2.training.metric_logging import Meters, format_means
-
-_logger = logging.getLogger(__name__)
+from timm_mealv2.training.metric_logging import Meters
+from timm_mealv2.training.progress import EpochLog
 
 
 class LossScaler(torch.amp.GradScaler):
@@ -260,7 +255,7 @@ def train_one_epoch(
     events = events or EpochEvents()
     stepper.train()
     batches, update = len(loader), start.update
-    log = _Log(events, start, batches)
+    log = EpochLog(start, batches, interval=events.log_interval, world_size=events.world_size, shown=events.log)
     results: list[tuple[dict[str, Tensor], int]] = []  # of the update's batches, counted if it is made
     for batch, (images, target) in enumerate(loader.batches(start.epoch, start.batch), start.batch):
         part = batch % stepper.accumulate
@@ -279,49 +274,13 @@ def train_one_epoch(
                 events.after_update(position, made, images)
             if events.before_next is not None and batch + 1 < batches:
                 events.before_next(position)
-        log.batch(batch, images, meters, learning_rate(stepper.optimizer))
+        due = log.batch(batch, len(images), meters, learning_rate(stepper.optimizer))
+        if due and events.save_images is not None:
+            events.save_images(batch, images)
     log.bar.close()
     if hasattr(stepper.optimizer, 'sync_lookahead'):
         stepper.optimizer.sync_lookahead()
     return {**meters.means(events.world_size > 1), 'images_per_second': log.images_per_second}
-
-
-class _Log:
-    """The progress bar on a terminal, lines of the log elsewhere."""
-
-    def __init__(self, events: EpochEvents, start: Progress, batches: int) -> None:
-        self.events, self.epoch, self.batches = events, start.epoch, batches
-        self.images, self.began = 0, time.perf_counter()
-        self.bar = tqdm(
-            total=batches,
-            initial=start.batch,
-            desc=f'epoch {start.epoch}',
-            unit='batch',
-            leave=False,
-            dynamic_ncols=True,
-            disable=not (events.log and sys.stderr.isatty()),
-        )
-
-    @property
-    def images_per_second(self) -> float:
-        """Images of all processes a second so far."""
-        return self.images * self.events.world_size / (time.perf_counter() - self.began)
-
-    def batch(self, batch: int, images: Tensor, meters: Meters, lr: float) -> None:
-        """Count a batch; tell the means where they are due, which is the only wait for the device."""
-        self.images += len(images)
-        self.bar.update()
-        if (batch + 1) % self.events.log_interval and batch + 1 < self.batches:
-            return
-        means = meters.means(self.events.world_size > 1)
-        if self.events.log:
-            text = format_means(means, lr, self.images_per_second)
-            if self.bar.disable:
-                _logger.info(f'epoch {self.epoch} [{batch + 1:>{len(str(self.batches))}}/{self.batches}] {text}')
-            else:
-                self.bar.set_postfix_str(text)
-            if self.events.save_images is not None:
-                self.events.save_images(batch, images)
 
 
 def learning_rate(optimizer: torch.optim.Optimizer) -> float:

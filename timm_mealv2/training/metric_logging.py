@@ -1,4 +1,4 @@
-"""The figures of a run: means over an epoch, lines of the log, summary.csv, TensorBoard and Weights & Biases."""
+"""The figures of a run: means over an epoch, summary.csv, TensorBoard and Weights & Biases."""
 
 import math
 import shutil
@@ -53,21 +53,6 @@ class Meters:
             meter = self.meters[name] = AverageMeter()
             meter.sum, meter.count = values['sum'].to(device), values['count']
             meter.avg = meter.sum / max(meter.count, 1)
-
-
-_SHORT = {
-    'similarity_loss': 'similarity',
-    'discriminator_loss': 'discriminator',
-    'discriminator_accuracy': 'its accuracy',
-    'teacher_agreement': 'agreement',
-    'hard_label_loss': 'hard labels',
-}
-
-
-def format_means(means: dict[str, float], lr: float, images_per_second: float) -> str:
-    """Return what the log says of an epoch so far."""
-    values = ', '.join(f'{_SHORT.get(name, name)} {value:.4g}' for name, value in means.items())
-    return f'{values}, lr {lr:.3g}, {images_per_second:.0f} images/s'
 
 
 def append_summary(path: Path, epoch: int, trained: dict[str, float], evaluated: dict[str, Any], lr: float) -> None:

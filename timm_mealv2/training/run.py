@@ -14,6 +14,7 @@ from timm_mealv2.command_line import run_cli
 from timm_mealv2.training.arguments import parse_args
 from timm_mealv2.training.build import build
 from timm_mealv2.training.distributed import join_processes
+from timm_mealv2.training.progress import TerminalHandler, TrainLog
 from timm_mealv2.training.signals import Signals
 
 _PATIENCE = 10  # seconds for torchrun to find the process that failed; it looks ten times a second
@@ -26,16 +27,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         UserError: What the user can mend.
     """
     primary = int(os.environ.get('RANK', os.environ.get('SLURM_PROCID', 0))) == 0
-    logging.basicConfig(level=logging.INFO, format='%(message)s', stream=sys.stderr)
+    console = TerminalHandler() if sys.stderr.isatty() else logging.StreamHandler()
+    logging.basicConfig(level=logging.INFO, format='%(message)s', handlers=[console])
+    for name in ('timm.data', 'timm.utils'):  # they tell of each tar file, and of all checkpoints after each epoch
+        logging.getLogger(name).setLevel(logging.WARNING)
     if not primary:  # the first process says what all have to say; unreadable images are each one's own
         logging.getLogger().setLevel(logging.ERROR)
         logging.getLogger('timm_mealv2.data.bad_images').setLevel(logging.WARNING)
         warnings.simplefilter('ignore')
     args = parse_args(argv)
-    with Signals(log=primary) as signals:
+    with TrainLog() as log, Signals(log=primary) as signals:
         processes = join_processes(args.device if 'device' in args.given else None, args.device_modules or ())
         try:
-            build(args, processes, signals).run()
+            build(args, processes, signals).run(log)
         except RuntimeError as error:
             # A broken connection: another process has failed, and its error is the one to show. torchrun, which shows
             # the earliest by the second, ends this process before its own is told.

@@ -10,7 +10,6 @@ from typing import Any
 from timm.task import TrainingTask
 from torch import Tensor, nn
 from torchvision.utils import save_image
-from tqdm import tqdm
 
 from timm_mealv2.errors import UserError
 from timm_mealv2.evaluation import evaluate, metrics_as_json
@@ -23,6 +22,7 @@ from timm_mealv2.training.distributed import Processes, load_buffers, process_st
 from timm_mealv2.training.dry_run import TimedBatches, measure_training, report
 from timm_mealv2.training.loop import EpochEvents, Schedule, Stepper, learning_rate, train_one_epoch
 from timm_mealv2.training.metric_logging import Meters, Trackers, append_summary
+from timm_mealv2.training.progress import RunLog, TrainLog, evaluation_bar, log_evaluation
 from timm_mealv2.training.resume import load_checkpoint, load_process_state, position_to_resume
 from timm_mealv2.training.run_folder import RunFolder, find_newest
 from timm_mealv2.training.signals import EvaluationStoppedError, Guard, TooManyNonFiniteError
@@ -122,8 +122,8 @@ class Trainer:
         self.trackers: Trackers | None = None
         self._updates = 0  # since the program began
 
-    def run(self) -> None:
-        """Train to the end."""
+    def run(self, log: TrainLog | None = None) -> None:
+        """Train to the end; the run folder gets `log`."""
         start = self._begin() if self.plan.checkpoint is None else self._resume(self.plan.checkpoint)
         self.parts.schedule.go_to(start)
         if self.plan.dry_run_seconds is not None:
@@ -134,9 +134,12 @@ class Trainer:
             rows = self._preflight(self.parts.teachers)
         if self.processes.primary:
             self._open_folder(rows)
+            if log is not None:
+                log.write_to(self.folder.path / 'train.log')
+        epochs = RunLog(start, self.parts.schedule.epochs, len(self.parts.data.loader), self.plan.eval_metric)
         with self.guard.signals.deferred():
             while start.epoch < self.parts.schedule.epochs:
-                start = self._run_epoch(start)
+                start = self._run_epoch(start, epochs)
         if self.processes.primary:
             self._finish()
 
@@ -228,7 +231,7 @@ class Trainer:
 
     # An epoch
 
-    def _run_epoch(self, start: Progress) -> Progress:
+    def _run_epoch(self, start: Progress, log: RunLog) -> Progress:
         """Train from `start` to the end of its epoch, evaluate, save; return where the next one starts."""
         parts, plan, epoch = self.parts, self.plan, start.epoch
         lr = learning_rate(parts.stepper.optimizer)
@@ -252,8 +255,9 @@ class Trainer:
             columns = self.validation.columns if self.validation is not None else ('loss', 'top1', 'top5')
             append_summary(self.folder.summary, epoch, trained, evaluated or dict.fromkeys(columns, ''), lr)
             self.trackers.log(epoch, trained, evaluated or {}, lr)
-            self.saver.save_checkpoint(epoch, metric)
+            best, _ = self.saver.save_checkpoint(epoch, metric)
             self.saver.remove_recovery()
+            _logger.info(log.line(epoch + 1, trained, evaluated, best))
         return end
 
     def _train(self, start: Progress) -> dict[str, float]:
@@ -340,16 +344,13 @@ class Trainer:
             return None
         rows = self._evaluate(*self._evaluated(), loader=self._batches())
         rows.pop('ensemble', None)
-        for name, metrics in rows.items():
-            values = ', '.join(f'{key} {value:.4g}' for key, value in metrics.items() if key != 'samples')
-            _logger.info(f'{name}: {values} on {metrics["samples"]:.0f} images')
+        log_evaluation(rows)
         return {key: value for key, value in list(rows.values())[-1].items() if key != 'samples'}
 
     def _batches(self) -> Any:
         """The batches of an evaluation, with a bar on a terminal; a signal ends them."""
         assert self.validation is not None
-        batches = self.guard.until_stopped(self.validation.loader)
-        return tqdm(batches, desc='evaluating', leave=False, disable=None if self.processes.primary else True)
+        return evaluation_bar(self.guard.until_stopped(self.validation.loader), self.processes.primary)
 
     # Saving
 
