@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 HEAD = """\
 # Options
 
-Written by `python docs/options.py` from the programs themselves. `COMMAND --help` shows the same.
+Written by `python docs/options.py` from the programs themselves. `COMMAND --help` shows the same, and
+`COMMAND --version` what is installed.
 
 Options of timm's train.py have timm's names, types and defaults. Two differ: `--kd-distill-type` is `mealv2`, and
 `--device` is the CPU where there is no CUDA device and none is asked for.
@@ -33,24 +34,30 @@ def parsers() -> dict[str, argparse.ArgumentParser]:
     """Return command -> parser, for each console command."""
     modules = {command: target.partition(':')[0] for command, target in entry_points().items()}
     modules['mealv2-train'] = 'timm_mealv2.training.arguments'
+    modules['mealv2-train recipes'] = 'timm_mealv2.training.recipes'
     return {command: importlib.import_module(module).build_parser() for command, module in modules.items()}
 
 
-def sections(title: str, parser: argparse.ArgumentParser, level: int) -> Iterator[str]:
-    """Yield the Markdown of a command: its description, a table for each group of options, and its subcommands."""
-    yield f'{"#" * level} {title}\n\n{parser.description}\n'
+def sections(title: str, parser: argparse.ArgumentParser, level: int, text: str = '') -> Iterator[str]:
+    """Yield the Markdown of a command: its description or `text`, tables of its options, and its subcommands."""
+    yield f'{"#" * level} {title}\n\n{parser.description or f"{text[0].upper()}{text[1:]}."}\n'
     subcommands: dict[str, argparse.ArgumentParser] = {}
     for group in parser._action_groups:
         actions = [action for action in group._group_actions if action.help != argparse.SUPPRESS]
         for action in actions:
             if isinstance(action, argparse._SubParsersAction):
                 subcommands = action.choices
-        rows = [_row(parser, action) for action in actions if action.dest != 'help' and action.choices != subcommands]
+                helps = {choice.dest: choice.help for choice in action._choices_actions}
+        rows = [
+            _row(parser, action)
+            for action in actions
+            if action.dest not in ('help', 'version') and action.choices != subcommands
+        ]
         if rows:
             name = '' if group.title in ('positional arguments', 'options') else f'**{group.title}**\n\n'
             yield f'{name}| option | default | |\n|---|---|---|\n' + '\n'.join(rows) + '\n'
     for name, subparser in subcommands.items():
-        yield from sections(f'{title} {name}', subparser, level + 1)
+        yield from sections(f'{title} {name}', subparser, level + 1, helps[name])
 
 
 def _row(parser: argparse.ArgumentParser, action: argparse.Action) -> str:

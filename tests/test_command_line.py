@@ -1,15 +1,22 @@
 """The parts of every command line: ranges, one-line errors, the nearest name, and help that fits its line."""
 
 import argparse
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 
 import pytest
+import timm
+import torch
 
 from timm_mealv2 import command_line as shared
+from timm_mealv2.cli import evaluate, hub, report, soft_labels
 from timm_mealv2.command_line import OneLineParser, Option, add_options, flag, run_cli
 from timm_mealv2.errors import UserError
 from timm_mealv2.option_types import OneOf, Range
+from timm_mealv2.training import run as train
+from timm_mealv2.training.arguments import parse_args
 from timm_mealv2.training.options import build_parser as build_training_parser
+from timm_mealv2.version import __version__
 
 
 def example() -> argparse.ArgumentParser:
@@ -93,3 +100,28 @@ def test_ends_of_a_program(capsys: pytest.CaptureFixture[str]) -> None:
             run_cli(main, [word])
         assert exit.value.code == code
         assert capsys.readouterr().err == text
+
+
+@pytest.mark.parametrize(
+    ('main', 'words'),
+    [(train.main, ''), (train.main, 'recipes'), (evaluate.main, ''), (report.main, ''), (soft_labels.main, '')]
+    + [(hub.main, words) for words in ('', 'export', 'export-ensemble', 'convert', 'push', 'pull')],
+)
+def test_every_program_tells_its_version(
+    main: Callable[[Sequence[str]], None], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main([*words.split(), '--version'])
+    assert exit.value.code == 0
+    assert capsys.readouterr().out == f'timm_mealv2 {__version__}, timm {timm.__version__}, torch {torch.__version__}\n'
+
+
+def test_mealv2_train_alone_says_how_to_begin(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        train.main([])
+    assert exit.value.code == 2
+    text = capsys.readouterr().err
+    assert max(map(len, text.splitlines())) <= 120
+    assert all(option in build_training_parser()._option_string_actions for option in re.findall(r'--[\w-]+', text))
+    (command,) = re.findall(r'^ +mealv2-train (.+)$', text, re.MULTILINE)
+    assert parse_args(command.split()).teachers == ['resnet50.a1_in1k', 'resnet101.a1_in1k']

@@ -7,6 +7,9 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
+import timm
+import torch
+
 from timm_mealv2.errors import UserError
 from timm_mealv2.option_types import (
     COUNT,
@@ -18,17 +21,20 @@ from timm_mealv2.option_types import (
     device_text,
     policy_text,
 )
+from timm_mealv2.version import __version__
 
 
 class OneLineParser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, without the usage (that of `mealv2-train` fills a screen).
 
     An option that does not exist is an error that names the nearest one. `--help` shows each default that is not
-    empty. Subparsers are of the same class. Exit code 2, as in argparse.
+    empty, `--version` what a report of a fault needs. Subparsers are of the same class. Exit code 2, as in argparse.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{'formatter_class': HelpFormatter, 'allow_abbrev': False, **kwargs})
+        versions = f'timm_mealv2 {__version__}, timm {timm.__version__}, torch {torch.__version__}'
+        self.add_argument('--version', action='version', version=versions, help='show the versions and stop')
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """Parse as argparse does, and refuse what is left over here, where the options of a subcommand are known."""

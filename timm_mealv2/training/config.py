@@ -14,7 +14,7 @@ from timm.utils import ParseKwargs
 from timm_mealv2.errors import UserError
 
 # What the command line says about itself, not about the training.
-NOT_SETTINGS = ('help', 'config', 'recipe', 'list_recipes', 'given')
+NOT_SETTINGS = ('help', 'version', 'config', 'recipe', 'list_recipes', 'given')
 _SAME_MEANING = (('batch_size', 'total_batch_size'), ('teachers', 'kd_model_name'))
 
 
@@ -49,7 +49,7 @@ def parse_with_files(
     origins: dict[str, str] = {}
     recipe, config = given.get('recipe'), given.get('config')
     if recipe:
-        settings = read_settings(file_parser or parser, _recipe_file(recipe), recipe=True)
+        settings = read_settings(file_parser or parser, recipe_file(recipe))
         origins = dict.fromkeys(settings, f'the recipe {recipe}')
     if config:
         read = read_settings(file_parser or parser, Path(config))
@@ -70,19 +70,18 @@ def _over(upper: Mapping[str, Any], lower: Mapping[str, Any]) -> dict[str, Any]:
     return {**{name: value for name, value in lower.items() if name not in hidden}, **upper}
 
 
-def read_settings(parser: argparse.ArgumentParser, path: Any, recipe: bool = False) -> dict[str, Any]:
+def read_settings(parser: argparse.ArgumentParser, path: Any) -> dict[str, Any]:
     """Read a YAML file entry by entry, each as the command line would take it.
 
     Args:
         parser: Has the options.
         path: The file.
-        recipe: Leave out the entry 'recipe', which describes a published training.
 
     Raises:
         UserError: Names file and entry, with the nearest option where there is none of the name.
     """
     content = load_yaml(path, path)
-    if recipe:
+    if isinstance(content.get('recipe'), dict):  # what a recipe says of the published training, also in a copy of it
         content.pop('recipe')
     parser.exit_on_error = False
     actions = {action.dest: action for action in parser._actions if action.dest not in NOT_SETTINGS}
@@ -187,7 +186,12 @@ def list_recipes() -> list[str]:
     return sorted(path.name.removesuffix('.yaml') for path in folder.iterdir() if path.name.endswith('.yaml'))
 
 
-def _recipe_file(name: str) -> Any:
+def recipe_file(name: str) -> Any:
+    """Return the file of a recipe.
+
+    Raises:
+        UserError: If there is none, with the nearest.
+    """
     if name not in list_recipes():
         near = difflib.get_close_matches(name, list_recipes(), 1, 0.3) or list_recipes()
         raise UserError(f'--recipe {name}: there is no such recipe, the nearest is {near[0]} (--list-recipes).')
@@ -198,7 +202,7 @@ def recipe_table() -> str:
     """Return the recipes as a table: student, initial weights, teachers, epochs, images an update, paper's top-1."""
     rows = [('recipe', 'student', 'initial weights', 'teachers', 'epochs', 'batch', 'paper top-1')]
     for name in list_recipes():
-        content = load_yaml(_recipe_file(name), name)
+        content = load_yaml(recipe_file(name), name)
         about = content.pop('recipe')
         expected = about.get('expected_top1')
         rows.append(

@@ -11,11 +11,30 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from timm_mealv2.command_line import run_cli
+from timm_mealv2.training import recipes
 from timm_mealv2.training.arguments import parse_args
 from timm_mealv2.training.build import build
 from timm_mealv2.training.distributed import join_processes
 from timm_mealv2.training.progress import TerminalHandler, TrainLog
 from timm_mealv2.training.signals import Signals
+
+_BEGIN = """\
+mealv2-train trains an image classifier, the student, on what one or more teachers predict. It needs three options:
+
+  --data-dir DIR         images as DIR/train/CLASS/* and DIR/validation/CLASS/*
+  --model NAME           the student, a model of timm
+  --teachers NAME ...    models of timm with their tag, checkpoints, or exported folders
+
+as in
+
+  mealv2-train --data-dir DIR --model resnet18 --pretrained --teachers resnet50.a1_in1k resnet101.a1_in1k --dry-run
+
+--dry-run says in half a minute how long that will take. To see a whole training first, in a clone of the repository:
+
+  python examples/fashion_mnist/quickstart.py
+
+mealv2-train recipes lists the published trainings, --help all options.
+"""
 
 _PATIENCE = 10  # seconds for torchrun to find the process that failed; it looks ten times a second
 
@@ -26,6 +45,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         UserError: What the user can mend.
     """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if not argv:
+        print(_BEGIN, end='', file=sys.stderr)
+        raise SystemExit(2)
+    if argv[0] == 'recipes':  # a data set of that name is ./recipes
+        recipes.main(argv[1:])
+        return
     primary = int(os.environ.get('RANK', os.environ.get('SLURM_PROCID', 0))) == 0
     console = TerminalHandler() if sys.stderr.isatty() else logging.StreamHandler()
     logging.basicConfig(level=logging.INFO, format='%(message)s', handlers=[console])
