@@ -21,5 +21,5 @@ make_teacher() {
     python -m timm_mealv2.cli.hub export "$runs/$1/last.pth.tar" --out "$here/teachers/$1"
 }
 
-make_teacher teacher_a resnet18 6 0
+make_teacher teacher_a resnet18 12 0
 make_teacher teacher_b resnet10t 8 1
