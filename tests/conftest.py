@@ -8,7 +8,29 @@ os.environ['HF_HUB_OFFLINE'] = '1'  # huggingface_hub reads it when it is import
 
 import pytest
 import torch
+from hypothesis import HealthCheck, Phase, settings
 from images import write_images
+
+# The suite searches the same examples in every run; `--fuzz-minutes` searches others each time.
+_CHECKS = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
+settings.register_profile(
+    'suite',
+    derandomize=True,
+    database=None,
+    deadline=None,
+    suppress_health_check=_CHECKS,
+    phases=[Phase.explicit, Phase.generate],
+    print_blob=True,
+)
+settings.register_profile('long', settings.get_profile('suite'), derandomize=False)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption('--fuzz-minutes', type=float, metavar='N', help='go on with each test of tests/fuzz for N minutes')
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    settings.load_profile('long' if config.getoption('--fuzz-minutes') else 'suite')
 
 
 @pytest.fixture(autouse=True, scope='session')

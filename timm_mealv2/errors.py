@@ -1,5 +1,9 @@
 """What the user can mend, told in one line."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UserError(ValueError):
     """A mistake of the user's: the message says in one line what is wrong and what to do.
@@ -7,6 +11,20 @@ class UserError(ValueError):
     The command line programs print it without a traceback and exit with code 2. As a `ValueError` it needs no
     import to be caught by users of the Python interface.
     """
+
+
+@contextmanager
+def blamed_on(file: str | os.PathLike[str]) -> Iterator[None]:
+    """Tell what Python raises within the block as a fault of a file's content: the block does nothing but use that."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, RuntimeError, TypeError, ValueError) as error:
+        text = one_line(error)
+        raise UserError(
+            f'{os.fspath(file)} is damaged, or not of this program: {type(error).__name__}: {text}'
+        ) from error
 
 
 def one_line(error: BaseException) -> str:

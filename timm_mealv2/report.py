@@ -16,7 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from timm_mealv2.errors import UserError
+from timm_mealv2.errors import UserError, blamed_on
 from timm_mealv2.files import replacing
 from timm_mealv2.models.checkpoint import TrainingCheckpoint
 from timm_mealv2.runs import INITIAL, Run, StrPath, model_cost, read_run, short_names
@@ -282,8 +282,10 @@ def _headline_html(runs: Mapping[str, Run], folders: Mapping[str, StrPath]) -> s
 
 def _cost(folder: Path) -> tuple[float | None, float | None]:
     """Parameters and GMACs of the student in the run's last checkpoint; None where there is none to rebuild it from."""
+    path = folder / 'last.pth.tar'
     try:
-        return model_cost(TrainingCheckpoint.read(folder / 'last.pth.tar').build())
+        with blamed_on(path):
+            return model_cost(TrainingCheckpoint.read(path).build())
     except UserError:
         return None, None
 

@@ -27,6 +27,17 @@ class TestCheckpoint:
             assert ensemble.num_classes == 10
             torch.testing.assert_close(ensemble(images()), EnsembleTeacher([model])(images()))
 
+    def test_a_flipped_bit_of_the_weights_is_noticed(self, tmp_path):
+        path = tmp_path / 'a.pth'
+        model = tiny(0, 'test_resnet')
+        torch.save(model.state_dict(), path)
+        content = bytearray(path.read_bytes())
+        place = content.index(model.fc.weight.detach().numpy().tobytes()[:64])
+        content[place + 5] ^= 16
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r'is not a readable checkpoint: the checksum of .* is wrong'):
+            create_ensemble([f'test_resnet={path}'])
+
     def test_data_parallel_keys_and_another_channel_count(self, tmp_path):
         model = tiny(0, 'test_resnet', in_chans=4, num_classes=3)
         torch.save({f'module.{key}': value for key, value in model.state_dict().items()}, tmp_path / 'a.pth')

@@ -41,6 +41,44 @@ def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         saver.save_checkpoint(0, 0.5)
 
 
+def test_no_file_elsewhere_is_removed_that_a_checkpoint_names(tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / 'run', tmp_path / 'elsewhere.pth.tar'
+    folder.mkdir()
+    elsewhere.touch()
+    (folder / 'args.yaml').touch()
+    saver = make_saver(folder, history=1)
+    saver.keep(Progress(1), [])
+    saver.save_checkpoint(0, 0.5)
+    checkpoint = read_checkpoint(folder / 'last.pth.tar')
+    names = [str(elsewhere), '../elsewhere.pth.tar', 'args.yaml', 'checkpoint-0.pth.tar']
+    checkpoint['saver']['checkpoint_files'] = [[name, 0.1] for name in names]
+    torch.save(checkpoint, tmp_path / 'changed')  # not over the file, which is memory-mapped
+    (tmp_path / 'changed').rename(folder / 'last.pth.tar')
+    saver = make_saver(folder, history=1)
+    saver.restore(folder / 'last.pth.tar')
+    saver.keep(Progress(2), [])
+    saver.save_checkpoint(1, 0.6)
+    assert elsewhere.exists()
+    assert (folder / 'args.yaml').exists()
+    assert [path.name for path in folder.glob('checkpoint-*')] == ['checkpoint-1.pth.tar']
+
+
+@pytest.mark.parametrize(
+    ('name', 'value'),
+    [
+        ('progress', {'epoch': '1', 'batch': 0, 'update': 0}),
+        ('progress', {'epoch': -1, 'batch': 0, 'update': 0}),
+        ('progress', [1, 2, 3]),
+        ('args', 'text'),
+        ('data_config', 3),
+    ],
+)
+def test_an_entry_that_no_training_wrote_is_refused(name: str, value: object, tmp_path: Path) -> None:
+    torch.save({'state_dict': {'fc.weight': torch.zeros(2)}, name: value}, tmp_path / 'x.pth.tar')
+    with pytest.raises(UserError, match=r'x\.pth\.tar is (damaged|no checkpoint)'):
+        read_checkpoint(tmp_path / 'x.pth.tar')
+
+
 def test_what_is_no_training_checkpoint_is_refused(tmp_path: Path) -> None:
     torch.save({'fc.weight': torch.zeros(2)}, tmp_path / 'bare.pth')
     with pytest.raises(UserError, match='no training checkpoint: it has no state_dict'):

@@ -23,7 +23,7 @@ from timm.data import ImageNetInfo, resolve_model_data_config
 from timm.models import get_pretrained_cfg, save_for_hf
 from torch import nn
 
-from timm_mealv2.errors import UserError
+from timm_mealv2.errors import UserError, blamed_on
 from timm_mealv2.hub.card import METRICS, CardOptions, weights_row, write_card, write_trained_card
 from timm_mealv2.hub.client import push_folder
 from timm_mealv2.hub.demo import Classifier
@@ -104,7 +104,8 @@ def export_model(
             (folder / REQUIREMENTS_FILE).write_text(f'gradio\ntimm>={timm.__version__}\n')
         predictions = _add_examples(folder, examples)
         name, options = out.resolve().name, card or CardOptions()
-        write_trained_card(folder, name, trained, options, averaged=averaged, predictions=predictions, app=demo)
+        with blamed_on(checkpoint):
+            write_trained_card(folder, name, trained, options, averaged=averaged, predictions=predictions, app=demo)
     kind = 'the weights, not their moving average' if has_average else 'the weights'
     _logger.info(f'{checkpoint}: exported {"the moving average of the weights (EMA)" if averaged else kind}.')
     return out

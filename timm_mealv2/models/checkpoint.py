@@ -26,7 +26,7 @@ from timm.models import (
 )
 from torch import Tensor, nn
 
-from timm_mealv2.errors import UserError, one_line
+from timm_mealv2.errors import UserError, blamed_on, one_line
 from timm_mealv2.models.mealv2_students import VANILLA_ARCHITECTURE
 from timm_mealv2.models.pretrained import misfit
 
@@ -68,19 +68,22 @@ class TrainingCheckpoint:
     arch: str | None = None
 
     @classmethod
-    def read(cls, path: str | os.PathLike[str], arch: str | None = None) -> Self:
+    def read(cls, path: str | os.PathLike[str], arch: str | None = None, *, verify: bool = True) -> Self:
         """Read a file with `weights_only=True`: a checkpoint of `mealv2-train` or timm's train.py, or a state dict.
 
-        The file is one of torch (.pth, .pth.tar) or .safetensors; `arch` is for one that does not tell it.
+        The file is one of torch (.pth, .pth.tar) or .safetensors; `arch` is for one that does not tell it. `verify`
+        compares it with its checksums first, which torch's zip files have.
 
         Raises:
-            UserError: If the file is not there, cannot be read, or holds no state dict.
+            UserError: If the file is not there, is damaged, cannot be read, or holds no state dict.
         """
         label = f'{arch}={os.fspath(path)}' if arch else os.fspath(path)
         path = Path(path)
         if not path.is_file():
             raise UserError(f'{label}: there is no such file.')
         try:
+            if verify and (part := damage(path)) is not None:
+                raise UserError(f'the checksum of {part} is wrong')
             if path.suffix == '.safetensors':
                 contents = safetensors.torch.load_file(path)
             else:
@@ -93,6 +96,10 @@ class TrainingCheckpoint:
         if not state or not all(isinstance(value, Tensor) for value in state.values()):
             expected = 'tensors by name, as torch.save(model.state_dict())'
             raise UserError(f'{label} holds no state dict: expected {expected}.')
+        for key, kinds in _ENTRIES.items():
+            if not isinstance(checkpoint.contents.get(key), (*kinds, type(None))):
+                received = type(checkpoint.contents[key]).__name__
+                raise UserError(f'{label} is no checkpoint of mealv2-train or timm: its {key} is of type {received}.')
         return checkpoint
 
     def __str__(self) -> str:
@@ -140,9 +147,10 @@ class TrainingCheckpoint:
         Raises:
             UserError: If the file does not tell its architecture, or does not fit it.
         """
-        arch, args, arguments = self._description()
-        state, data_config = self.state_dict(ema), self.data_config
-        arguments['num_classes'] = _classifier_width(arch, state) or args.get('num_classes') or num_classes
+        with blamed_on(str(self)):
+            arch, args, arguments = self._description()
+            state, data_config = self.state_dict(ema), self.data_config
+            arguments['num_classes'] = _classifier_width(arch, state) or args.get('num_classes') or num_classes
         size_args = {key: args.get(key) for key in ('input_size', 'img_size', 'in_chans')}
         if not args and 'input_size' in data_config:
             size_args['input_size'] = data_config['input_size']
@@ -165,7 +173,8 @@ class TrainingCheckpoint:
         except RuntimeError as error:
             raise UserError(f'{self} does not fit the architecture: {misfit(model.state_dict(), state)}.') from error
         cfg = filter_pretrained_cfg(model.pretrained_cfg, remove_source=True)
-        cfg.update(data_config or resolve_input_data_config(model, args))
+        with blamed_on(str(self)):
+            cfg.update(data_config or resolve_input_data_config(model, args))
         cfg['num_classes'] = model.num_classes
         model.pretrained_cfg = model.default_cfg = cfg
         return model
@@ -207,6 +216,16 @@ class TrainingCheckpoint:
             ) from error
         return kwargs['model_name'], architecture_arguments(kwargs)
 
+
+def damage(path: Path) -> str | None:
+    """Return the part of a checkpoint whose checksum is wrong, None if there is none."""
+    if not zipfile.is_zipfile(path):
+        return None
+    with zipfile.ZipFile(path) as file:
+        return file.testzip()
+
+
+_ENTRIES = {'args': (dict, argparse.Namespace), 'data_config': (dict,), 'class_names': (list, tuple)}
 
 # Arguments of a network by the names of the training program's options.
 _BUILT_WITH = {'global_pool': 'gp', 'bn_eps': 'bn_eps', 'bn_momentum': 'bn_momentum'}

@@ -6,7 +6,6 @@ import logging
 import math
 import os
 import shutil
-import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,8 @@ from timm.task import TrainingTask
 from timm.utils import CheckpointSaver
 from timm.utils.model import unwrap_model
 
-from timm_mealv2.errors import UserError
-from timm_mealv2.models.checkpoint import TrainingCheckpoint
+from timm_mealv2.errors import UserError, blamed_on
+from timm_mealv2.models.checkpoint import TrainingCheckpoint, damage
 
 _logger = logging.getLogger(__name__)
 
@@ -118,18 +117,25 @@ class RunSaver(CheckpointSaver):
         here = rank_of(checkpoint)
         for other in sorted(folder.glob(f'*{self.extension}')):
             try:
-                later = rank_of(read_checkpoint(other)) > here
+                later = rank_of(read_checkpoint(other, verify=False)) > here
             except UserError:  # corrupt: it will be replaced
                 continue
             if later and damage(other) is None:
                 os.replace(other, f'{other}.old')
                 _logger.info(f'{other} is of a later position than {path}: renamed to {other.name}.old.')
-        history = checkpoint.get('saver', {})
-        self.load_state_dict({**history, 'pending': (None, None)})
+        with blamed_on(path):
+            history = checkpoint.get('saver', {})
+            # timm removes the files that a checkpoint names: those of epochs in this folder, and no others.
+            there = {file.name for file in folder.glob(f'{self.save_prefix}-*{self.extension}')}
+            files = [(name, rank) for name, rank in history.get('checkpoint_files', []) if name in there]
+            epoch, metric = history.get('pending', (None, None))
+            metrics = [rank for _, rank in files] + [history.get('best_metric'), metric]
+            if not all(isinstance(rank, int | float | None) for rank in metrics) or not isinstance(epoch, int | None):
+                raise TypeError('its history has metrics or an epoch that are no numbers')
+            self.load_state_dict({**history, 'checkpoint_files': files, 'pending': (None, None)})
         if path.name.startswith(self.recovery_prefix):
             self.curr_recovery_file = str(path)
             return
-        epoch, metric = history.get('pending', (None, None))
         if epoch is not None:
             self._written = path
             self.save_checkpoint(epoch, metric)
@@ -184,37 +190,35 @@ def _rename(src: str, dst: str) -> None:
     Path(src).unlink(missing_ok=True)  # renaming one of two links to a file to the other leaves both
 
 
-def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a training checkpoint, tensors memory-mapped on the CPU.
+def read_checkpoint(path: str | os.PathLike[str], *, verify: bool = True) -> dict[str, Any]:
+    """Read a training checkpoint, tensors memory-mapped on the CPU; `verify` compares it with its checksums.
 
     Raises:
-        UserError: If it is not there, cut off, no training checkpoint, or holds anything but tensors and plain values.
+        UserError: If it is not there, damaged, no training checkpoint, or holds anything but tensors and plain values.
     """
     if not Path(path).is_file():
         raise UserError(f'no checkpoint at {os.fspath(path)!r}.')
-    contents = TrainingCheckpoint.read(path).contents
+    contents = TrainingCheckpoint.read(path, verify=verify).contents
     if 'state_dict' not in contents:
         raise UserError(f'{os.fspath(path)} is no training checkpoint: it has no state_dict.')
+    with blamed_on(path):
+        rank_of(contents)
     return contents
 
 
 def position(checkpoint: dict[str, Any], updates_per_epoch: int) -> Progress:
     """Where the run of a checkpoint is to be continued; one of timm's own continues with the next epoch."""
     if 'progress' in checkpoint:
-        return Progress(**checkpoint['progress'])
-    epoch = checkpoint.get('epoch', -1) + 1
-    return Progress(epoch=epoch, update=epoch * updates_per_epoch)
+        progress = Progress(**checkpoint['progress'])
+    else:
+        epoch = checkpoint.get('epoch', -1) + 1
+        progress = Progress(epoch=epoch, update=epoch * updates_per_epoch)
+    if not all(isinstance(number, int) and number >= 0 for number in asdict(progress).values()):
+        raise ValueError(f'{progress} is no position in a run')
+    return progress
 
 
 def rank_of(checkpoint: dict[str, Any]) -> tuple[int, int]:
     """How far in the run a checkpoint is."""
     progress = position(checkpoint, updates_per_epoch=0)
     return progress.epoch, progress.update
-
-
-def damage(path: Path) -> str | None:
-    """Return the part of a readable checkpoint whose checksum is wrong, None if there is none."""
-    if not zipfile.is_zipfile(path):
-        return None
-    with zipfile.ZipFile(path) as file:
-        return file.testzip()

@@ -197,8 +197,8 @@ class Schedule:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` returned."""
         if isinstance(self.scheduler, PlateauLRScheduler):
-            for name, value in state['counted'].items():
-                setattr(self.scheduler.lr_scheduler, name, value)
+            for name in _COUNTED:
+                setattr(self.scheduler.lr_scheduler, name, state['counted'][name])
             self.scheduler.restore_lr = state['restore_lr']
 
 

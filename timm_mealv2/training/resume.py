@@ -11,7 +11,7 @@ from timm.task import load_task_ema_checkpoint, resume_task_checkpoint
 from torch import Tensor
 
 from timm_mealv2.data.loader import StreamLoader, TrainLoader
-from timm_mealv2.errors import UserError, one_line
+from timm_mealv2.errors import UserError, blamed_on, one_line
 from timm_mealv2.training.checkpoint_saver import Progress, position, read_checkpoint
 from timm_mealv2.training.distributed import Processes, own_state
 from timm_mealv2.training.loop import Schedule, Stepper
@@ -71,7 +71,9 @@ def check_changes(path: Path, settings: Mapping[str, Any], accepted: bool) -> No
     Raises:
         UserError: If one of these has changed and is not accepted, or the optimizer is another.
     """
-    changes = changed_settings(read_checkpoint(path), settings)
+    checkpoint = read_checkpoint(path)
+    with blamed_on(path):
+        changes = changed_settings(checkpoint, settings)
     for name, (former, now) in changes.items():
         _logger.info(f'Changed since {path.name}: --{name.replace("_", "-")} was {former} and is {now}.')
     refused = [name for name in _REFUSED if name in changes]

@@ -9,7 +9,8 @@ from pathlib import Path
 from timm.models import safe_model_name
 
 from timm_mealv2.errors import UserError
-from timm_mealv2.training.checkpoint_saver import damage, rank_of, read_checkpoint
+from timm_mealv2.models.checkpoint import damage
+from timm_mealv2.training.checkpoint_saver import rank_of, read_checkpoint
 
 _logger = logging.getLogger(__name__)
 
@@ -103,7 +104,7 @@ def find_newest(folder: str | os.PathLike[str]) -> Path | None:
             continue
         try:
             # `last` before its hard links: the other names may be cleaned away.
-            found.append((rank_of(read_checkpoint(path)), path.name.startswith('last'), path))
+            found.append((rank_of(read_checkpoint(path, verify=False)), path.name.startswith('last'), path))
         except UserError as error:
             _logger.warning(f'Passed over: {error}')
     for *_, path in sorted(found, reverse=True):

@@ -11,7 +11,7 @@ from timm.task import TrainingTask
 from torch import Tensor, nn
 from torchvision.utils import save_image
 
-from timm_mealv2.errors import UserError
+from timm_mealv2.errors import UserError, blamed_on
 from timm_mealv2.evaluation import evaluate, metrics_as_json
 from timm_mealv2.files import replacing
 from timm_mealv2.models.ensemble import EnsembleTeacher
@@ -156,17 +156,19 @@ class Trainer:
     def _resume(self, path: Path) -> Progress:
         """Load a checkpoint; return where the run stands."""
         parts, plan = self.parts, self.plan
-        checkpoint = load_checkpoint(path, parts.stepper, parts.schedule, plan.resume_optimizer)
-        start = position_to_resume(checkpoint, parts.data.loader, parts.schedule.updates_per_epoch)
         buffers: list[dict[str, Tensor]] = []
-        if start == position(checkpoint, parts.schedule.updates_per_epoch):
-            buffers = load_process_state(checkpoint, self.processes, self.meters)
-        if 'faults' in checkpoint:
-            faults = checkpoint['faults']
-            self.guard.bad.restore(faults['bad_images'], parts.data.splits)
-            self.guard.state |= {'skipped': faults['skipped'], 'in_a_row': faults['in_a_row']}
+        with blamed_on(path):
+            checkpoint = load_checkpoint(path, parts.stepper, parts.schedule, plan.resume_optimizer)
+            start = position_to_resume(checkpoint, parts.data.loader, parts.schedule.updates_per_epoch)
+            if start == position(checkpoint, parts.schedule.updates_per_epoch):
+                buffers = load_process_state(checkpoint, self.processes, self.meters)
+            if 'faults' in checkpoint:
+                faults = checkpoint['faults']
+                self.guard.bad.restore(faults['bad_images'], parts.data.splits)
+                self.guard.state |= {'skipped': int(faults['skipped']), 'in_a_row': int(faults['in_a_row'])}
         parts.wrap(self.task)
-        load_buffers(self.task, buffers)
+        with blamed_on(path):
+            load_buffers(self.task, buffers)
         start = self._first_epoch(start)
         _logger.info(f'Continuing from {path}: epoch {start.epoch}, batch {start.batch}, update {start.update}.')
         return start

@@ -1,0 +1,120 @@
+"""What the searches for faults share: a limit of time, no network, no file written elsewhere, and a count."""
+
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import timm
+import torch
+from huggingface_hub import constants
+from images import write_images
+from outcomes import COUNTS, SECONDS, SMALL
+
+from timm_mealv2.cli import soft_labels
+from timm_mealv2.hub.export import export_model
+from timm_mealv2.training.run import main
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Search for a fault, with `--fuzz-minutes` again and again."""
+    end = time.monotonic() + 60 * (item.config.getoption('--fuzz-minutes') or 0)
+    COUNTS.test = item.name
+    yield
+    while time.monotonic() < end:
+        item.runtest()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how much was searched."""
+    terminalreporter.section('examples: accepted, refused in one line')
+    for test, count in COUNTS.counts.items():
+        terminalreporter.line(f'{test}: {count["accepted"]:,}, {count["refused"]:,}')
+
+
+@pytest.fixture(autouse=True)
+def _limit_of_time() -> Iterator[None]:
+    def hangs(number: int, frame: FrameType | None) -> None:
+        raise BaseException(f'an example takes more than {SECONDS} s')
+
+    former = signal.signal(signal.SIGALRM, hangs)
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, former)
+
+
+@pytest.fixture(autouse=True)
+def _no_request(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No file may cause a request. huggingface_hub is not told that it is offline: it would refrain by itself."""
+    requests = []
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        requests.append(args)
+        raise OSError('a test wants to send a request')
+
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
+    monkeypatch.setattr(socket, 'getaddrinfo', refuse)
+    monkeypatch.setattr(socket.socket, 'connect', refuse)
+    yield
+    assert not requests
+
+
+@pytest.fixture(autouse=True)
+def _nothing_written_elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """The working folder, the home folder and the folder of temporary files are empty in the end."""
+    elsewhere = tmp_path / 'elsewhere'
+    for name in ('home', 'tmp', 'work'):
+        (elsewhere / name).mkdir(parents=True)
+    monkeypatch.setenv('HOME', str(elsewhere / 'home'))
+    monkeypatch.setenv('TMPDIR', str(elsewhere / 'tmp'))
+    monkeypatch.setattr('tempfile.tempdir', None)
+    monkeypatch.chdir(elsewhere / 'work')
+    yield
+    assert [path for path in elsewhere.rglob('*') if path.is_file()] == []
+
+
+@pytest.fixture(scope='session')
+def few_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with splits train (3 x 2 images) and validation (3 x 1), 16x16."""
+    root = tmp_path_factory.mktemp('few_images')
+    write_images(root / 'train', 2, seed=0, size=16)
+    write_images(root / 'validation', 1, seed=1, size=16)
+    return root
+
+
+@pytest.fixture(scope='session')
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A text that names a teacher of three classes."""
+    path = tmp_path_factory.mktemp('teacher') / 'teacher.pth'
+    torch.manual_seed(0)
+    torch.save(timm.create_model('test_resnet', num_classes=3).state_dict(), path)
+    return f'test_resnet={path}'
+
+
+@pytest.fixture(scope='session')
+def run_folder(few_images: Path, teacher: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of an epoch with a teacher, and an average of the weights. Not to be changed."""
+    output = tmp_path_factory.mktemp('output')
+    argv = [*SMALL, '--data-dir', str(few_images), '--teachers', teacher, '--model-ema']
+    main([*argv, '--output', str(output), '--experiment', 'run'])
+    return output / 'run'
+
+
+@pytest.fixture(scope='session')
+def export(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The exported student of that run. Not to be changed."""
+    return export_model(run_folder / 'last.pth.tar', tmp_path_factory.mktemp('export') / 'student')
+
+
+@pytest.fixture(scope='session')
+def store(few_images: Path, teacher: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two recorded epochs of these images. Not to be changed."""
+    out = tmp_path_factory.mktemp('recorded') / 'store'
+    argv = ['--out', str(out), '--epochs', '2', '--teachers', teacher, '--data-dir', str(few_images)]
+    soft_labels.main(['record', *argv, '--workers', '0', '--device', 'cpu', '--img-size', '16'])
+    return out
