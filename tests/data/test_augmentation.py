@@ -7,9 +7,11 @@ import random
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from timm.data.random_erasing import RandomErasing
+from timm.data.transforms import MaybePILToTensor
 
-from timm_mealv2.data.augmentation import Augmentation, Erasing
+from timm_mealv2.data.augmentation import Augmentation, Erasing, pixels_of
 
 
 @pytest.mark.parametrize('mode', ['const', 'rand', 'pixel'])
@@ -56,3 +58,11 @@ def test_resplit_without_copies_erases_half_as_many() -> None:
 def test_an_augmentation_survives_json() -> None:
     augmentation = Augmentation((3, 16, 20), scale=(0.3, 1.0), cutmix_minmax=(0.2, 0.8), train_crop_mode='rkrc')
     assert Augmentation(**json.loads(json.dumps(dataclasses.asdict(augmentation)))) == augmentation
+
+
+@pytest.mark.parametrize('mode', ['L', 'RGB', 'CMYK'])
+def test_pixels_of_an_image_are_those_of_timm(mode: str) -> None:
+    image = Image.frombytes(mode, (7, 5), np.random.default_rng(0).bytes(7 * 5 * len(mode)))
+    laid_out = pixels_of(image)
+    assert np.array_equal(laid_out, MaybePILToTensor()(image).numpy())
+    laid_out[:] = 0  # erasing writes in place

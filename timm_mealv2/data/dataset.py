@@ -177,7 +177,7 @@ def read_image(dataset: Dataset, index: int, img_mode: str | None = None) -> tup
                 text = ' '.join(str(error).split()) or type(error).__name__
                 raise UnreadableImage(f'{image_name(dataset, index)}: {text}', index) from error
             time.sleep(pause)
-    if img_mode not in (None, image.mode):  # Pillow would copy it in any case
+    if img_mode not in (None, image.mode):
         image = image.convert(img_mode)
     try:
         return image, -1 if target is None else int(target)
@@ -189,8 +189,12 @@ def _decode(dataset: Dataset, index: int) -> tuple[Image.Image, Any]:
     if not isinstance(dataset, ImageDataset):
         return dataset[index]
     file, target = dataset.reader[index][:2]
+    mode = dataset.input_img_mode or 'RGB'
     with closing(file):
-        image = Image.open(file).convert(dataset.input_img_mode or 'RGB')
+        image: Image.Image = Image.open(file)
+        image.load()
+    if image.mode != mode:  # Pillow would copy it in any case
+        image = image.convert(mode)
     if target is not None and dataset.target_transform is not None:
         target = dataset.target_transform(target)
     return image, target

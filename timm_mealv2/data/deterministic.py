@@ -192,12 +192,12 @@ class Samples:
         seed_cpu(counted_seed(Stream.AUGMENTATION, self.seed, key.epoch, key.index, *key.turn))
         transform = self._transforms[key.size]
         if not self.augmentation.aug_splits:
-            return Sample(np.ascontiguousarray(transform(image).numpy()), target, target)
+            return Sample(transform(image), target, target)
         crop, augment, finish = transform
         image = crop(image)
         copies = [finish(image)]
         copies += [finish(augment(image)) for _ in range(self.augmentation.aug_splits - 1)]
-        return Sample(np.stack([copy.numpy() for copy in copies]), target, target)
+        return Sample(np.stack(copies), target, target)
 
     def _read(self, index: int) -> tuple[Image.Image, int]:
         position = index if self.positions is None else int(self.positions[index])

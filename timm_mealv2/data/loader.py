@@ -18,7 +18,7 @@ from timm.data.mixup import one_hot
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
-from timm_mealv2.data.augmentation import Erasing
+from timm_mealv2.data.augmentation import Erasing, pixels_of
 from timm_mealv2.data.bad_images import BadImages, Batch, Collate, ReadableBatches, ReportingLoader, SampleSource
 from timm_mealv2.data.dataset import read_image
 from timm_mealv2.data.deterministic import EpochSampler, Key, KeyBatch, Sample
@@ -120,7 +120,8 @@ def _load_batches(
         generator=torch.Generator(),  # the workers' own seed, which nothing uses, comes out of no shared generator
         **workers,
     )
-    reporting = ReportingLoader(loader, bad, split, skip_empty=not batches.fill)
+    floats = device.type == 'cpu' and dtype == torch.float32
+    reporting = ReportingLoader(loader, bad, split, skip_empty=not batches.fill, floats=floats)
     mean, std = normalization
     return PrefetchLoader(reporting, mean=mean, std=std, channels=len(mean), device=device, img_dtype=dtype)
 
@@ -237,7 +238,9 @@ def eval_loader(
     prefetch = kwargs.pop('use_prefetcher', True)
     dtype = kwargs.pop('img_dtype', torch.float32)
     bad = bad or BadImages()
-    samples = _EvalSamples(dataset, create_transform(**config, is_training=False, use_prefetcher=True))
+    transform = create_transform(**config, is_training=False, use_prefetcher=True)
+    transform.transforms[-1] = pixels_of
+    samples = _EvalSamples(dataset, transform)
     rank, processes = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
     sampler = _EvalBatches(range(rank, len(samples), processes), batch_size)
     batches = ReadableBatches(samples, collate_labels, limit=bad.limit)
@@ -255,7 +258,7 @@ class _EvalSamples:
 
     def __getitem__(self, key: Key) -> Sample:
         image, target = read_image(self.dataset, key.index)
-        return Sample(self.transform(image).numpy(), target, target)
+        return Sample(self.transform(image), target, target)
 
 
 class _EvalBatches(Sampler[KeyBatch]):

@@ -229,7 +229,7 @@ def checksum(records: bytes, epoch: int, start: int) -> bytes:
 
 def pixel_crc(pixels: np.ndarray) -> int:
     """Return the CRC-32 of a sample's pixels, uint8; never 0, which marks an image that could not be read."""
-    return zlib.crc32(pixels.tobytes()) or 1
+    return zlib.crc32(np.ascontiguousarray(pixels).data) or 1
 
 
 def _hashes(names: Sequence[str]) -> np.ndarray:
