@@ -1,10 +1,12 @@
 """The report: what is in a run folder is drawn, and a folder that holds none is refused in one line."""
 
+import argparse
 import json
 import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from PIL import Image
 
@@ -162,6 +164,25 @@ def test_the_headline_has_the_student_beside_its_teachers_and_its_initial_weight
     (run / 'preflight.json').write_text('{')
     with pytest.raises(UserError, match='is not JSON'):
         runs.read_run(run)
+
+
+def test_the_headline_says_how_long_it_took_and_where_the_time_went(tmp_path: Path) -> None:
+    rows = ['epoch,train_loss,images_per_second,time_data,time_teachers,time_student,time_update']
+    rows += ['0,1.5,100,0.5,2,1,0.5', '1,1.25,50,0.5,2,1,0.5']
+    (tmp_path / 'summary.csv').write_text('\n'.join(rows) + '\n')
+    settings = argparse.Namespace(model='test_resnet', batch_size=8, world_size=2)
+    model = timm.create_model('test_resnet')
+    torch.save(
+        {'state_dict': model.state_dict(), 'arch': 'test_resnet', 'args': settings, 'batches': 1125},
+        tmp_path / 'last.pth.tar',
+    )
+    text = report.write_report(tmp_path).read_text()
+    # 18,000 images an epoch: 180 s and 360 s.
+    figures = {'hours of training, without evaluation': '0.15', 'share of that time, %: teachers': '50'}
+    figures |= {'share of that time, %: waiting for data': '12.5', 'GMACs an image': f'{runs.model_cost(model)[1]:.4g}'}
+    for name, value in figures.items():
+        assert f'<td>{name}</td><td class="number">{value}</td>' in text, name
+    assert '<td>Time of a batch, teachers (seconds)</td><td class="number">2</td>' in text
 
 
 def test_parameters_and_multiplications_are_those_of_the_network() -> None:

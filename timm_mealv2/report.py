@@ -24,6 +24,13 @@ from timm_mealv2.runs import INITIAL, Run, StrPath, model_cost, read_run, short_
 # Okabe and Ito's colors, which color-blind readers can tell apart; yellow is too pale for a line on white.
 COLORS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')
 LINE_STYLES = ('-', '--', ':', '-.')
+PHASES = {
+    'time_data': 'waiting for data',
+    'time_teachers': 'teachers',
+    'time_student': 'student',
+    'time_update': 'update',
+}
+"""Column of summary.csv, in seconds of a batch -> what the time goes into."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,7 @@ PANELS = {
         'Discriminator accuracy', 'rows told right, %', {'train_discriminator_accuracy': 'training'}, 100
     ),
     'lr': Panel('Learning rate', 'learning rate', {'lr': 'learning rate'}, log=True),
+    'time': Panel('Time of a batch', 'seconds', dict(PHASES)),
     'speed': Panel('Speed', 'training images/s', {'images_per_second': 'images/s'}),
 }
 """Name -> panel, in the order in which they are drawn; a panel without any data is left out."""
@@ -209,6 +217,7 @@ h1, h2 {{ overflow-wrap: anywhere }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums }}
 th, td {{ padding: .25rem .9rem .25rem 0; text-align: left; border-bottom: 1px solid #ddd; vertical-align: top }}
 td.number, th.number {{ text-align: right }}
+td.number {{ white-space: nowrap }}
 </style>
 </head>
 <body>
@@ -259,7 +268,7 @@ def _headline_html(runs: Mapping[str, Run], folders: Mapping[str, StrPath]) -> s
     rows: dict[str, list[str]] = {}
     shown = short_names(name for run in runs.values() for name in run.preflight)
     for number, (label, run) in enumerate(runs.items()):
-        parameters, gmacs = _cost(Path(folders[label]))
+        parameters, gmacs, images = _checkpoint_figures(Path(folders[label]))
         metric = 'top1' if any(run.values('eval_top1')) else 'agreement'
         title = {'top1': 'top-1, %', 'agreement': 'same top-1 as the teachers, %'}[metric]
         best, evaluated = _best_row(run), run.columns.get(f'eval_{metric}', [])
@@ -275,19 +284,29 @@ def _headline_html(runs: Mapping[str, Run], folders: Mapping[str, StrPath]) -> s
             cells['images evaluated on'] = f'{run.before("ensemble", "samples") or 0:.0f}'
         speeds = [speed for _, speed in run.values('images_per_second')]
         cells['training images/s, mean'] = _number(statistics.mean(speeds) if speeds else None)
+        if images is not None and all(speeds):
+            cells['hours of training, without evaluation'] = _number(sum(images / speed for speed in speeds), 3600)
+        seconds = {name: sum(value for _, value in run.values(column)) for column, name in PHASES.items()}
+        if any(seconds.values()):
+            total = sum(seconds.values())
+            cells |= {f'share of that time, %: {name}': _number(value, total / 100) for name, value in seconds.items()}
         for name, cell in cells.items():
             rows.setdefault(name, ['-'] * len(runs))[number] = cell
     return _table('', list(runs), list(rows.items()), numbers=True) + _seeds_html(runs)
 
 
-def _cost(folder: Path) -> tuple[float | None, float | None]:
-    """Parameters and GMACs of the student in the run's last checkpoint; None where there is none to rebuild it from."""
+def _checkpoint_figures(folder: Path) -> tuple[float | None, float | None, int | None]:
+    """Parameters and GMACs of the student, and images of an epoch; None where the last checkpoint does not tell."""
     path = folder / 'last.pth.tar'
     try:
         with blamed_on(path):
-            return model_cost(TrainingCheckpoint.read(path).build())
+            checkpoint = TrainingCheckpoint.read(path)
+            args, batches = checkpoint.args, checkpoint.contents.get('batches')
+            known = batches is not None and 'world_size' in args and not args.get('train_img_sizes')
+            images = batches * args['batch_size'] * args['world_size'] if known else None
+            return *model_cost(checkpoint.build()), images
     except UserError:
-        return None, None
+        return None, None, None
 
 
 def _number(value: float | None, scale: float = 1.0) -> str:

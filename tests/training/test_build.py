@@ -105,16 +105,21 @@ def test_the_discriminator_has_the_width_that_was_asked_for(train: Train, teache
     assert weights['fc1.weight'].shape == (3, 3)
 
 
-def test_a_run_at_weights_and_biases_is_gone_on_with(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_at_weights_and_biases_is_gone_on_with(
+    train: Train, teachers: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls: list[dict[str, Any]] = []
+    summary: dict[str, float] = {}
 
     def init(**options: Any) -> Any:
         calls.append(options)
-        return SimpleNamespace(id='abc', log=lambda *_, **__: None, finish=lambda: None)
+        return SimpleNamespace(id='abc', summary=summary, log=lambda *_, **__: None, finish=lambda: None)
 
     monkeypatch.setitem(sys.modules, 'wandb', SimpleNamespace(init=init))
-    folder = train('run', '--epochs', 1, '--log-wandb', '--wandb-project', 'p')
+    folder = train('run', '--epochs', 1, '--log-wandb', '--wandb-project', 'p', '--teachers', *teachers)
+    assert {'before/ensemble/top1', f'before/teacher {teachers[0]}/top1', 'before/student (initial)/kl'} <= set(summary)
     assert (folder / 'wandb_id.txt').read_text() == 'abc\n'
-    train('run', '--epochs', 2, '--log-wandb', '--wandb-project', 'p', '--resume', 'auto')
+    resumed = ('--resume', 'auto', '--epochs', 2, '--teachers', *teachers)
+    train('run', '--log-wandb', '--wandb-project', 'p', *resumed)
     assert [call.get('resume') for call in calls] == [None, 'allow']
     assert calls[1]['id'] == 'abc'

@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,15 @@ class Trackers:
             self.wandb = client.init(**options)
             with replacing(folder.wandb_id) as path:
                 path.write_text(f'{self.wandb.id}\n')
+
+    def log_preflight(self, rows: Mapping[str, Mapping[str, float]]) -> None:
+        """Log what was measured before the first step: at epoch 0 of TensorBoard, in the run's summary at W&B."""
+        values = {f'before/{model}/{key}': value for model, row in rows.items() for key, value in row.items()}
+        if self.board is not None:
+            for key, value in values.items():
+                self.board.add_scalar(key, value, 0)
+        if self.wandb is not None:
+            self.wandb.summary.update(values)
 
     def log(self, epoch: int, trained: dict[str, float], evaluated: dict[str, float], lr: float) -> None:
         """Log the figures of an epoch."""

@@ -140,8 +140,7 @@ class Trainer:
         with self.guard.signals.deferred():
             while start.epoch < self.parts.schedule.epochs:
                 start = self._run_epoch(start, epochs)
-        if self.processes.primary:
-            self._finish()
+        self._finish()
 
     # Before the first step
 
@@ -214,6 +213,7 @@ class Trainer:
         if plan.checkpoint is not None and self.folder.holds(plan.checkpoint):
             self.saver.restore(plan.checkpoint)
         self.trackers = Trackers(self.folder, tensorboard=plan.tensorboard, wandb=plan.wandb)
+        self.trackers.log_preflight(preflight or {})
 
     def _dry_run(self, seconds: float) -> None:
         """Measure the training and an evaluation; nothing is written."""
@@ -371,12 +371,11 @@ class Trainer:
         save_image(images, self.folder.path / f'train-batch-{batch}.jpg', padding=0, normalize=True)
 
     def _finish(self) -> None:
-        assert self.saver is not None
-        assert self.trackers is not None
+        if self.saver is None or self.trackers is None:  # not the first process
+            return
         self.trackers.close()
         if self.saver.best_metric is not None:
-            best = f'{self.saver.best_metric:.4g} (epoch {self.saver.best_epoch})'
-            _logger.info(f'Best {self.plan.eval_metric}: {best}.')
+            _logger.info(f'Best {self.plan.eval_metric}: {self.saver.best_metric:.4g} (epoch {self.saver.best_epoch}).')
         _logger.info(f'Written: {self.folder.path}')
         if self.plan.push_to_hub:
             self._push(self.plan.push_to_hub)
