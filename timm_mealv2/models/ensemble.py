@@ -1,10 +1,8 @@
 """An ensemble of teachers as one frozen model."""
 
-import copy
 import functools
 import logging
 import math
-import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any, NamedTuple, Self
@@ -18,45 +16,21 @@ from torch.nn import functional as F
 from timm_mealv2.data.normalize import channel_stats, renormalize
 from timm_mealv2.errors import UserError, one_line
 from timm_mealv2.losses import at_least_float32
+from timm_mealv2.models.teacher import (
+    Size,
+    cfg_of,
+    check_logits,
+    class_count,
+    copy_sharing_weights,
+    freeze,
+    is_channels_last,
+    seen_size,
+    source_model,
+    teacher_name,
+)
+from timm_mealv2.models.tuning import PLAIN, Form, Tuning, fastest_form, make_form, tuning_table
 
 _logger = logging.getLogger(__name__)
-
-Size = int | tuple[int, int] | None
-
-
-class ClassSubset(nn.Module):
-    """A model's predictions for some of its classes: the softmax of these logits is its probability, renormalized.
-
-    Args:
-        model: A model [B, chans, H, W] -> logits [B, C], with an attribute `num_classes`.
-        classes: The model's class of each new one, from 0 to C - 1.
-
-    Raises:
-        UserError: If there is no class, one is there twice, or one is none of the model's.
-    """
-
-    def __init__(self, model: nn.Module, classes: Sequence[int]) -> None:
-        super().__init__()
-        self._name = teacher_name(model)
-        self._width = _num_classes(model, self._name)
-        try:
-            indices = [operator.index(index) for index in classes]
-        except TypeError as error:
-            raise UserError(f'Classes of a teacher must be whole numbers, got {classes!r}.') from error
-        if not indices or len(set(indices)) < len(indices):
-            raise UserError(f'Classes of a teacher must be at least one and differ, got {indices}.')
-        if wrong := [index for index in indices if not 0 <= index < self._width]:
-            raise UserError(f'Classes of a teacher must be from 0 to {self._width - 1}, got {wrong[0]}.')
-        self.model = model
-        self.num_classes = len(indices)
-        self.pretrained_cfg = _cfg_of(model)
-        self.register_buffer('indices', torch.tensor(indices), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the logits of the classes taken, [B, num_classes]."""
-        logits: Tensor = self.model(x)
-        _check_logits(logits, self._name, x, self._width)
-        return logits.index_select(1, self.get_buffer('indices'))
 
 
 class EnsembleTeacher(nn.Module):
@@ -121,17 +95,19 @@ class EnsembleTeacher(nn.Module):
         given = zip(teachers, _normalized_weights(weights, count), names, sizes, strict=True)
         members = [inner for values in given for inner in _flat(_Member(*values, autocast_dtype))]
         # Not `self.teachers = ...`, which would register them: see above.
-        self.__dict__['teachers'] = _freeze(nn.ModuleList(member.teacher for member in members))
+        self.__dict__['teachers'] = nn.ModuleList(member.teacher for member in members)
+        freeze(self.teachers)
+        self._forms: dict[int, Form] = {}  # what `tune` has chosen, by the teacher's place
         self.weights: tuple[float, ...] = tuple(member.weight for member in members)
         self.names: tuple[str, ...] = tuple(member.name for member in members)
-        self.img_sizes = tuple(_input_size(member.teacher, member.name, member.img_size) for member in members)
+        self.img_sizes = tuple(seen_size(member.teacher, member.name, member.img_size) for member in members)
         self.autocast_dtypes = tuple(member.autocast_dtype for member in members)
-        self.num_classes = self._common('num_classes', [_num_classes(m.teacher, m.name) for m in members])
+        self.num_classes = self._common('num_classes', [class_count(m.teacher, m.name) for m in members])
         self.in_chans = self._common(
-            'in_chans', [get_model_input_config(_source(m.teacher))['input_size'][0] for m in members]
+            'in_chans', [get_model_input_config(source_model(m.teacher))['input_size'][0] for m in members]
         )
         self._refuse_twins()
-        self._channels_last = tuple(_is_channels_last(teacher) for teacher in self.teachers)
+        self._channels_last = tuple(is_channels_last(teacher) for teacher in self.teachers)
         self.pretrained_cfg: dict[str, Any] = self._first_cfg()
         self.train()
 
@@ -176,6 +152,54 @@ class EnsembleTeacher(nn.Module):
         """Return the logits of every teacher [N, B, C], at least float32, for images as in `predict`."""
         return torch.stack([self._logits(index, x) for index in range(len(self.teachers))])
 
+    @torch.no_grad()
+    def tune(self, images: Tensor, compile: bool = False) -> list[Tuning]:
+        """Run each teacher from now on in the form that is fastest for these images and predicts the same.
+
+        The forms are another memory format, batch norm folded into the convolutions, both, and with `compile` the
+        fastest of them compiled. No probability may be farther from the teacher's own than `tuning.BOUND` (in half
+        types `tuning.HALF_BOUNDS`), and a form has to be faster by 3 %. The teachers stay beside their forms: the
+        ensemble's weights, its state dict, copies of it and what is exported are theirs, and `to()` and its kind and
+        `load_state_dict()` go back to them. A compiled form is for images of this shape; others run without it.
+
+        Args:
+            images: A batch, as in `predict`.
+            compile: Compile with inductor: with frozen weights on a CPU, with CUDA graphs on a GPU.
+
+        Returns:
+            What was chosen, for each teacher; it is logged too.
+        """
+        self._forms.clear()
+        rows = []
+        for index, (name, teacher) in enumerate(zip(self.names, self.teachers, strict=True)):
+            x, dtype = self._input_for(index, images, None), self.autocast_dtypes[index]
+            run = functools.partial(self._run, index, images)
+            form, row = fastest_form(name, teacher, x, images.shape, dtype or x.dtype, run, compile)
+            rows.append(row)
+            if form is not None:
+                self._forms[index] = form
+        _logger.info(f'Teachers tuned for images of {list(images.shape)}:\n{tuning_table(rows)}')
+        return rows
+
+    @torch.no_grad()
+    def run_as(self, chosen: Sequence[str], shape: Sequence[int]) -> None:
+        """Run the teachers in forms that `tune` has chosen before, without measuring anything.
+
+        Args:
+            chosen: The name of each teacher's form, as `Tuning.chosen` has it.
+            shape: Shape of the images that they were tuned for.
+        """
+        self._forms.clear()
+        device = next((parameter.device for parameter in self.parameters()), None)
+        images = torch.zeros(*shape, device=device)
+        for index, (name, form) in enumerate(zip(self.names, chosen, strict=True)):
+            if form != PLAIN:
+                try:
+                    x = self._input_for(index, images, None)
+                    self._forms[index] = make_form(self.teachers[index], form, x, images.shape)
+                except Exception as error:  # whatever torch of this machine cannot do with a teacher
+                    _logger.warning(f'Teacher {name} cannot run as {form}, and runs as it is: {one_line(error)}')
+
     def train(self, mode: bool = True) -> Self:
         """Stay in eval mode, whatever the mode."""
         return super().train(False)
@@ -209,24 +233,36 @@ class EnsembleTeacher(nn.Module):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load what `state_dict` returned."""
         own = {key.removeprefix('teachers.'): value for key, value in state_dict.items()}
+        self._forms.clear()
         return self.teachers.load_state_dict(own, strict, assign)
 
     def _load_from_state_dict(self, *args: Any) -> None:
         pass  # a module around the ensemble has nothing of it in its state dict
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._forms.clear()
         self.teachers._apply(fn, recurse)  # what `to()`, `half()`, `cuda()` and the like call
         return super()._apply(fn, recurse)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, '_forms': {}}  # of a copy or a pickle
+
     def _logits(self, index: int, x: Tensor) -> Tensor:
+        """Logits [B, C] of one teacher, in the form that was chosen for it."""
+        form = self._forms.get(index)
+        usable = form is not None and form.shape in (None, x.shape) and not torch.compiler.is_exporting()
+        return self._run(index, x, form if usable else None)
+
+    def _run(self, index: int, x: Tensor, form: Form | None) -> Tensor:
         """Logits [B, C] of one teacher, at least float32; an inference tensor, or what was made of one."""
-        x, dtype = self._input_for(index, x), self.autocast_dtypes[index]
+        x, dtype = self._input_for(index, x, form), self.autocast_dtypes[index]
+        module = self.teachers[index] if form is None else form.module
         with torch.inference_mode(), torch.autocast(x.device.type, dtype=dtype, enabled=dtype is not None):
-            logits = self.teachers[index](x)
-        _check_logits(logits, self.names[index], x, self.num_classes)
+            logits = module(x)
+        check_logits(logits, self.names[index], x, self.num_classes)
         return at_least_float32(logits)
 
-    def _input_for(self, index: int, x: Tensor) -> Tensor:
+    def _input_for(self, index: int, x: Tensor, form: Form | None) -> Tensor:
         """The images as one teacher wants them: its mean and std, size, dtype and memory format."""
         if x.shape[1] != self.in_chans:
             raise UserError(
@@ -234,12 +270,13 @@ class EnsembleTeacher(nn.Module):
                 "the student's, where it has an attribute in_chans."
             )
         teacher, size = self.teachers[index], self.img_sizes[index]
-        mine, its = (channel_stats(cfg, self.in_chans) for cfg in (self.pretrained_cfg, _cfg_of(teacher)))
+        mine, its = (channel_stats(cfg, self.in_chans) for cfg in (self.pretrained_cfg, cfg_of(teacher)))
         x = renormalize(at_least_float32(x), *mine, *its)
         if size is not None and tuple(x.shape[-2:]) != size:
             x = F.interpolate(x, size, mode='bicubic', antialias=True)
         x = x.to(next((p.dtype for p in teacher.parameters() if p.is_floating_point()), x.dtype))
-        return x.contiguous(memory_format=torch.channels_last) if self._channels_last[index] else x
+        channels_last = self._channels_last[index] if form is None else form.channels_last
+        return x.contiguous(memory_format=torch.channels_last) if channels_last else x
 
     def _common(self, attribute: str, values: Sequence[int]) -> int:
         if len(set(values)) > 1:
@@ -256,8 +293,8 @@ class EnsembleTeacher(nn.Module):
                 )
 
     def _first_cfg(self) -> dict[str, Any]:
-        first = _source(self.teachers[0])
-        cfg = filter_pretrained_cfg({**PretrainedCfg().to_dict(), **_cfg_of(first)}, remove_source=True)
+        first = source_model(self.teachers[0])
+        cfg = filter_pretrained_cfg({**PretrainedCfg().to_dict(), **cfg_of(first)}, remove_source=True)
         height, width = self.img_sizes[0] or get_model_input_config(first)['input_size'][-2:]
         cfg.update(
             architecture='mealv2_ensemble',
@@ -301,23 +338,10 @@ def _flat(member: _Member) -> list[_Member]:
 def _copy(teacher: nn.Module, name: str) -> nn.Module:
     """A copy of a module that shares the memory of its parameters."""
     try:
-        shared = {id(p): nn.Parameter(p.detach(), False) for p in teacher.parameters() if type(p) is nn.Parameter}
-        return copy.deepcopy(teacher, shared)
+        return copy_sharing_weights(teacher)
     except Exception as error:  # whatever a module of the user's has that cannot be copied
         _logger.warning(f'Teacher {name} cannot be copied and is frozen itself: {one_line(error)}')
         return teacher
-
-
-def _freeze(teachers: nn.ModuleList) -> nn.ModuleList:
-    """Put modules into eval mode for good, without gradient."""
-    teachers.eval().requires_grad_(False)
-    for module in teachers.modules():
-        module.__dict__['train'] = functools.partial(_stay_in_eval_mode, module)
-    return teachers
-
-
-def _stay_in_eval_mode(module: nn.Module, mode: bool = True) -> nn.Module:
-    return module
 
 
 def _normalized_weights(weights: Sequence[float] | None, count: int) -> list[float]:
@@ -332,63 +356,8 @@ def _normalized_weights(weights: Sequence[float] | None, count: int) -> list[flo
     return [weight / total for weight in weights]
 
 
-def _source(teacher: nn.Module) -> nn.Module:
-    """The model itself, which knows its pixels and weights, whatever is around it."""
-    model: nn.Module = unwrap_model(teacher)
-    return _source(model.model) if isinstance(model, ClassSubset) else model
-
-
-def _check_logits(logits: Any, name: str, x: Tensor, width: int) -> None:
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != x.shape[0] or logits.shape[1] != width:
-        got = f'a tensor of shape {list(logits.shape)}' if isinstance(logits, Tensor) else type(logits).__name__
-        raise UserError(
-            f'Teacher {name} must answer with logits {[x.shape[0], width]}, got {got}: '
-            'its num_classes has to be the width of its logits.'
-        )
-
-
-def teacher_name(teacher: nn.Module) -> str:
-    """The readable name of a teacher that has none given: its architecture, and its tag if it has one."""
-    cfg = _cfg_of(teacher)
-    name = cfg.get('architecture') or type(_source(teacher)).__name__
-    return f'{name}.{cfg["tag"]}' if cfg.get('tag') else name
-
-
-def _cfg_of(teacher: nn.Module) -> dict[str, Any]:
-    return getattr(_source(teacher), 'pretrained_cfg', None) or {}
-
-
-def _num_classes(teacher: nn.Module, name: str) -> int:
-    num_classes: int | None = getattr(unwrap_model(teacher), 'num_classes', None)
-    if not num_classes:
-        raise UserError(f'Teacher {name} has no num_classes: set it to the width of its logits.')
-    return num_classes
-
-
-def _input_size(teacher: nn.Module, name: str, asked: Size) -> tuple[int, int] | None:
-    """The one size (H, W) that the teacher is to see; None if it takes any and none is asked for."""
-    model = _source(teacher)
-    config = get_model_input_config(model)
-    patch_embed: Any = getattr(model, 'patch_embed', None)
-    fixed: tuple[int, int] | None = None
-    if getattr(patch_embed, 'strict_img_size', False) and patch_embed.img_size is not None:
-        fixed = tuple(patch_embed.img_size)
-    elif config['fixed_input_size']:
-        fixed = tuple(config['input_size'][-2:])
-    size = (asked, asked) if isinstance(asked, int) else asked
-    if fixed and size and size != fixed:
-        raise UserError(f'Teacher {name} takes images of {fixed} only, got {size}: leave its image size out.')
-    return size or fixed
-
-
-def _is_channels_last(teacher: nn.Module) -> bool:
-    """Whether a 2d convolution's weights are laid out channels_last, and hence the images are to be."""
-    weights = (module.weight for module in teacher.modules() if isinstance(module, nn.Conv2d))
-    return any(w.is_contiguous(memory_format=torch.channels_last) and not w.is_contiguous() for w in weights)
-
-
 def _same_weights(a: nn.Module, b: nn.Module) -> bool:
-    a_state, b_state = _source(a).state_dict(), _source(b).state_dict()
+    a_state, b_state = source_model(a).state_dict(), source_model(b).state_dict()
     return (
         bool(a_state)
         and a_state.keys() == b_state.keys()

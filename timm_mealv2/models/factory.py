@@ -36,7 +36,8 @@ from torch import nn
 
 from timm_mealv2.errors import UserError, one_line
 from timm_mealv2.models.checkpoint import TrainingCheckpoint, architecture_arguments, is_ensemble
-from timm_mealv2.models.ensemble import ClassSubset, EnsembleTeacher, teacher_name
+from timm_mealv2.models.ensemble import EnsembleTeacher
+from timm_mealv2.models.teacher import ClassSubset, teacher_name
 
 _logger = logging.getLogger(__name__)
 

@@ -22,7 +22,8 @@ from timm_mealv2.data.augmentation import Augmentation
 from timm_mealv2.data.dataset import image_names
 from timm_mealv2.errors import UserError
 from timm_mealv2.files import replacing
-from timm_mealv2.models.ensemble import ClassSubset, EnsembleTeacher
+from timm_mealv2.models.ensemble import EnsembleTeacher
+from timm_mealv2.models.teacher import ClassSubset
 
 FORMAT = 2
 META = 'meta.json'
