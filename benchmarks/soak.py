@@ -36,7 +36,8 @@ OPTIONS = (
     '--model test_resnet --num-classes 10 --in-chans 1 --img-size 28 --batch-size 50 --epochs 3 --lr 0.02 --opt adamw '
     '--sched plateau --patience-epochs 0 --warmup-epochs 1 --grad-accum-steps 2 --clip-grad 1 --model-ema '
     '--model-ema-decay 0.9 --mixup 0.2 --reprob 0.3 --drop 0.1 --drop-path 0.1 --hard-label-weight 0.2 '
-    '--checkpoint-hist 2 --recovery-interval 3 --log-interval 100 --no-preflight --device cpu --resume auto'
+    '--checkpoint-hist 2 --recovery-interval 3 --log-interval 100 --no-preflight --device cpu --resume auto '
+    '--teacher-tune off'
 ).split()
 
 

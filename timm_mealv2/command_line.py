@@ -158,6 +158,15 @@ TEACHERS = (
         "image size for all teachers or for each; the student's if not given",
         nargs='+',
     ),
+    Option(
+        '--teacher-tune',
+        str,
+        'HOW',
+        'on: each teacher in the fastest form that predicts the same; off: as it is, the same digits in each run',
+        'on',
+        choices=('on', 'off'),
+    ),
+    flag('--teacher-compile', 'a compiled form of each teacher may be chosen too'),
 )
 
 DATA = (

@@ -25,6 +25,7 @@ from timm_mealv2.losses import (
 )
 from timm_mealv2.models.ensemble import EnsembleTeacher
 from timm_mealv2.models.factory import TeacherSpec, create_ensemble
+from timm_mealv2.models.tuning import Tuning
 from timm_mealv2.trainable import MealV2TrainableModule
 
 _logger = logging.getLogger(__name__)
@@ -200,13 +201,18 @@ class MealV2Task(TrainingTask):
         self.trainable_module = DistributedDataParallel(self.trainable_module, device_ids=device_ids, **ddp_kwargs)
         return self
 
-    def compile(self, backend: str = 'inductor', mode: str | None = None, **compile_kwargs: Any) -> nn.Module:
-        """Compile what trains, each teacher and the student for evaluation, before DDP wraps; return the student."""
+    def compile(
+        self, backend: str = 'inductor', mode: str | None = None, teachers: bool = True, **compile_kwargs: Any
+    ) -> nn.Module:
+        """Compile what trains, each teacher and the student for evaluation, before DDP wraps; return the student.
+
+        `teachers=False` leaves the teachers alone, which `tune_teachers` may compile.
+        """
         options = {'backend': backend, 'mode': mode, **compile_kwargs}
         eval_model: Any = torch.compile(self.get_eval_model(), **options)
         trainable_module: Any = torch.compile(self.trainable_module, **options)
         self.eval_model, self.trainable_module = eval_model, trainable_module
-        if self.teacher is not None:
+        if self.teacher is not None and teachers:
             for teacher in self.teacher.teachers:
                 teacher.compile(**options)
         return self.eval_model
@@ -216,6 +222,11 @@ class MealV2Task(TrainingTask):
         model = super().get_eval_model(module=module, ema=ema)
         trainable = unwrap_model(model)
         return trainable.student if isinstance(trainable, MealV2TrainableModule) else model
+
+    def tune_teachers(self, input: Tensor, compile: bool = False) -> list[Tuning]:
+        """Tune the live teachers for a batch [B, chans, H, W] of the student's images; see `EnsembleTeacher.tune`."""
+        assert self.teacher is not None
+        return self.teacher.tune(self._pixels_for(self.teacher, input), compile)
 
     @torch.no_grad()
     def nonfinite_teachers(self, input: Tensor) -> list[str]:

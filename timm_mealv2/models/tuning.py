@@ -136,7 +136,7 @@ def _fold_batch_norm(model: nn.Module, x: Tensor) -> None:
     for convolution, norm in pairs:
         model.set_submodule(names[convolution], fuse_conv_bn_eval(convolution, norm))
         rest = nn.Sequential(norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else nn.Identity()
-        model.set_submodule(names[norm], rest)
+        model.set_submodule(names[norm], rest.eval())
 
 
 def fastest_form(

@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ from timm_mealv2.training.loop import LossScaler, Schedule, Stepper, updates_per
 from timm_mealv2.training.resume import check_changes
 from timm_mealv2.training.run_folder import RunFolder
 from timm_mealv2.training.signals import Guard, Signals
+from timm_mealv2.training.teacher_tuning import tune_on_first_batch
 from timm_mealv2.training.trainer import Parts, Plan, Trainer
 
 _logger = logging.getLogger(__name__)
@@ -86,7 +88,7 @@ def build(args: argparse.Namespace, processes: Processes, signals: Signals) -> T
         data=data,
         pixels=pixels,
         teachers=teachers,
-        wrap=functools.partial(_wrap, args, processes),
+        wrap=functools.partial(_wrap, args, processes, folder, checkpoint),
     )
     if processes.primary:
         _announce(args, parts, student, processes, lr)
@@ -306,14 +308,24 @@ def _build_stepper(
     )
 
 
-def _wrap(args: argparse.Namespace, processes: Processes, task: TrainingTask) -> None:
-    """Compile the task and let DDP wrap it, where asked for; after a checkpoint is loaded."""
+def _wrap(
+    args: argparse.Namespace, processes: Processes, folder: RunFolder, checkpoint: Path | None, task: TrainingTask
+) -> None:
+    """Tune, compile and let DDP wrap the task, where asked for; after a checkpoint is loaded."""
+    compiles = args.torchcompile in ('', 'inductor')
+    options: dict[str, Any] = {}
+    if isinstance(task, MealV2Task) and task.teacher is not None and args.teacher_tune == 'on':
+        earlier = [folder.path, *([checkpoint.parent] if checkpoint is not None else [])]
+        kept = None if args.dry_run else folder.path
+        tune_on_first_batch(task, processes, args.teacher_compile or compiles, kept, earlier)
+        options = {'teachers': False} if compiles else {}  # they are compiled when they are tuned
     if args.torchcompile is not None:
-        task.compile(backend=args.torchcompile or 'inductor', mode=args.torchcompile_mode)
+        task.compile(backend=args.torchcompile or 'inductor', mode=args.torchcompile_mode, **options)
     if processes.distributed:
-        options = {}
+        ddp_options = {}
         if args.no_ddp_bb:
             parameters = inspect.signature(DistributedDataParallel).parameters  # torch 2.14 has renamed it
             name = 'forward_sync_buffers' if 'forward_sync_buffers' in parameters else 'broadcast_buffers'
-            options[name] = False
-        task.prepare_distributed(device_ids=[processes.device] if processes.device.type == 'cuda' else None, **options)
+            ddp_options[name] = False
+        device_ids = [processes.device] if processes.device.type == 'cuda' else None
+        task.prepare_distributed(device_ids=device_ids, **ddp_options)

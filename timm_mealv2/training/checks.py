@@ -13,7 +13,7 @@ _logger = logging.getLogger(__name__)
 
 _OF_MEALV2 = (
     *('teacher_weights', 'teacher_dtype', 'teacher_img_size', 'discriminator_weight', 'discriminator_mode'),
-    *('discriminator_lr_scale', 'discriminator_reduction', 'hard_label_weight', 'teacher_classes'),
+    *('discriminator_lr_scale', 'discriminator_reduction', 'hard_label_weight', 'teacher_classes', 'teacher_compile'),
 )
 
 
@@ -224,6 +224,8 @@ def _check_mealv2(args: argparse.Namespace) -> None:
         if getattr(args, name):
             value = getattr(args, name)
             _refuse(name, value, 'refused with MEAL V2, teachers and student see one and the same augmented image')
+    if args.teacher_compile and args.teacher_tune == 'off':
+        _refuse('teacher_compile', True, 'cannot go with --teacher-tune off')
     count = len(args.teachers)
     if args.teacher_weights is not None:
         if len(args.teacher_weights) != count:
@@ -251,8 +253,8 @@ def _check_stored_labels(args: argparse.Namespace) -> None:
     for name in ('aug_repeats', 'train_img_sizes'):
         if getattr(args, name):
             _refuse(name, getattr(args, name), 'refused with --soft-labels, which says what an epoch shows and how big')
-    for name in ('teacher_weights', 'teacher_dtype', 'teacher_img_size', 'teacher_classes'):
-        if getattr(args, name) is not None:
+    for name in ('teacher_weights', 'teacher_dtype', 'teacher_img_size', 'teacher_classes', 'teacher_compile'):
+        if getattr(args, name):
             _refuse(name, getattr(args, name), 'the predictions are stored: an option of mealv2-softlabels record')
     if args.discriminator_weight and args.label_rest != 'uniform':
         _refuse('label_rest', args.label_rest, 'leaves the discriminator no whole distribution; give one of the two')

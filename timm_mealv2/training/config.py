@@ -118,6 +118,8 @@ def _words(action: argparse.Action, value: Any, where: str) -> list[str]:
         if not isinstance(value, Mapping):
             raise UserError(f'{where} must map names to values, got {_shown(value)}.')
         return [*flag, *(f'{name}={item!r}' for name, item in value.items())]
+    if isinstance(value, bool) and tuple(action.choices or ()) == ('on', 'off'):
+        value = 'on' if value else 'off'  # YAML takes the two words for true and false
     many = action.nargs == '+' or isinstance(action.nargs, int)
     items = value if isinstance(value, list) else [value]
     plain = all(isinstance(item, (str, int, float)) and not isinstance(item, bool) for item in items)
