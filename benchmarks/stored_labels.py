@@ -32,7 +32,6 @@ import os
 import pickle
 import platform
 import random
-import resource
 import shutil
 import statistics
 import subprocess
@@ -41,12 +40,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import timm
 import torch
+from measuring import HEIGHT, WIDTH, in_turn, make_images, memory, ratios, spread
 from PIL import Image
 from timm.data import ImageDataset
 from timm.data.readers.reader_image_folder import ReaderImageFolder
@@ -70,7 +71,6 @@ from timm_mealv2.training.checkpoint_saver import Progress
 from timm_mealv2.training.loop import EpochEvents, Stepper, train_one_epoch
 from timm_mealv2.training.metric_logging import Meters
 
-WIDTH, HEIGHT = 500, 375
 CLASSES = 1000
 SAMPLE = Path(__file__).resolve().parents[1] / 'examples/fashion_mnist'
 
@@ -188,11 +188,6 @@ def measure_bytes(args: argparse.Namespace) -> dict[str, Any]:
     return {'bytes': rows}
 
 
-def rss() -> float:
-    """Resident memory of this process in MiB (Linux)."""
-    return int(Path('/proc/self/statm').read_text().split()[1]) * resource.getpagesize() / 2**20
-
-
 def measure_reading(args: argparse.Namespace) -> dict[str, Any]:
     """Measure opening a store and reading an epoch's labels, beside one pickle an image."""
     folder = make_store(args)
@@ -205,17 +200,17 @@ def measure_reading(args: argparse.Namespace) -> dict[str, Any]:
         for number in range(args.pickles):
             (pickles / str(number)).write_bytes(pickle_of(random_records(meta, args.epochs, generator), generator))
     figures: dict[str, list[float]] = {'open': [], 'epoch': [], 'pickles': []}
-    memory = 0.0
+    grown = 0.0
     for number in range(args.rounds + 1):
         began = time.perf_counter()
         store = SoftLabelStore(folder)
         opened = time.perf_counter()
-        before = rss()
+        before = memory()
         order = generator.permutation(args.images)
         began_reading = time.perf_counter()
         records = store.read_epoch(number % store.epochs, order)
         read = time.perf_counter()
-        memory = max(memory, rss() - before)
+        grown = max(grown, memory() - before)
         assert len(records) == args.images
         of_pickles = generator.permutation(args.pickles)
         began_pickles = time.perf_counter()
@@ -232,8 +227,8 @@ def measure_reading(args: argparse.Namespace) -> dict[str, Any]:
     print(f'| labels of an epoch from the store | {epoch:.2f} s |')
     print(f'| the same from one pickle an image ({args.pickles:,} files, scaled) | {scaled:.1f} s |')
     print(f'| ratio | {scaled / epoch:.0f} |')
-    print(f'| memory that grows meanwhile | {memory:.0f} MiB, {memory * 2**20 / args.images:.0f} bytes an image |')
-    return {'seconds': figures, 'memory_mib': memory}
+    print(f'| memory that grows meanwhile | {grown:.0f} MiB, {grown * 2**20 / args.images:.0f} bytes an image |')
+    return {'seconds': figures, 'memory_mib': grown}
 
 
 def measure_first_batch(args: argparse.Namespace) -> dict[str, Any]:
@@ -304,26 +299,6 @@ def measure_kill(args: argparse.Namespace) -> dict[str, Any]:
 # Training and loading
 
 
-def make_images(photos: Path, folder: Path, count: int) -> None:
-    """Write `count` JPEG images of 500x375 pixels, random crops of the photos; what is there already stays."""
-    if folder.is_dir() and len(list(folder.rglob('*.jpg'))) == count:
-        return
-    sources = sorted(path for path in photos.rglob('*') if path.suffix.lower() in ('.jpg', '.jpeg', '.png'))
-    if not sources:
-        raise UserError(f'--photos {photos}: no JPEG or PNG images there.')
-    rng = random.Random(0)
-    for label in ('a', 'b'):
-        (folder / label).mkdir(parents=True, exist_ok=True)
-    for number in range(count):
-        with Image.open(sources[number % len(sources)]) as file:
-            photo = file.convert('RGB')
-            scale = min(photo.width / WIDTH, photo.height / HEIGHT) * rng.uniform(0.3, 1)
-            width, height = max(1, int(WIDTH * scale)), max(1, int(HEIGHT * scale))
-            left, top = rng.randint(0, photo.width - width), rng.randint(0, photo.height - height)
-            crop = photo.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC, (left, top, left + width, top + height))
-            crop.save(folder / 'ab'[number % 2] / f'{number:05}.jpg', quality=90)
-
-
 def make_teachers(names: Sequence[str], folder: Path) -> list[str]:
     """Write teachers of random weights as folders that timm loads; return their names for --teachers."""
     for number, name in enumerate(names):
@@ -390,21 +365,18 @@ def measure_throughput(args: argparse.Namespace) -> dict[str, Any]:
     arms = make_arms(args, teachers, store)
     if args.what == 'loading':
         del arms['live']  # it loads what plain training loads
-    rates: dict[str, list[float]] = {arm: [] for arm in arms}
-    for number in range(args.rounds + 1):
-        for arm, (stepper, loader) in arms.items():
-            if args.what == 'loading':
-                rate = loading_rate(loader, number)
-            else:
-                start, quiet = Progress(epoch=number), EpochEvents(log=False)
-                rate = train_one_epoch(stepper, loader, start, Meters(), quiet)['images_per_second']
-            if number:  # the first round starts the workers
-                rates[arm].append(rate)
+
+    def rate(arm: str, number: int) -> float:
+        stepper, loader = arms[arm]
+        if args.what == 'loading':
+            return loading_rate(loader, number)
+        start, quiet = Progress(epoch=number), EpochEvents(log=False)
+        return train_one_epoch(stepper, loader, start, Meters(), quiet)['images_per_second']
+
+    rates = in_turn({arm: partial(rate, arm) for arm in arms}, args.rounds)  # the first round starts the workers
     print('| arm | images/s, median | ratio to plain, median (quartiles) |\n|---|---:|---:|')
     for arm, values in rates.items():
-        ratios = [value / plain for value, plain in zip(values, rates['plain'], strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        print(f'| {arm} | {statistics.median(values):.1f} | {middle:.3f} ({low:.3f} to {high:.3f}) |')
+        print(f'| {arm} | {statistics.median(values):.1f} | {spread(ratios(values, rates["plain"]), 3)} |')
     return {'images_per_second': rates}
 
 
