@@ -1,4 +1,4 @@
-r"""The quick start: a small student learns from two trained teachers what 2,000 labelled images could not teach it.
+r"""The quick start: a small student learns from two trained teachers what 2,000 labeled images could not teach it.
 
     python examples/fashion_mnist/quickstart.py
 
@@ -54,7 +54,7 @@ TEACHERS = {name: f'local-dir:{HERE / "teachers" / name}' for name in ('teacher_
 
 STUDENT = 'resnet10t'
 START_EPOCHS, STUDENT_EPOCHS = 50, 30
-LABELLED = 2000
+LABELED = 2000
 
 # The recipe has the model, the pixels, the augmentation and the settings of MEAL V2.
 COMMON = shlex.split(
@@ -109,7 +109,7 @@ def run_arms(out: Path, *, seed: int, unlabeled: Path | None, smoke: bool) -> di
     checkpoints['mealv2'] = train('mealv2', out, DATA, MEALV2 + from_start, seed=seed, epochs=epochs)
     if unlabeled is not None:
         images = len(create_dataset('', root=str(unlabeled), split='train.tar'))
-        same_steps = max(1, round(epochs * LABELLED / images))
+        same_steps = max(1, round(epochs * LABELED / images))
         options = [*MEALV2, *from_start, '--unlabeled', '--val-interval', '1']
         checkpoints['mealv2_unlabeled'] = train(
             'mealv2_unlabeled', out, unlabeled, options, seed=seed, epochs=same_steps
@@ -202,7 +202,7 @@ def run_once(args: argparse.Namespace, seed: int, out: Path, validation: ImageDa
         first_epochs={label: start_epochs for name, label in labels.items() if name != 'start'},
         top1_lines={name: top1[name] for name in (*TEACHERS, 'ensemble')},
         top1_from=None if args.smoke else 75,
-        title='Fashion-MNIST, 2,000 labelled images',
+        title='Fashion-MNIST, 2,000 labeled images',
     )
     export_and_verify(checkpoints['mealv2'], out, args.val_data, top1['mealv2'])
     print(f'\nTop-1 on {len(validation):,} images, weights of the last epoch, seed {seed}:\n\n{table(results)}\n')
