@@ -31,6 +31,7 @@ BOUND = 1e-5
 HALF_BOUNDS = {torch.bfloat16: 2**-6, torch.float16: 2**-9}
 """The same in half types: what rounding a logit of 16 to the type changes a probability of one half by."""
 
+_LEAST = {'cpu': 20.0}  # milliseconds of a batch below which a teacher stays as it is: noise would choose
 _GAIN = 0.97  # a form must take less than this share of the teacher's own time, so that noise does not choose
 _ROUNDS, _LEAST_ROUNDS, _SECONDS = 10, 3, 3.0
 
@@ -174,7 +175,8 @@ def fastest_form(
 
     def measure() -> tuple[list[list[float]], int]:
         times = _milliseconds([form for form, _ in candidates], run, x.device)
-        return times, _fastest(times)
+        worthwhile = min(times[0]) >= _LEAST.get(x.device.type, 0.0)
+        return times, _fastest(times) if worthwhile else 0
 
     layout = 'contiguous' if is_channels_last(teacher) else 'channels_last'
     for steps in (layout, 'folded', f'{layout}+folded'):
