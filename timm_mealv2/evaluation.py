@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from timm.task import ClassificationEvaluator, evaluation_sample_limit
+from timm.task import evaluation_sample_limit
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -73,6 +73,7 @@ def evaluate(
     names = [name for name, model in models.items() for name in (name, *(member_names(name, model) if members else ()))]
     meters = {name: _Meter(device, calibration) for name in names}
     remaining = evaluation_sample_limit(getattr(loader, 'iterable', loader))  # of the loader in a bar of tqdm's
+    checked = False
     with _eval_mode(models.values()):
         for x, target in loader:
             x, target = x.to(device, non_blocking=True), target.to(device, non_blocking=True)
@@ -91,21 +92,17 @@ def evaluate(
                 remaining -= len(target)
             if not len(target):
                 continue
-            lowest, highest = torch.stack(target.aminmax()).tolist()
-            known = target >= 0 if lowest < 0 else None
             for name, output in outputs.items():
-                if highest >= output.shape[1]:
-                    raise UserError(
-                        f'label {highest} is beyond the {output.shape[1]} classes of {name}: take a model for these '
-                        'classes, or map the labels with a class map.'
-                    )
-                meters[name].add_labeled(*((output, target) if known is None else (output[known], target[known])))
+                meters[name].add_labeled(output, target)
+                if not checked:
+                    meters[name].check_labels(name)  # here, as it may be long to the end; it waits for the device
                 if reference is not None and name != reference:
                     meters[name].add_compared(output, outputs[reference], name, reference)
                 meters[name].samples += len(output)
                 if on_output is not None:
                     on_output(name, output)
-    return {name: meter.compute(distributed) for name, meter in meters.items()}
+            checked = True
+    return {name: meter.compute(name, distributed) for name, meter in meters.items()}
 
 
 def member_names(name: str, model: nn.Module) -> list[str]:
@@ -160,20 +157,37 @@ class _Meter:
     """The sums of one model, on the device: a batch is added without waiting for it."""
 
     def __init__(self, device: torch.device, calibration: bool) -> None:
-        dtype = torch.float32 if device.type == 'mps' else torch.float64  # as timm's evaluator has it
-        self.accuracy = ClassificationEvaluator(device)
+        self.dtype = torch.float32 if device.type == 'mps' else torch.float64
         self.calibration = calibration
-        self.samples = 0
-        self.compared = torch.zeros(3, dtype=dtype, device=device)  # images, of equal top-1, sum of KL
-        self.bins = torch.zeros(3, CALIBRATION_BINS, dtype=dtype, device=device)  # images, right ones, confidence
+        self.samples = self.classes = 0
+        self.highest = torch.full((), -1, device=device)  # label
+        self.labeled = torch.zeros(4, dtype=self.dtype, device=device)  # images, sums of loss, top-1, top-5
+        self.compared = torch.zeros(3, dtype=self.dtype, device=device)  # images, of equal top-1, sum of KL
+        self.bins = torch.zeros(3, CALIBRATION_BINS, dtype=self.dtype, device=device)  # images, right, confidence
 
     def add_labeled(self, output: Tensor, target: Tensor) -> None:
-        self.accuracy.update(output, target)
+        self.classes = output.shape[1]
+        self.highest = torch.maximum(self.highest, target.max())
+        known = (target >= 0) & (target < self.classes)
+        images = known.sum()
+        # As timm sums it up: the mean over a batch, which is NaN of no image, times the number of images.
+        loss = F.cross_entropy(output.float(), target.where(known, -1), ignore_index=-1).to(self.dtype)
+        right = (output.topk(min(5, self.classes)).indices == target[:, None]) & known[:, None]
+        sums = (images, torch.where(images > 0, loss * images, 0), right[:, 0].sum(), right.any(dim=1).sum())
+        self.labeled += torch.stack([value.to(self.dtype) for value in sums])
         if self.calibration:
             confidence, top1 = output.softmax(dim=1).max(dim=1)
             index = (confidence * CALIBRATION_BINS).ceil().long().clamp(1, CALIBRATION_BINS) - 1
             rows = torch.stack([torch.ones_like(confidence), (top1 == target).to(confidence), confidence])
-            self.bins.index_add_(1, index, rows.to(self.bins.dtype))
+            self.bins.index_add_(1, index, rows.where(known, 0).to(self.dtype))
+
+    def check_labels(self, name: str) -> None:
+        highest = int(self.highest)
+        if highest >= self.classes > 0:
+            raise UserError(
+                f'label {highest} is beyond the {self.classes} classes of {name}: take a model for these classes, or '
+                'map the labels with a class map.'
+            )
 
     def add_compared(self, output: Tensor, reference_output: Tensor, name: str, reference: str) -> None:
         if output.shape != reference_output.shape:
@@ -184,26 +198,26 @@ class _Meter:
         log_q, log_p = F.log_softmax(output, dim=1), F.log_softmax(reference_output, dim=1)
         p = log_p.exp()
         kl = torch.where(p == 0, 0, p * (log_p - log_q))  # log p is -inf where p is 0
-        self.compared[0] += len(output)
-        self.compared[1] += (output.argmax(dim=1) == reference_output.argmax(dim=1)).sum()
-        self.compared[2] += kl.to(self.compared.dtype).sum()
+        same = (output.argmax(dim=1) == reference_output.argmax(dim=1)).sum()
+        self.compared += torch.stack([torch.full_like(self.compared[0], len(output)), same, kl.to(self.dtype).sum()])
 
-    def compute(self, distributed: bool) -> Metrics:
-        counts = torch.stack([self.accuracy.counts[0], self.accuracy.counts.new_tensor(self.samples)])
+    def compute(self, name: str, distributed: bool) -> Metrics:
+        samples = torch.tensor(self.samples, device=self.highest.device)
         if distributed:
-            for sums in (counts, self.compared, self.bins):
+            for sums in (samples, self.labeled, self.compared, self.bins):
                 dist.all_reduce(sums)
-        labeled, samples = counts.tolist()
-        accuracy = self.accuracy.compute(distributed=distributed)
+            dist.all_reduce(self.highest, dist.ReduceOp.MAX)
+        self.check_labels(name)
         if not samples:
             raise UserError('there is no image to evaluate on: the loader is empty.')
         metrics: Metrics = {}
-        if labeled:
-            metrics.update(accuracy)
+        images, loss, top1, top5 = self.labeled.tolist()
+        if images:
+            metrics = {'loss': loss / images, 'top1': 100 * top1 / images, 'top5': 100 * top5 / images}
             if self.calibration:
                 _, right, confidence = self.bins
                 metrics['nll'] = metrics['loss']
-                metrics['ece'] = 100 * (right - confidence).abs().sum().item() / labeled
+                metrics['ece'] = 100 * (right - confidence).abs().sum().item() / images
             if math.isnan(metrics['loss']):  # topk takes NaN for the largest
                 metrics = dict.fromkeys(metrics, math.nan)
         compared, agreeing, kl = self.compared.tolist()
@@ -211,5 +225,5 @@ class _Meter:
             kl = max(kl / compared, 0.0)  # rounding can leave a little less; NaN stays
             metrics['agreement'] = math.nan if math.isnan(kl) else 100 * agreeing / compared
             metrics['kl'] = kl
-        metrics['samples'] = samples
+        metrics['samples'] = int(samples)
         return metrics

@@ -23,7 +23,7 @@ from timm_mealv2.data.bad_images import BadImages, Batch, Collate, ReadableBatch
 from timm_mealv2.data.dataset import read_image
 from timm_mealv2.data.deterministic import EpochSampler, Key, KeyBatch, Sample
 from timm_mealv2.data.normalize import Stats
-from timm_mealv2.data.seed import Stream, counted_seed, seed_all, seed_cpu
+from timm_mealv2.data.seed import Stream, counted_seed, seed_cpu
 from timm_mealv2.data.workers import ignore_signals, keep_signals_from_workers
 
 
@@ -201,7 +201,7 @@ class StreamLoader:
         """Yield (images, targets) of `epoch`; `start` must be 0."""
         assert start == 0, 'a streaming data set is entered at the start of an epoch'
         self.dataset.set_epoch(epoch)  # type: ignore[attr-defined]
-        seed_all(counted_seed(Stream.STREAMING, self.seed, self.rank, epoch))
+        seed_cpu(counted_seed(Stream.STREAMING, self.seed, self.rank, epoch))
         for images, target in self.loader:
             yield images.to(self.device), target.to(self.device)
 

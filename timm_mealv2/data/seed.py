@@ -30,18 +30,21 @@ def counted_seed(stream: Stream, *counters: int) -> int:
     return int(np.random.SeedSequence([stream, *counters]).generate_state(1, np.uint64)[0] >> 1)
 
 
-def seed_all(seed: int) -> None:
-    """Seed Python's, NumPy's and torch's global generators (on every device)."""
-    random.seed(seed)
-    np.random.seed(seed & 0xFFFFFFFF)
-    torch.manual_seed(seed)
-
-
 def seed_cpu(seed: int) -> None:
     """Seed Python's, NumPy's and torch's CPU generators."""
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
     torch.default_generator.manual_seed(seed)
+
+
+def seed_all(seed: int, device: torch.device) -> None:
+    """Seed what `seed_cpu` does and, if `device` is no CPU, the generators of all devices.
+
+    Where CUDA has not been started, `torch.manual_seed` notes each seed, and who asked for it, in case that it will be.
+    """
+    seed_cpu(seed)
+    if device.type != 'cpu':
+        torch.manual_seed(seed)
 
 
 @contextmanager

@@ -256,9 +256,14 @@ def _build_criterion(args: argparse.Namespace) -> nn.Module:
     )
 
 
+_FUSED = ('sgd', 'nesterov', 'momentum', 'adam', 'adamw')  # names of torch's own optimizers that can be fused
+
+
 def _build_optimizer(args: argparse.Namespace, task: TrainingTask, lr: float) -> torch.optim.Optimizer:
     try:
         options = {**optimizer_kwargs(cfg=args), 'lr': lr, **args.opt_kwargs}
+        if task.device.type == 'cuda' and args.opt in _FUSED and 'foreach' not in options:
+            options.setdefault('fused', True)  # it skips an update by itself: the step then waits for nothing
         optimizer = create_optimizer_v2(task.get_trainable_module(), **options)
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f'cannot create --opt {args.opt}: {error}') from error
@@ -304,7 +309,6 @@ def _build_stepper(
         seed=args.seed,
         rank=guard.processes.rank,
         freeze_bn=args.freeze_bn,
-        agree=guard.agree,
     )
 
 

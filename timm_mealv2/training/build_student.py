@@ -11,7 +11,7 @@ from timm.data.loader import adapt_to_chs
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_norm
 from torch import nn
 
-from timm_mealv2.data.seed import Stream, counted_seed, seed_all
+from timm_mealv2.data.seed import Stream, counted_seed, seed_cpu
 from timm_mealv2.errors import UserError, one_line
 from timm_mealv2.models.checkpoint import TrainingCheckpoint
 from timm_mealv2.training.build_data import Pixels
@@ -26,7 +26,7 @@ def build_student(args: argparse.Namespace, batch_size: int, processes: Processe
     The resolved data configuration is written into the model's `pretrained_cfg`, where the task, the loaders, the
     evaluation and the exported config.json read it.
     """
-    seed_all(counted_seed(Stream.INITIALIZATION, args.seed))
+    seed_cpu(counted_seed(Stream.INITIALIZATION, args.seed))
     if args.fast_norm:
         set_fast_norm()
     in_chans = args.in_chans if args.in_chans is not None else args.input_size[0] if args.input_size else None

@@ -3,7 +3,7 @@
 import importlib
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,14 +71,22 @@ class Processes:
         dist.all_gather_object(gathered, value, group=self.group)
         return gathered
 
-    def maxima(self, values: Sequence[int]) -> list[int]:
-        """Return the largest of each of some numbers over the processes (a collective call)."""
-        if self.group is None:
-            return list(values)
+    def maxima(self, values: Sequence[int]) -> Callable[[], list[int]]:
+        """Begin to find the largest of each of some numbers over the processes (a collective call).
+
+        Returns:
+            Gives them, once all processes have told theirs.
+        """
         tensor = torch.tensor(values, dtype=torch.int64)
-        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group)
-        largest: list[int] = tensor.tolist()
-        return largest
+        work = None if self.group is None else dist.all_reduce(tensor, dist.ReduceOp.MAX, self.group, async_op=True)
+
+        def result() -> list[int]:
+            if work is not None:
+                work.wait()
+            largest: list[int] = tensor.tolist()
+            return largest
+
+        return result
 
     def from_first(self, value: Any) -> Any:
         """Return what the first process gives (a collective call)."""

@@ -49,7 +49,7 @@ class TimedStepper(Stepper):
         with self.timing('student'):
             super().backward(loss)
 
-    def update(self, update: int) -> bool:
+    def update(self, update: int) -> Tensor:
         """Make an update."""
         with self.timing('update'):
             return super().update(update)
@@ -123,7 +123,7 @@ def measure_training(
                 if updates == 1:
                     timed.seconds.clear()
                     began, waited, batches, images_seen = _now(), 0.0, 0, 0
-                elif not any(processes.maxima([_now() - began < seconds])):
+                elif not any(processes.maxima([_now() - began < seconds])()):
                     total = _now() - began
                     phases = dict(timed.seconds)
                     phases['student'] -= phases.get('teachers', 0.0)

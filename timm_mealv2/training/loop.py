@@ -13,7 +13,7 @@ from timm.task import TrainingTask
 from timm.utils import dispatch_clip_grad
 from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.utils import get_total_norm
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from timm_mealv2.data.loader import StreamLoader, TrainLoader
 from timm_mealv2.data.seed import Stream, counted_seed, seed_all
@@ -32,9 +32,12 @@ class LossScaler(torch.amp.GradScaler):
 class Stepper:
     """Forward, backward and update: what one step is made of, the same for every task.
 
-    An update whose loss or gradient is not finite is skipped on all processes: weights, optimizer, moving average and
-    the statistics of batch norm stay as they were. The device is asked once for that, between backward and update, as
-    torch's loss scaler does it. With the scaler only the loss counts: it deals with a gradient that overflows itself.
+    An update whose gradient has no finite norm is skipped on all processes: weights, optimizer, moving average and the
+    statistics of batch norm stay as they were. A loss that is not finite makes its gradient NaN, and that of the other
+    processes by DDP's sum, so that nothing has to be agreed on.
+
+    Fused optimizers of torch skip by themselves, and nothing waits for the device. All others, the first update (fused
+    SGD would go on with a momentum that was never set) and a moving average need one wait an update.
 
     Attributes:
         task: The task; its result's 'loss' is minimized.
@@ -50,7 +53,6 @@ class Stepper:
         rank: Number of this process.
         freeze_bn: Batch norm of what trains normalizes with its running statistics, which stay as they are; its weights
             and biases train like others.
-        agree: Told whether this process's update is finite; returns whether that of all processes is.
     """
 
     task: TrainingTask
@@ -65,14 +67,15 @@ class Stepper:
     seed: int = 42
     rank: int = 0
     freeze_bn: bool = False
-    agree: Callable[[bool], bool] = bool
 
     def __post_init__(self) -> None:
-        self._finite = torch.tensor(True)
         self._norms = [m for m in self.task.get_trainable_module().modules() if isinstance(m, _NormBase)]
         # What a forward pass changes before it is known whether the update is made.
-        self._statistics = [buffer for norm in self._norms for buffer in norm.buffers()]
-        self._kept = [buffer.clone() for buffer in self._statistics]
+        self._statistics = _Backup([buffer for norm in self._norms for buffer in norm.buffers()])
+        self._parameters = list(self.task.get_clip_parameters())
+        self._clipped = list(self.task.get_clip_parameters(exclude_head='agc' in self.clip_mode))
+        self._loss = torch.tensor(0.0)  # of the batches of this update so far
+        self._begun = False  # whether an update was made
 
     def train(self) -> None:
         """Set the task to training, before its first step and after each evaluation."""
@@ -83,28 +86,27 @@ class Stepper:
 
     def step(
         self, images: Tensor, target: Tensor, *, update: int, part: int = 0, parts: int = 1
-    ) -> tuple[dict[str, Tensor], bool]:
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
         """Train on one batch, the `part`th of the `parts` that make up update number `update`.
 
         Returns:
-            The task's result, and whether the update was made (True before its last part).
+            The task's result, and whether the update was made (a scalar on the device; None before the last part).
         """
         last = part == parts - 1
         if not part:
-            _copy(self._statistics, self._kept)
+            self._statistics.make()
         # Dropout and stochastic depth are functions of where the run stands.
-        seed_all(counted_seed(Stream.UPDATE, self.seed, self.rank, update, part))
+        seed_all(counted_seed(Stream.UPDATE, self.seed, self.rank, update, part), self.task.device)
         if self.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         with nullcontext() if last else self.task.no_sync():
             result = self.forward(images, target)
-            loss = result['loss'] / parts
+            loss = result['loss'] if parts == 1 else result['loss'] / parts
             if self.loss_weight is not None:
                 loss = loss * self.loss_weight(len(images))
-            finite = loss.detach().isfinite()
-            self._finite = self._finite & finite if part else finite
+            self._loss = self._loss + loss.detach() if part else loss.detach()
             self.backward(loss)
-        return result, self.update(update) if last else True
+        return result, self.update(update) if last else None
 
     def forward(self, images: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Run the task on a batch."""
@@ -113,47 +115,71 @@ class Stepper:
         return result
 
     def backward(self, loss: Tensor) -> None:
-        """Add a loss's gradient to that of the update."""
+        """Add a loss's gradient to that of the update; it is NaN if the loss is not finite."""
         scaled = loss if self.scaler is None else self.scaler.scale(loss)
-        scaled.backward(create_graph=getattr(self.optimizer, 'is_second_order', False))
+        one_or_nan = loss.detach() * 0 + 1
+        scaled.backward(one_or_nan, create_graph=getattr(self.optimizer, 'is_second_order', False))
 
-    def update(self, update: int) -> bool:
-        """Make update number `update`, unless it is not finite; return whether it was made."""
-        made = self.agree(bool(self._finite) if self.scaler is not None else self._all_finite())
-        if made:
-            if self.clip_grad is not None:
-                if self.scaler is not None:
-                    self.scaler.unscale_(self.optimizer)
-                parameters = self.task.get_clip_parameters(exclude_head='agc' in self.clip_mode)
-                dispatch_clip_grad(parameters, value=self.clip_grad, mode=self.clip_mode)
-            if self.scaler is not None:
-                self.scaler.step(self.optimizer)
-                self.scaler.update()
-            else:
-                self.optimizer.step()
+    def update(self, update: int) -> Tensor:
+        """Make update number `update`, unless its gradient is not finite; return whether it was made.
+
+        A gradient that overflows by the loss scaler's factor is the scaler's affair: that update counts as made.
+        """
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        norm = get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+        finite = norm < math.inf  # False for NaN
+        if self.clip_grad is not None and self.clip_mode == 'norm':
+            clip_grads_with_norm_(self._parameters, self.clip_grad, norm)
+        elif self.clip_grad is not None:
+            dispatch_clip_grad(self._clipped, value=self.clip_grad, mode=self.clip_mode)
+        if self._begun and self._skips_itself():
+            optimizer: Any = self.optimizer
+            optimizer.found_inf = (~finite).float()
+            optimizer.step()
+            self._statistics.put_back(unless=finite)
+        elif finite:  # the one wait for the device
+            self._begun = True
+            self.optimizer.step()
+            if self.task.has_ema():
+                self._update_average(update)
+        else:
+            self._statistics.put_back(unless=finite)
+        if self.scaler is not None:
+            self.scaler.update()
         self.optimizer.zero_grad()
-        if not made:
-            _copy(self._kept, self._statistics)
-        elif self.task.has_ema():
-            # Rounding of a bfloat16 average is random too, and the same on every process.
-            ema: Any = self.task.get_trainable_module(ema=True)
-            ema._sr_generator.manual_seed(counted_seed(Stream.EMA_ROUNDING, self.seed, update))
-            self.task.update_ema(step=update + 1)
-        return made
+        return finite if self.scaler is None else self._loss.isfinite()
 
-    def _all_finite(self) -> bool:
-        """Whether the losses of the update and its gradient are finite."""
-        gradients = [p.grad for group in self.optimizer.param_groups for p in group['params'] if p.grad is not None]
-        if self._finite & get_total_norm(gradients).isfinite().to(self._finite.device):
-            return True
-        # The norm's squares may overflow where the gradient does not.
-        return bool(self._finite) and all(bool(gradient.isfinite().all()) for gradient in gradients)
+    def _skips_itself(self) -> bool:
+        """Whether optimizer and average leave everything as it is, where the optimizer's `found_inf` says so."""
+        fused = all(group.get('fused') for group in self.optimizer.param_groups)
+        return fused and hasattr(self.optimizer, '_step_supports_amp_scaling') and not self.task.has_ema()
+
+    def _update_average(self, update: int) -> None:
+        # Rounding of a bfloat16 average is random too, and the same on every process.
+        ema: Any = self.task.get_trainable_module(ema=True)
+        ema._sr_generator.manual_seed(counted_seed(Stream.EMA_ROUNDING, self.seed, update))
+        self.task.update_ema(step=update + 1)
 
 
-@torch.no_grad()
-def _copy(source: list[Tensor], destination: list[Tensor]) -> None:
-    if source:
-        torch._foreach_copy_(destination, source)
+class _Backup:
+    """Copies of tensors, made and put back without waiting for the device; those of a dtype are one tensor."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        flat = [tensor.detach().view(-1) for tensor in tensors]
+        by_dtype = {dtype: [view for view in flat if view.dtype == dtype] for dtype in {view.dtype for view in flat}}
+        self._pairs = [(views, torch.cat(views)) for views in by_dtype.values()]
+
+    def make(self) -> None:
+        """Copy the tensors as they are now."""
+        for views, copy in self._pairs:
+            torch.cat(views, out=copy)
+
+    def put_back(self, *, unless: Tensor) -> None:
+        """Give the tensors the values of their copies where the scalar `unless` is False."""
+        for views, copy in self._pairs:
+            values = torch.where(unless, torch.cat(views), copy)
+            torch._foreach_copy_(views, list(values.split([len(view) for view in views])))
 
 
 class Schedule:
@@ -210,18 +236,19 @@ class EpochEvents:
     """What happens beside the steps. All functions are called on every process.
 
     Attributes:
-        after_update: Told, after each update, where the run stands, whether the update was made, and the last images.
+        after_update: Told, after each update, where the run stands, and whether the update was made (a scalar on the
+            device).
         before_next: Called between two updates of the epoch with the position; may end the run.
-        save_images: Saves a batch of images, given its number and the images; called at each line of the log.
+        at_line: Told the number of the batch and its images at each line of the log, where the device is waited for.
         log_interval: Batches from one line of the log to the next.
         log: Whether this process writes the log.
         world_size: Number of processes, each with batches of its own.
         synchronize: Wait for the device after each step.
     """
 
-    after_update: Callable[[Progress, bool, Tensor], None] | None = None
+    after_update: Callable[[Progress, Tensor], None] | None = None
     before_next: Callable[[Progress], None] | None = None
-    save_images: Callable[[int, Tensor], None] | None = None
+    at_line: Callable[[int, Tensor], None] | None = None
     log_interval: int = 50
     log: bool = True
     world_size: int = 1
@@ -264,19 +291,19 @@ def train_one_epoch(
         results.append(({name: value.detach() for name, value in result.items() if name != 'output'}, len(images)))
         if events.synchronize and images.is_cuda:
             torch.cuda.synchronize()
-        if part == parts - 1:
+        if made is not None:
             for scalars, count in results:
-                meters.update(scalars, count if made else 0)
+                meters.update(scalars, count, made)
             results.clear()
             update += 1
             position = Progress(start.epoch, batch + 1, update)
             if events.after_update is not None:
-                events.after_update(position, made, images)
+                events.after_update(position, made)
             if events.before_next is not None and batch + 1 < batches:
                 events.before_next(position)
         due = log.batch(batch, len(images), meters, learning_rate(stepper.optimizer))
-        if due and events.save_images is not None:
-            events.save_images(batch, images)
+        if due and events.at_line is not None:
+            events.at_line(batch, images)
     log.bar.close()
     if hasattr(stepper.optimizer, 'sync_lookahead'):
         stepper.optimizer.sync_lookahead()

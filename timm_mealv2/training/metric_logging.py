@@ -3,13 +3,12 @@
 import math
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from timm.utils import AverageMeter, trim_summary, update_summary
+from timm.utils import trim_summary, update_summary
 from torch import Tensor
 
 from timm_mealv2.errors import UserError
@@ -17,43 +16,43 @@ from timm_mealv2.files import replacing
 from timm_mealv2.training.run_folder import RunFolder
 
 
-@dataclass
 class Meters:
     """Means of a task's scalars over the images of an epoch. They stay on the device until they are asked for."""
 
-    meters: dict[str, AverageMeter] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self.names: tuple[str, ...] = ()
+        self.sums = torch.zeros(1)  # of the values times images, and at the end the images
 
-    def update(self, result: dict[str, Tensor], images: int) -> None:
-        """Add the scalars of a batch of `images` images; with 0 images only the names, whose means may be NaN."""
-        for name, value in result.items():
-            if name == 'output':
-                continue
-            if name not in self.meters:
-                self.meters[name] = AverageMeter()
-                self.meters[name].sum = torch.zeros_like(value.detach(), dtype=torch.float32)
-            if images:
-                self.meters[name].update(value.detach().float(), images)
+    def update(self, scalars: dict[str, Tensor], images: int, made: Tensor) -> None:
+        """Add the scalars of a batch of `images` images, of an update that was made; otherwise only the names."""
+        values = torch.stack([*(value.float() for value in scalars.values()), made.float()]) * images
+        if tuple(scalars) != self.names:
+            self.names, self.sums = tuple(scalars), torch.zeros_like(values)
+        self.sums += torch.where(made, values, 0)
 
     def means(self, distributed: bool = False) -> dict[str, float]:
-        """Return the means, over all processes if `distributed` (a collective call)."""
-        if not self.meters:
+        """Return the means, over all processes if `distributed` (a collective call); NaN without any image."""
+        if not self.names:
             return {}
-        sums = torch.stack([torch.stack([m.sum, torch.full_like(m.sum, m.count)]) for m in self.meters.values()])
+        sums = self.sums.clone()
         if distributed:
             dist.all_reduce(sums)
-        means = zip(self.meters, sums.tolist(), strict=True)
-        return {name: total / count if count else math.nan for name, (total, count) in means}
+        *totals, images = sums.tolist()
+        return {name: total / images if images else math.nan for name, total in zip(self.names, totals, strict=True)}
 
     def state_dict(self) -> dict[str, Any]:
         """Sums and counts, for a checkpoint in the middle of an epoch."""
-        return {name: {'sum': meter.sum.cpu(), 'count': meter.count} for name, meter in self.meters.items()}
+        *sums, images = self.sums.cpu()
+        return {
+            name: {'sum': total.clone(), 'count': int(images)} for name, total in zip(self.names, sums, strict=True)
+        }
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         """Go on from what `state_dict` returned."""
-        for name, values in state.items():
-            meter = self.meters[name] = AverageMeter()
-            meter.sum, meter.count = values['sum'].to(device), values['count']
-            meter.avg = meter.sum / max(meter.count, 1)
+        self.names = tuple(state)
+        values = [torch.as_tensor(values['sum'], dtype=torch.float32) for values in state.values()]
+        images = max((values['count'] for values in state.values()), default=0)
+        self.sums = torch.stack([*values, torch.tensor(float(images))]).to(device)
 
 
 def append_summary(path: Path, epoch: int, trained: dict[str, float], evaluated: dict[str, Any], lr: float) -> None:

@@ -1,7 +1,7 @@
 """What can end a run early: signals, updates that are not finite, images that cannot be read.
 
-The processes of a run agree on it with one all-reduce of three numbers at each update, on the CPU, so that all of them
-skip the same updates and stop at the same one.
+The processes of a run tell each other with one all-reduce of two numbers at each update, on the CPU. It is read at the
+next update: none waits for another, and all of them stop at the same one.
 """
 
 import logging
@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Self
 
+import torch
 from torch import Tensor
 
 from timm_mealv2.data.bad_images import BadImages
@@ -93,6 +94,7 @@ class Guard:
 
     Attributes:
         signal: The signal that has come to any process, 0 if none has.
+        stops: Whether the run is to stop after the present update, on all processes.
         state: For a checkpoint: 'bad_images' (see `BadImages.found`), 'skipped' updates of the run, and those skipped
             'in_a_row'.
     """
@@ -100,44 +102,66 @@ class Guard:
     def __init__(self, signals: Signals, bad: BadImages, processes: Processes, max_nonfinite: int = 10) -> None:
         self.signals, self.bad, self.processes, self.max_nonfinite = signals, bad, processes, max_nonfinite
         self.signal = 0
+        self.stops = False
+        self._told: Callable[[], list[int]] | None = None  # the news of all processes, at the last update
+        self._noted: list[tuple[int, Tensor]] = []
         self.state: dict[str, Any] = {'bad_images': bad.found, 'skipped': 0, 'in_a_row': 0}
 
-    @property
-    def stops(self) -> bool:
-        """Whether the run is to stop after the present update."""
-        return bool(self.signal) or len(self.bad.found) > self.bad.limit
+    def exchange(self) -> None:
+        """Take in what the processes told each other at the last call, and tell the news (a collective call)."""
+        self._hear()
+        self._told = self.processes.maxima([self.signals.received, self.bad.news])
 
-    def agree(self, finite: bool = True) -> bool:
-        """Tell the other processes whether this one's update is finite; return whether all are (a collective call)."""
-        self.signal, news, infinite = self.processes.maxima([self.signals.received, self.bad.news, not finite])
-        if news:
-            self.bad.share(self.processes.gather)
-        return not infinite
+    def agree(self) -> None:
+        """Exchange the news, and wait for those of all processes (a collective call)."""
+        self.exchange()
+        self._hear()
 
-    def count(self, update: int, finite: bool, find_teachers: Callable[[], Sequence[str]]) -> None:
-        """Count update number `update` if it was skipped as not finite.
+    def _hear(self) -> None:
+        if self._told is not None:
+            self.signal, news = self._told()
+            self._told = None
+            if news:
+                self.bad.share(self.processes.gather)
+                self.stops |= len(self.bad.found) > self.bad.limit  # at this moment the same on all processes
+            self.stops |= bool(self.signal)
+
+    def note(self, update: int, made: Tensor) -> None:
+        """Remember whether update number `update` was made, a scalar on the device."""
+        self._noted.append((update, made))
+
+    def settle(self, find_teachers: Callable[[], Sequence[str]] = list) -> None:
+        """Count those of the updates noted that were skipped; waits for the device (a collective call).
 
         Args:
-            update: Its number.
-            finite: Whether it was not skipped.
             find_teachers: Finds the teachers whose output is not finite, if any.
 
         Raises:
-            TooManyNonFiniteError: If it is the last of too many in a row, on all processes.
+            TooManyNonFiniteError: If there are too many in a row.
         """
-        if finite:
+        if not self._noted:
+            return
+        updates, made = zip(*self._noted, strict=True)
+        self._noted = []
+        skipped = self.processes.maxima((~torch.stack(made)).tolist())()
+        text = 'the loss or its gradient is not finite'
+        if any(skipped):
+            teachers = sorted({name for names in self.processes.gather(find_teachers()) for name in names})
+            if teachers:
+                verb = 'predicts' if len(teachers) == 1 else 'predict'
+                text += f', and so is what {" and ".join(teachers)} {verb}'
+        for update, is_skipped in zip(updates, skipped, strict=True):
+            self._count(update, bool(is_skipped), text)
+
+    def _count(self, update: int, skipped: bool, text: str) -> None:
+        if not skipped:
             self.state['in_a_row'] = 0
             return
         self.state['skipped'] += 1
         self.state['in_a_row'] += 1
-        text = 'the loss or its gradient is not finite'
-        teachers = sorted({name for names in self.processes.gather(find_teachers()) for name in names})
-        if teachers:
-            verb = 'predicts' if len(teachers) == 1 else 'predict'
-            text += f', and so is what {" and ".join(teachers)} {verb}'
-        row, skipped = self.state['in_a_row'], self.state['skipped']
+        row, total = self.state['in_a_row'], self.state['skipped']
         if self.processes.primary:
-            _logger.warning(f'Update {update} is skipped: {text} ({row} in a row, {skipped} in all).')
+            _logger.warning(f'Update {update} is skipped: {text} ({row} in a row, {total} in all).')
         if row >= self.max_nonfinite:
             raise TooManyNonFiniteError(f'{row} updates in a row were skipped (--max-nonfinite), {text}.')
 

@@ -238,6 +238,7 @@ class Trainer:
         parts, plan, epoch = self.parts, self.plan, start.epoch
         lr = learning_rate(parts.stepper.optimizer)
         trained = self._train(start)
+        self.guard.agree()
         trained_to = Progress(epoch, len(parts.data.loader), (epoch + 1) * parts.schedule.updates_per_epoch)
         if start.batch < len(parts.data.loader):  # of a run resumed at the epoch's end they are shared already
             share_batch_norm(self.task, plan.dist_bn, self.processes)
@@ -267,7 +268,7 @@ class Trainer:
         events = EpochEvents(
             after_update=self._after_update,
             before_next=self._before_next,
-            save_images=self._save_images if plan.save_images and self.processes.primary else None,
+            at_line=self._at_line,
             log_interval=plan.log_interval,
             log=self.processes.primary,
             world_size=self.processes.world_size,
@@ -280,20 +281,26 @@ class Trainer:
             text = f'The last good checkpoint is {newest}.' if newest else 'No checkpoint was written before.'
             raise UserError(f'{error} {text}') from error
 
-    def _after_update(self, position: Progress, made: bool, images: Tensor) -> None:
-        def find_teachers() -> list[str]:
-            if not isinstance(self.task, MealV2Task):
-                return []
-            with self.parts.stepper.autocast():
-                return [f'teacher {name}' for name in self.task.nonfinite_teachers(images)]
-
-        self.guard.count(position.update - 1, made, find_teachers)
+    def _after_update(self, position: Progress, made: Tensor) -> None:
+        self.guard.note(position.update - 1, made)
+        self.guard.exchange()
         self._updates += 1
         # Asked once, and not at a learning rate of 0, which trains nothing.
         asks = self._updates == _WATCHED_UPDATES and learning_rate(self.parts.stepper.optimizer) > 0
         if asks and isinstance(self.task, MealV2Task) and (warning := self.task.discriminator_warning()):
             _logger.warning(warning)
         self.parts.schedule.after_update(position.update)
+
+    def _at_line(self, batch: int, images: Tensor) -> None:
+        def find_teachers() -> list[str]:
+            if not isinstance(self.task, MealV2Task):
+                return []
+            with self.parts.stepper.autocast():
+                return [f'teacher {name}' for name in self.task.nonfinite_teachers(images)]
+
+        self.guard.settle(find_teachers)
+        if self.plan.save_images and self.processes.primary:
+            save_image(images, self.folder.path / f'train-batch-{batch}.jpg', padding=0, normalize=True)
 
     def _before_next(self, position: Progress) -> None:
         interval = self.plan.recovery_interval
@@ -307,7 +314,7 @@ class Trainer:
         if not guard.stops:
             return
         self._save_recovery(position)
-        self.processes.gather(None)  # torchrun ends all processes as soon as one is gone
+        guard.agree()  # torchrun ends all processes as soon as one is gone
         if guard.signal:
             guard.signals.leave(guard.signal, f' at epoch {position.epoch}, batch {position.batch}; {_CONTINUE}')
         guard.bad.check(f'Saved where it was; {_CONTINUE}')
@@ -358,6 +365,7 @@ class Trainer:
 
     def _keep(self, position: Progress) -> None:
         """Gather what the next checkpoint holds of this process and the others: they all call it."""
+        self.guard.settle()
         states = process_states(self.task, self.meters.state_dict(), self.processes)
         if self.saver is not None:
             self.saver.keep(position, states, self.parts.schedule.state_dict())
@@ -366,9 +374,6 @@ class Trainer:
         self._keep(position)
         if self.saver is not None:
             self.saver.save_recovery(position.epoch, position.batch)
-
-    def _save_images(self, batch: int, images: Tensor) -> None:
-        save_image(images, self.folder.path / f'train-batch-{batch}.jpg', padding=0, normalize=True)
 
     def _finish(self) -> None:
         if self.saver is None or self.trackers is None:  # not the first process
