@@ -9,6 +9,7 @@ from typing import Any
 
 from timm.task import TrainingTask
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torchvision.utils import save_image
 
 from timm_mealv2.errors import UserError, blamed_on
@@ -323,7 +324,8 @@ class Trainer:
 
     def _student(self, ema: bool = False) -> nn.Module:
         model: Any = self.task.get_eval_model(ema=ema)
-        return model
+        # DDP would send its buffers in each forward pass, and wait forever for a process that a signal has ended.
+        return model.module if isinstance(model, DistributedDataParallel) else model
 
     def _evaluated(self) -> tuple[dict[str, nn.Module], str | None]:
         """What an evaluation runs, and the name of what the others are compared with."""
