@@ -3,6 +3,7 @@
 import ast
 import configparser
 import importlib
+import os
 import subprocess
 import sys
 import tarfile
@@ -137,3 +138,35 @@ def test_commands_of_the_wheel_lead_to_functions(wheel):
     for target in commands.values():
         module, function = target.split(':')
         assert callable(getattr(importlib.import_module(module), function))
+
+
+@pytest.mark.slow
+def test_the_installed_wheel_trains_and_exports_in_an_empty_folder(wheel, image_folder, tmp_path):
+    site, work = tmp_path / 'site', tmp_path / 'work'
+    work.mkdir()
+    command = ['pip', 'install', '--no-deps', '--no-index', '-q', '--target', site, wheel.filename]
+    subprocess.run([sys.executable, '-m', *command], check=True)
+    environment = {**os.environ, 'PYTHONPATH': str(site), 'OMP_NUM_THREADS': '1'}
+
+    def run(program, *words):
+        result = subprocess.run(
+            [sys.executable, site / 'bin' / program, *words], cwd=work, env=environment, capture_output=True, text=True
+        )
+        assert result.returncode == 0, result.stderr
+        return result
+
+    options = '--model test_resnet --num-classes 3 --img-size 16 --epochs 1 --warmup-epochs 0 --workers 0 --device cpu'
+    images = len(list((image_folder / 'train').rglob('*.png')))
+    options += f' --batch-size {images // 2} --log-interval 1 --output . --experiment run'
+    (work / 'teacher.py').write_text(
+        'import timm\nimport timm_mealv2\n\n\ndef make():\n'
+        f'    assert timm_mealv2.__file__.startswith({str(site)!r})\n'
+        "    return timm.create_model('test_efficientnet', num_classes=3)\n"
+    )
+    log = run('mealv2-train', *options.split(), '--data-dir', image_folder, '--teachers', 'python:teacher:make').stderr
+    assert 'epoch 0 [2/2] loss' in log
+    run('mealv2-hub', 'export', 'run/last.pth.tar', '--out', 'student')
+    assert 'MEAL V2' in (work / 'student/README.md').read_text()
+    recipe = (ROOT / 'timm_mealv2/recipes/quickstart.yaml').read_text()
+    assert run('mealv2-train', 'recipes', 'show', 'quickstart').stdout == recipe
+    run('mealv2-report', 'run')
