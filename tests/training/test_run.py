@@ -15,6 +15,7 @@ from images import write_images
 from quick_training import REPOSITORY, SMALL, Train, assert_equal_weights, summary, weights
 
 from timm_mealv2.errors import UserError
+from timm_mealv2.training import trainer
 from timm_mealv2.training.checkpoint_saver import read_checkpoint
 from timm_mealv2.training.run_folder import find_newest
 
@@ -61,6 +62,21 @@ def test_preflight_names_every_teacher(train: Train, teachers: list[str], caplog
     with caplog.at_level('INFO'):
         train('none', '--teachers', *teachers, '--epochs', 1, '--no-preflight')
     assert 'Before the first step' not in caplog.text
+
+
+def test_a_dead_discriminator_is_told_once(
+    train: Train, teachers: list[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, '_WATCHED_UPDATES', 3)
+    untrained = ('--discriminator-lr-scale', 0)
+    for name, options, times in (
+        ('dead', untrained, 1),
+        ('alive', ('--discriminator-mode', 'adversarial', '--discriminator-reduction', 1, '--seed', 1), 0),
+        ('nothing trains yet', (*untrained, '--lr', 0, '--sched', 'none'), 0),
+    ):
+        caplog.clear()
+        train(name, '--teachers', *teachers, '--no-preflight', *options)
+        assert caplog.text.count('The discriminator is dead') == times, name
 
 
 FULL = (

@@ -16,7 +16,7 @@ from timm.data import ImageDataset, create_dataset
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch.utils.data import Dataset, IterableDataset
 
-from timm_mealv2.errors import UserError
+from timm_mealv2.errors import UserError, one_line
 
 RETRY_AFTER = (0.1, 0.5, 2.0)
 """Seconds before each further attempt to read an image after an error of the file system."""
@@ -174,7 +174,7 @@ def read_image(dataset: Dataset, index: int, img_mode: str | None = None) -> tup
         except Exception as error:  # Pillow's decoders raise many kinds
             # Pillow's own OSErrors, of files that are cut off or no image, have no number.
             if pause is None or getattr(error, 'errno', None) is None:
-                text = ' '.join(str(error).split()) or type(error).__name__
+                text = one_line(error)
                 raise UnreadableImage(f'{image_name(dataset, index)}: {text}', index) from error
             time.sleep(pause)
     if img_mode not in (None, image.mode):

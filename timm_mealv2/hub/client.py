@@ -30,7 +30,7 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import disable_progress_bars, parse_ratelimit_headers, validate_repo_id
 from huggingface_hub.utils import logging as client_logging
 
-from timm_mealv2.errors import UserError
+from timm_mealv2.errors import UserError, one_line
 from timm_mealv2.hub.folder import CONFIG_FILE, EXAMPLES_FOLDER, FILES, is_export, read_config, replacing_export
 from timm_mealv2.version import __version__
 
@@ -374,8 +374,7 @@ def _reason(error: BaseException, repo_id: str, verb: str) -> str:
         return f'there is no connection to {host}, or it broke ({type(error).__name__}).'
     if isinstance(error, json.JSONDecodeError):
         return f'{host} does not respond as the Hub does: is HF_ENDPOINT right?'
-    text = ' '.join(str(error).split())[:300].rstrip('.')
-    return f'{type(error).__name__}: {text}.'
+    return f'{type(error).__name__}: {one_line(error).rstrip(".")}.'
 
 
 def _without_token(text: str) -> str:
