@@ -2,10 +2,11 @@
 
 Every arm of every seed starts from the same weights, the model `start` of that seed, unless it says otherwise, sees the
 same 2,000 images in the same number of steps and ends with a cosine. Arms without labels have no weight decay, those
-with labels 5e-4, as in the quick start; the study `recipe` varies that.
+with labels 5e-4, as in the quick start; the study `recipe` varies that. The arms of the studies `few`, `students`,
+`transfer` and `photos` say themselves what they start from and see; each has a control of its own.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 EPOCHS = 15
 SEEDS = (0, 1, 2, 3, 4)
@@ -19,6 +20,7 @@ Arms that differ in their teachers, their mixing or their discriminator's mode a
 
 SAMPLE = 'examples/fashion_mnist/data'
 FULL = 'output/fashion_mnist_full'
+LABELED = 'output/studies/labeled'
 MODELS = 'output/studies/models'
 ONE, TWO = 'local-dir:studies/teachers/one', 'local-dir:studies/teachers/two'
 
@@ -38,8 +40,11 @@ class Arm:
         options: Options of `train_distill.py` that tell it from the others.
         lr: Name of the arm whose tuned learning rate it takes; None tunes its own.
         start: Model that it starts from; '' is from scratch.
-        epochs: Epochs of 2,000 images.
+        epochs: Epochs of its images.
         models: Models that it needs besides, as (name, seed).
+        control: Name of the arm that it is compared with, where that is not one for its whole study.
+        data: Folder of its images.
+        labels: Store of predictions that it learns from, recorded for its seed.
     """
 
     name: str
@@ -49,6 +54,9 @@ class Arm:
     start: str = 'start'
     epochs: int = EPOCHS
     models: tuple[tuple[str, int], ...] = ()
+    control: str = ''
+    data: str = SAMPLE
+    labels: str = ''
 
 
 _LABELS, _NO_LABELS = '--weight-decay 5e-4', '--weight-decay 0'
@@ -57,13 +65,40 @@ _WITHOUT = '--discriminator-weight 0'
 _ADVERSARIAL = '--discriminator-mode adversarial'
 _LOGIT = '--kd-distill-type logit --teachers'
 _START_RECIPE = '--lr 0.1 --warmup-epochs 5 --epochs 50'
+_AUGMENTED = '--aa rand-m5 --cutmix 1 --mixup-mode pair'
+
+STUDENTS = {
+    'half': ('half as wide', '--model-kwargs channels=[8,16,32,32] stem_width=8 output_stride=8'),
+    'wide': ('1.5 times as wide', '--model-kwargs channels=[24,48,96,96] stem_width=24 output_stride=8'),
+    'double': ('twice as wide', '--model-kwargs channels=[32,64,128,128] stem_width=32 output_stride=8'),
+    'mobilenet': ('mobilenetv3_small_050', '--model mobilenetv3_small_050 --model-kwargs'),
+    'efficientnet': ('test_efficientnet', '--model test_efficientnet --model-kwargs output_stride=8'),
+}
+"""Other students than the quick start's: what tells them from it, and their options, which are never the last ones."""
 
 MODEL_OPTIONS = {
     'start': f'--data-dir {SAMPLE} {_START_RECIPE} {_LABELS}',
     'taught_start': f'--data-dir {SAMPLE} {_START_RECIPE} {_MEALV2} {_WITHOUT}',
     'teacher': f'--data-dir {FULL} --lr 0.2 --sched-on-updates --warmup-epochs 1 --warmup-lr 0.02 --epochs 4 {_LABELS}',
+    **{
+        f'start_{count}': f'--data-dir {LABELED}/{count} --lr 0.1 --warmup-epochs 5 --epochs {epochs} {_LABELS}'
+        for count, epochs in ((200, 200), (600, 120))
+    },
+    **{
+        f'start_{name}': f'{options} --data-dir {SAMPLE} {_START_RECIPE} {_LABELS}'
+        for name, (_, options) in STUDENTS.items()
+    },
 }
-"""Models that arms start from or learn from. All have the student's architecture; a teacher sees 60,000 images."""
+"""Models that arms start from or learn from. A teacher sees 60,000 images; as it and `start` have the student's
+architecture, so have all but those of `STUDENTS`."""
+
+STORES = {
+    'augmented_labels': (
+        f'--recipe quickstart --data-dir {SAMPLE} --train-split train.tar --workers 0 --teachers {TWO} {_AUGMENTED} '
+        '--epochs 18'
+    ),
+}
+"""Predictions that are recorded before the arms that learn from them: options of `mealv2-softlabels record`."""
 
 TEACHER_SEEDS = (10, 11, 12, 13, 14)
 _TWO = tuple(('teacher', seed) for seed in TEACHER_SEEDS[:2])
@@ -108,6 +143,46 @@ def _methods() -> tuple[Arm, ...]:
     tuned_with |= {'ensemble_t4': 'logit_t4', 'mealv2_adversarial': 'mealv2'}
     return tuple(Arm(name, label, text, tuned_with.get(name), models=_TWO) for name, (label, text) in options.items())
 
+
+def _few(count: int, epochs: int) -> tuple[Arm, ...]:
+    """Start, teachers and control know `count` labels of 6,000 images; `epochs` of the labeled ones are 240 steps."""
+    start = 'start' if count == 2000 else f'start_{count}'
+    teachers = tuple((start, seed) for seed in (210, 211))
+    control = Arm(f'few_{count}_control', f'{count} labels: cross-entropy', _LABELS, 'control', start, epochs)
+    alone = Arm(
+        f'few_{count}_alone', f'{count} labels: MEAL V2 on these', _teachers(teachers), 'logit_t1', start, epochs
+    )
+    rest = replace(alone, name=f'few_{count}_all', label=f'{count} labels: MEAL V2 on all 6,000', epochs=5)
+    return tuple(
+        replace(arm, models=teachers, control=control.name, data=f'{LABELED}/{folder}')
+        for arm, folder in ((control, count), (alone, count), (rest, 6000))
+    )
+
+
+def _student(name: str, label: str, options: str) -> tuple[Arm, Arm]:
+    """Control and MEAL V2 of another student. One of another family tunes its own learning rates."""
+    tuned = ('control', 'logit_t1') if label.endswith('wide') else (None, None)
+    control = Arm(
+        f'{name}_control', f'{label}: cross-entropy', f'{options} {_LABELS}', tuned[0], f'start_{name}', models=_TWO
+    )
+    control = replace(control, control=control.name)
+    mealv2 = replace(
+        control,
+        name=f'{name}_mealv2',
+        label=f'{label}: MEAL V2',
+        options=f'{options} {_MEALV2} {_WITHOUT}',
+        lr=tuned[1],
+    )
+    return control, mealv2
+
+
+_AUGMENTED_ARM = Arm(
+    'augmented',
+    'with RandAugment and CutMix, live teachers',
+    f'{_MEALV2} {_WITHOUT} {_AUGMENTED}',
+    'logit_t1',
+    models=_TWO,
+)
 
 STUDIES: dict[str, tuple[Arm, ...]] = {
     'methods': _methods(),
@@ -191,4 +266,23 @@ STUDIES: dict[str, tuple[Arm, ...]] = {
         for arm in _methods()
         if arm.name in ('control', 'mealv2_without', 'mixup')
     ),
+    'stored': (
+        _AUGMENTED_ARM,
+        *(
+            replace(
+                _AUGMENTED_ARM,
+                name=name,
+                label=label,
+                options=f'{_WITHOUT} {_NO_LABELS} {_AUGMENTED}',
+                epochs=epochs,
+                labels='augmented_labels',
+            )
+            for name, label, epochs in (
+                ('stored', 'the same, stored labels', EPOCHS),
+                ('stored_longer', 'stored labels, as long in processor time', 18),
+            )
+        ),
+    ),
+    'few': tuple(arm for count, epochs in ((200, 120), (600, 48), (2000, EPOCHS)) for arm in _few(count, epochs)),
+    'students': tuple(arm for name, student in STUDENTS.items() for arm in _student(name, *student)),
 }

@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from arms import SEEDS, STUDIES, TUNING_SEED
+from arms import SEEDS, STUDENTS, STUDIES, TUNING_SEED
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from run import ROOT, Row, read_rows
@@ -28,6 +28,9 @@ REFERENCES = {
     'teachers': (('mealv2_without',), ('logit_t1',)),
     'start': (('mealv2',), ('control',)),
     'longer': (('control_long',), ()),
+    'stored': (('mealv2_without',), ()),
+    'few': ((), ()),
+    'students': ((), ('control', 'mealv2_without')),
 }
 """Study -> the arms that its others are compared with, and arms of other studies that its table repeats."""
 
@@ -71,7 +74,7 @@ def read_arms() -> dict[str, dict[str, Row]]:
 CHANCE = ('0.6931', '0.5')
 """Loss (ln 2) and accuracy of a discriminator whose outputs say nothing."""
 
-LABELS = {arm.name: arm.label for arms in STUDIES.values() for arm in arms}
+ARMS = {arm.name: arm for arms in STUDIES.values() for arm in arms}
 
 
 def mean_of(rows: dict[str, Row], column: str, spec: str) -> str:
@@ -85,7 +88,10 @@ def study_table(study: str, arms: dict[str, dict[str, Row]]) -> str:
     references, repeated = REFERENCES[study]
     names = dict.fromkeys([*references, *repeated, *(arm.name for arm in STUDIES[study])])
     discriminator = study == 'discriminator'
-    heads = ['arm', 'lr', 'seeds', 'top-1, %', *(f'minus {LABELS[name]}' for name in references), 'KL', 'agreement, %']
+    own = any(arm.control for arm in STUDIES[study])
+    heads = ['arm', 'lr', 'seeds', 'top-1, %', *(f'minus {ARMS[name].label}' for name in references)]
+    heads += ['minus its control'] if own else []
+    heads += ['KL', 'agreement, %']
     heads += ['at chance', "discriminator's loss"] if discriminator else ['CPU s']
     lines = [f'| {" | ".join(heads)} |', '|---' + '|---:' * (len(heads) - 1) + '|']
     for name in names:
@@ -93,8 +99,14 @@ def study_table(study: str, arms: dict[str, dict[str, Row]]) -> str:
         if len(rows) < 2:
             continue
         top1 = interval([float(row['top1']) for row in rows.values()])
-        gains = [None if name == other else paired_gain(rows, arms.get(other, {})) for other in references]
-        cells = [LABELS[name], next(iter(rows.values()))['lr'], str(len(rows)), f'{top1.mean:.2f} ± {top1.error:.2f}']
+        others = (*references, ARMS[name].control or 'control') if own else references
+        gains = [None if name == other else paired_gain(rows, arms.get(other, {})) for other in others]
+        cells = [
+            ARMS[name].label,
+            next(iter(rows.values()))['lr'],
+            str(len(rows)),
+            f'{top1.mean:.2f} ± {top1.error:.2f}',
+        ]
         cells += [f'{gain.mean:+.2f} ± {gain.half_width:.2f}' if gain else '-' for gain in gains]
         cells += [mean_of(rows, 'kl', '.3f'), mean_of(rows, 'agreement', '.1f')]
         if discriminator:
@@ -109,7 +121,7 @@ def study_table(study: str, arms: dict[str, dict[str, Row]]) -> str:
         else:
             cells += [mean_of(rows, 'seconds', '.0f')]
         lines.append(f'| {" | ".join(cells)} |')
-    waiting = [LABELS[name] for name in names if len(arms.get(name, {})) < 2]
+    waiting = [ARMS[name].label for name in names if len(arms.get(name, {})) < 2]
     if waiting:
         lines += ['', f'Not run yet: {"; ".join(waiting)}.']
     return '\n'.join(lines)
@@ -118,6 +130,8 @@ def study_table(study: str, arms: dict[str, dict[str, Row]]) -> str:
 def models_table(arms: dict[str, dict[str, Row]]) -> str:
     """Return the top-1 of what the arms start from and learn from."""
     names = {'start': 'start', 'taught_start': 'start, taught', 'teacher': 'teacher', 'ensemble': 'the two teachers'}
+    names |= {f'start_{count}': f'start, {count} labels; 210 and 211 are its teachers' for count in (200, 600)}
+    names |= {f'start_{name}': f'start, {label}' for name, (label, _) in STUDENTS.items()}
     lines = ['| model | seeds | top-1, % |', '|---|---|---:|']
     for name, label in names.items():
         rows = sorted(arms.get(name, {}).items(), key=lambda item: int(item[0] or 0))

@@ -27,10 +27,23 @@ from pathlib import Path
 import timm
 import torch
 import yaml
-from arms import COMMON, FULL, LEARNING_RATES, MODEL_OPTIONS, MODELS, SAMPLE, SEEDS, STUDIES, TUNING_SEED, TWO, Arm
+from arms import (
+    COMMON,
+    FULL,
+    LEARNING_RATES,
+    MODEL_OPTIONS,
+    MODELS,
+    SEEDS,
+    STORES,
+    STUDIES,
+    TUNING_SEED,
+    TWO,
+    Arm,
+)
 from timm.data import create_dataset, create_transform
 from torch import Tensor, nn
 
+from timm_mealv2.cli import soft_labels
 from timm_mealv2.command_line import OneLineParser, run_cli
 from timm_mealv2.errors import UserError
 from timm_mealv2.training import run as training
@@ -136,6 +149,20 @@ def train(job: Job) -> Row:
     }
 
 
+def record(job: Job) -> Row:
+    """Record predictions as `mealv2-softlabels` does, and return a row of what that took."""
+    torch.set_num_threads(1)
+    final = Path(MODELS) / f'{job.arm}-{job.seed}'
+    folder = final.with_name(f'{final.name}.part')
+    shutil.rmtree(folder, ignore_errors=True)
+    began = time.process_time()
+    soft_labels.main(['record', *shlex.split(job.options), '--seed', str(job.seed), '--out', str(folder)])
+    seconds = time.process_time() - began
+    shutil.rmtree(final, ignore_errors=True)
+    folder.rename(final)
+    return {'arm': job.arm, 'seed': str(job.seed), 'lr': '', 'settings': job.options, 'seconds': f'{seconds:.0f}'}
+
+
 def read_rows(study: str) -> list[Row]:
     """Return the rows of a study, none if it has not been run."""
     path = RESULTS / f'{study}.csv'
@@ -165,26 +192,30 @@ def keys(study: str) -> set[tuple[str, ...]]:
 
 
 def missing(study: str, jobs: Iterable[Job]) -> list[Job]:
-    """Return the jobs that have no row yet, or whose model is to be kept and is not there."""
+    """Return the jobs that have no row yet, or what they keep is not there."""
     done = keys(study)
     return [
         job
         for job in dict.fromkeys(jobs)
         if (job.arm, str(job.seed), job.lr) not in done
-        or (job.keep and not (Path(MODELS) / f'{job.arm}-{job.seed}/last.pth.tar').is_file())
+        or (job.keep and not (Path(MODELS) / f'{job.arm}-{job.seed}').is_dir())
     ]
 
 
 def model_jobs(arms: Sequence[Arm], seeds: Sequence[int]) -> list[Job]:
-    """Return the trainings of the models that the arms start from or learn from."""
+    """Return the trainings of the models that the arms start from or learn from, and the recordings."""
     needed = [model for arm in arms for model in arm.models]
     needed += [(arm.start, seed) for seed in (TUNING_SEED, *seeds) for arm in arms if arm.start]
-    return [Job(name, seed, '', MODEL_OPTIONS[name], keep=True) for name, seed in dict.fromkeys(needed)]
+    needed += [(arm.labels, seed) for seed in seeds for arm in arms if arm.labels]
+    options = MODEL_OPTIONS | STORES
+    return [Job(name, seed, '', options[name], keep=True) for name, seed in dict.fromkeys(needed)]
 
 
 def arm_job(arm: Arm, seed: int, lr: float | str) -> Job:
     """Return an arm's training."""
-    options = f'--data-dir {SAMPLE} {arm.options} --lr {lr} --epochs {arm.epochs}'
+    options = f'--data-dir {arm.data} {arm.options} --lr {lr} --epochs {arm.epochs}'
+    if arm.labels:
+        options += f' --soft-labels {MODELS}/{arm.labels}-{seed}'
     if arm.start:
         options += f' --initial-checkpoint {MODELS}/{arm.start}-{seed}/last.pth.tar'
     return Job(arm.name, seed, str(lr), options)
@@ -203,7 +234,9 @@ def tuned_lr(arm: Arm) -> str:
 
 def run_jobs(pool: Executor, study: str, jobs: Iterable[Job]) -> None:
     """Run the missing jobs side by side; each adds its row as it ends."""
-    for future in as_completed([pool.submit(train, job) for job in missing(study, jobs)]):
+    for future in as_completed(
+        [pool.submit(record if job.arm in STORES else train, job) for job in missing(study, jobs)]
+    ):
         row = future.result()
         if (row['arm'], row['seed'], row['lr']) not in keys(study):  # a model is made again where its file is gone
             add_row(study, row)
@@ -212,7 +245,9 @@ def run_jobs(pool: Executor, study: str, jobs: Iterable[Job]) -> None:
 def run_study(pool: Executor, study: str, seeds: Sequence[int] = SEEDS) -> None:
     """Run what is missing of a study: the models it needs, learning rates, seeds."""
     arms = STUDIES[study]
-    run_jobs(pool, 'models', model_jobs(arms, seeds))
+    jobs = model_jobs(arms, seeds)
+    for with_teachers in (False, True):  # which are models too
+        run_jobs(pool, 'models', [job for job in jobs if ('--teachers' in job.options) == with_teachers])
     if not any(row['arm'] == 'ensemble' for row in read_rows('models')):
         ensemble = timm.create_model(TWO, pretrained=True)
         add_row('models', {'arm': 'ensemble', 'settings': TWO, **measure(ensemble, compare=False)})
@@ -229,8 +264,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--jobs', type=int, default=os.cpu_count(), help='trainings side by side (default: the cores)')
     args = parser.parse_args(argv)
     os.chdir(ROOT)
-    if not Path(FULL, 'train.tar').is_file():
-        raise UserError(f'there is no {FULL}: python examples/fashion_mnist/make_sample.py --full makes it')
+    for folder in sorted({FULL, *(arm.data for study in args.studies for arm in STUDIES[study])}):
+        if not Path(folder, 'train.tar').is_file():
+            which = '--full' if folder == FULL else f'--per-class {int(Path(folder).name) // 10} --out {folder}'
+            raise UserError(f'there is no {folder}: python examples/fashion_mnist/make_sample.py {which} makes it')
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context('spawn')) as pool:
         for study in args.studies:
             run_study(pool, study)

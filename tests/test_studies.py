@@ -61,8 +61,10 @@ def test_every_arm_is_a_command_line_that_the_training_program_takes(
     arms = [arm for group in studies['arms'].STUDIES.values() for arm in group]
     assert len({arm.name for arm in arms}) == len(arms)
     for arm in arms:
-        # The model that it starts from is made by the study.
+        # The model that it starts from and the predictions that it reads are made by the study.
         options = studies['run'].arm_job(arm, 0, 0.05).options.partition(' --initial-checkpoint')[0]
+        made, stored, _ = options.partition('--soft-labels')
+        options = f'{made} --teachers {studies["arms"].ONE}' if stored else options
         parse_args(shlex.split(f'{studies["arms"].COMMON} {options}'))
 
 

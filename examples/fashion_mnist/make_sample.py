@@ -7,6 +7,7 @@ test images of each class, beside this file. timm reads them with `--data-dir ex
     python examples/fashion_mnist/make_sample.py
     python examples/fashion_mnist/make_sample.py --full             # all 60,000 + 10,000 images
     python examples/fashion_mnist/make_sample.py --unlabeled 6000   # images without their labels
+    python examples/fashion_mnist/make_sample.py --per-class 20 --out output/fashion_mnist_200
 
 The source is the four .gz files of Debian's package `dataset-fashion-mnist` (MIT licence, Zalando SE).
 """
@@ -86,6 +87,9 @@ def build_parser() -> argparse.ArgumentParser:
         metavar='N',
         help='write the first N training images that are not in the sample, in one folder, without labels',
     )
+    what.add_argument(
+        '--per-class', type=int, metavar='N', default=PER_CLASS, help='training images of each class (default: 200)'
+    )
     parser.add_argument(
         '--source', type=Path, default=SOURCE, help='folder with the four .gz files (default: %(default)s)'
     )
@@ -111,6 +115,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sample, folders = others[: args.unlabeled], ['images'] * len(labels)
     else:
         out = args.out or HERE / 'data'
+        sample = first_of_each_class(labels, args.per_class)
     write_tar(out / 'train.tar', images, folders, sample)
     write_tar(out / 'validation.tar', test_images, test_folders, test_sample)
 
