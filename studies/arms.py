@@ -8,6 +8,8 @@ with labels 5e-4, as in the quick start; the study `recipe` varies that. The arm
 
 from dataclasses import dataclass, replace
 
+from data_sets import DIGITS, FASHION, FULL, LABELED, ONE, PHOTOS, SAMPLE, TWO, DataSet
+
 EPOCHS = 15
 SEEDS = (0, 1, 2, 3, 4)
 
@@ -18,11 +20,7 @@ LEARNING_RATES = (0.05, 0.1, 0.2)
 Arms that differ in their teachers, their mixing or their discriminator's mode alone share one: see `Arm.lr`.
 """
 
-SAMPLE = 'examples/fashion_mnist/data'
-FULL = 'output/fashion_mnist_full'
-LABELED = 'output/studies/labeled'
 MODELS = 'output/studies/models'
-ONE, TWO = 'local-dir:studies/teachers/one', 'local-dir:studies/teachers/two'
 
 COMMON = (
     '--recipe quickstart --train-split train.tar --val-split validation.tar --checkpoint-hist 1 --channels-last '
@@ -45,6 +43,7 @@ class Arm:
         control: Name of the arm that it is compared with, where that is not one for its whole study.
         data: Folder of its images.
         labels: Store of predictions that it learns from, recorded for its seed.
+        measured: What it is measured on.
     """
 
     name: str
@@ -57,6 +56,7 @@ class Arm:
     control: str = ''
     data: str = SAMPLE
     labels: str = ''
+    measured: DataSet = FASHION
 
 
 _LABELS, _NO_LABELS = '--weight-decay 5e-4', '--weight-decay 0'
@@ -80,6 +80,13 @@ MODEL_OPTIONS = {
     'start': f'--data-dir {SAMPLE} {_START_RECIPE} {_LABELS}',
     'taught_start': f'--data-dir {SAMPLE} {_START_RECIPE} {_MEALV2} {_WITHOUT}',
     'teacher': f'--data-dir {FULL} --lr 0.2 --sched-on-updates --warmup-epochs 1 --warmup-lr 0.02 --epochs 4 {_LABELS}',
+    'plain': f'--data-dir {SAMPLE} --lr 0.1 --epochs {EPOCHS} {_LABELS}',
+    'distilled': f'--data-dir {SAMPLE} --lr 0.2 --epochs {EPOCHS} {_MEALV2} {_WITHOUT}',
+    'photos_start': f'--data-dir {PHOTOS.folder} {PHOTOS.options} {_START_RECIPE} {_LABELS}',
+    'photos_teacher': (
+        f'--data-dir {PHOTOS.folder} {PHOTOS.options} --train-split train_all --lr 0.2 --warmup-epochs 5 --epochs 40 '
+        f'{_LABELS}'
+    ),
     **{
         f'start_{count}': f'--data-dir {LABELED}/{count} --lr 0.1 --warmup-epochs 5 --epochs {epochs} {_LABELS}'
         for count, epochs in ((200, 200), (600, 120))
@@ -92,10 +99,16 @@ MODEL_OPTIONS = {
 """Models that arms start from or learn from. A teacher sees 60,000 images; as it and `start` have the student's
 architecture, so have all but those of `STUDENTS`."""
 
+MODEL_STARTS = {'plain': 'start', 'distilled': 'start'}
+"""Models that go on from another of the same seed."""
+
+MODEL_DATA = {'photos_start': PHOTOS, 'photos_teacher': PHOTOS}
+"""Models that are measured on other images than Fashion-MNIST's."""
+
 STORES = {
     'augmented_labels': (
         f'--recipe quickstart --data-dir {SAMPLE} --train-split train.tar --workers 0 --teachers {TWO} {_AUGMENTED} '
-        '--epochs 18'
+        '--epochs 20'
     ),
 }
 """Predictions that are recorded before the arms that learn from them: options of `mealv2-softlabels record`."""
@@ -174,6 +187,64 @@ def _student(name: str, label: str, options: str) -> tuple[Arm, Arm]:
         lr=tuned[1],
     )
     return control, mealv2
+
+
+def _transfer() -> tuple[Arm, ...]:
+    """240 steps on 200 digits: of all weights, or of a linear classifier alone on what the network gives."""
+    digits = Arm(
+        'digits_scratch',
+        'from scratch',
+        f'{DIGITS.options} {_LABELS}',
+        start='',
+        epochs=120,
+        data=DIGITS.folder,
+        measured=DIGITS,
+    )
+    anew = f'{DIGITS.options} {_LABELS} --head-init-scale 0 --head-init-bias 0'
+    # Layer decay takes every layer but the last below what is trained.
+    probe = f'{anew} --freeze-bn --layer-decay 0.1 --layer-decay-no-opt-scale 0.5'
+    arms = [digits]
+    for way, options in (('fine-tuned', anew), ('linear probe', probe)):
+        plain = f'digits_plain_{way.split()[-1]}'
+        for start in ('plain', 'distilled'):
+            arms.append(
+                replace(
+                    digits,
+                    name=plain.replace('plain', start),
+                    label=f'{way}: {start}',
+                    options=options,
+                    start=start,
+                    models=_TWO,
+                    control=plain,
+                )
+            )
+    return tuple(arms)
+
+
+def _photos() -> tuple[Arm, ...]:
+    """The first methods of study A on squares of photos."""
+    teachers = f'--teachers {PHOTOS.teacher} {_NO_LABELS}'
+    options = {
+        'control': ('control, cross-entropy', _LABELS),
+        'without': ('MEAL V2 without discriminator', f'{teachers} {_WITHOUT}'),
+        'official': ('MEAL V2, official discriminator', teachers),
+        'logit': (
+            'logit distillation, ensemble, T = 4, half labels',
+            f'{_LOGIT} {PHOTOS.teacher} --kd-temperature 4 --task-loss-weight 0.5 {_LABELS}',
+        ),
+    }
+    return tuple(
+        Arm(
+            f'photos_{name}',
+            label,
+            f'{PHOTOS.options} {text}',
+            start='photos_start',
+            models=(('photos_teacher', 10), ('photos_teacher', 11)),
+            data=PHOTOS.folder,
+            measured=PHOTOS,
+        )
+        for name, (label, text) in options.items()
+    )
 
 
 _AUGMENTED_ARM = Arm(
@@ -279,10 +350,12 @@ STUDIES: dict[str, tuple[Arm, ...]] = {
             )
             for name, label, epochs in (
                 ('stored', 'the same, stored labels', EPOCHS),
-                ('stored_longer', 'stored labels, as long in processor time', 18),
+                ('stored_longer', 'stored labels, as long in processor time', 20),
             )
         ),
     ),
     'few': tuple(arm for count, epochs in ((200, 120), (600, 48), (2000, EPOCHS)) for arm in _few(count, epochs)),
+    'transfer': _transfer(),
+    'photos': _photos(),
     'students': tuple(arm for name, student in STUDENTS.items() for arm in _student(name, *student)),
 }

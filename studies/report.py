@@ -31,6 +31,8 @@ REFERENCES = {
     'stored': (('mealv2_without',), ()),
     'few': ((), ()),
     'students': ((), ('control', 'mealv2_without')),
+    'transfer': ((), ()),
+    'photos': (('photos_control',), ()),
 }
 """Study -> the arms that its others are compared with, and arms of other studies that its table repeats."""
 
@@ -99,7 +101,7 @@ def study_table(study: str, arms: dict[str, dict[str, Row]]) -> str:
         if len(rows) < 2:
             continue
         top1 = interval([float(row['top1']) for row in rows.values()])
-        others = (*references, ARMS[name].control or 'control') if own else references
+        others = (*references, ARMS[name].control or ('control' if name in repeated else '')) if own else references
         gains = [None if name == other else paired_gain(rows, arms.get(other, {})) for other in others]
         cells = [
             ARMS[name].label,
@@ -132,6 +134,8 @@ def models_table(arms: dict[str, dict[str, Row]]) -> str:
     names = {'start': 'start', 'taught_start': 'start, taught', 'teacher': 'teacher', 'ensemble': 'the two teachers'}
     names |= {f'start_{count}': f'start, {count} labels; 210 and 211 are its teachers' for count in (200, 600)}
     names |= {f'start_{name}': f'start, {label}' for name, (label, _) in STUDENTS.items()}
+    names |= {'plain': 'start, then cross-entropy', 'distilled': 'start, then MEAL V2 without discriminator'}
+    names |= {'photos_start': 'start, photos', 'photos_teacher': 'teacher, photos', 'photos_ensemble': 'both, photos'}
     lines = ['| model | seeds | top-1, % |', '|---|---|---:|']
     for name, label in names.items():
         rows = sorted(arms.get(name, {}).items(), key=lambda item: int(item[0] or 0))

@@ -29,17 +29,18 @@ import torch
 import yaml
 from arms import (
     COMMON,
-    FULL,
     LEARNING_RATES,
+    MODEL_DATA,
     MODEL_OPTIONS,
+    MODEL_STARTS,
     MODELS,
     SEEDS,
     STORES,
     STUDIES,
     TUNING_SEED,
-    TWO,
     Arm,
 )
+from data_sets import FASHION, FULL, DataSet
 from timm.data import create_dataset, create_transform
 from torch import Tensor, nn
 
@@ -59,57 +60,60 @@ Row = dict[str, str]
 
 @dataclass(frozen=True)
 class Job:
-    """One training: its arm's name, seed and learning rate ('' if it is among the options), and all its options."""
+    """One training: its arm, seed, learning rate ('' if among the options), options, and what it is measured on."""
 
     arm: str
     seed: int
     lr: str
     options: str
     keep: bool = False
+    measured: DataSet = FASHION
 
 
 @functools.cache
-def images(split: str) -> tuple[Tensor, Tensor]:
-    """Return images [N, 1, 32, 32] and labels [N]: the 10,000 of 'test', or 5,000 for 'tuning'."""
+def images(source: DataSet, split: str) -> tuple[Tensor, Tensor]:
+    """Return images [N, C, 32, 32] and labels [N] of the split 'test' or 'tuning'."""
     config = {
-        'input_size': (1, 32, 32),
-        'mean': (0.286,),
-        'std': (0.353,),
+        'input_size': (source.channels, 32, 32),
+        'mean': (source.mean,) * source.channels,
+        'std': (source.std,) * source.channels,
         'interpolation': 'bilinear',
         'crop_pct': 1.0,
     }
-    name = 'validation.tar' if split == 'test' else 'train.tar'
-    data = create_dataset('', root=FULL, split=name, input_img_mode='L', transform=create_transform(**config))
-    # Images come sorted by class. The last twelfth of each is neither in the sample nor among its unlabeled images.
-    count = len(data) // 10
-    tuning = [count * label + index for label in range(10) for index in range(count * 11 // 12, count)]
-    indices = range(len(data)) if split == 'test' else tuning
+    name = source.test if split == 'test' else source.tuning
+    mode = 'L' if source.channels == 1 else 'RGB'
+    data = create_dataset('', source.folder, name, input_img_mode=mode, transform=create_transform(**config))
+    indices: Sequence[int] = range(len(data))
+    if name == 'train.tar':
+        # Images come sorted by class. The last twelfth of each is neither in the sample nor among its unlabeled images.
+        count = len(data) // 10
+        indices = [count * label + index for label in range(10) for index in range(count * 11 // 12, count)]
     pixels, labels = zip(*(data[index] for index in indices), strict=True)
     return torch.stack(pixels), torch.tensor(labels)
 
 
 @torch.inference_mode()
-def log_probabilities(model: nn.Module, split: str) -> Tensor:
-    """Return the log-probabilities [N, 10] of a model on the images of a split."""
-    return torch.cat([model.eval()(batch) for batch in images(split)[0].split(250)]).log_softmax(dim=1)
+def log_probabilities(model: nn.Module, source: DataSet, split: str) -> Tensor:
+    """Return the log-probabilities [N, C] of a model on the images of a split."""
+    return torch.cat([model.eval()(batch) for batch in images(source, split)[0].split(250)]).log_softmax(dim=1)
 
 
 @functools.cache
-def ensemble_log_probabilities() -> Tensor:
-    """Return those of the two teachers' ensemble on the test images."""
-    return log_probabilities(timm.create_model(TWO, pretrained=True), 'test')
+def ensemble_log_probabilities(source: DataSet) -> Tensor:
+    """Return those of the teachers' ensemble on the test images."""
+    return log_probabilities(timm.create_model(source.teacher, pretrained=True), source, 'test')
 
 
-def measure(model: nn.Module, *, compare: bool) -> Row:
+def measure(model: nn.Module, source: DataSet, *, compare: bool) -> Row:
     """Return top-1 (percent) for reporting and for tuning; with `compare` KL (nats) and agreement with the ensemble."""
-    log_q = log_probabilities(model, 'test')
+    log_q = log_probabilities(model, source, 'test')
     top1 = [
-        f'{100 * prediction.argmax(dim=1).eq(images(split)[1]).double().mean():.2f}'
-        for split, prediction in (('test', log_q), ('tuning', log_probabilities(model, 'tuning')))
+        f'{100 * prediction.argmax(dim=1).eq(images(source, split)[1]).double().mean():.2f}'
+        for split, prediction in (('test', log_q), ('tuning', log_probabilities(model, source, 'tuning')))
     ]
     row = dict(zip(('top1', 'tuning_top1'), top1, strict=True))
-    if compare:
-        log_p = ensemble_log_probabilities()
+    if compare and source.teacher:
+        log_p = ensemble_log_probabilities(source)
         row['kl'] = f'{(log_p.exp() * (log_p - log_q)).sum(dim=1).mean():.4f}'
         row['agreement'] = f'{100 * log_p.argmax(dim=1).eq(log_q.argmax(dim=1)).double().mean():.2f}'
     return row
@@ -129,8 +133,8 @@ def train(job: Job) -> Row:
     settings = yaml.safe_load((folder / 'args.yaml').read_text())
     model = timm.create_model(
         settings['model'],
-        num_classes=10,
-        in_chans=1,
+        num_classes=job.measured.classes,
+        in_chans=job.measured.channels,
         checkpoint_path=folder / 'last.pth.tar',
         **settings['model_kwargs'],
     )
@@ -143,7 +147,7 @@ def train(job: Job) -> Row:
         shutil.rmtree(folder)
     return {
         **{'arm': job.arm, 'seed': str(job.seed), 'lr': job.lr, 'settings': job.options},
-        **measure(model, compare=not job.keep),
+        **measure(model, job.measured, compare=not job.keep),
         **{f'discriminator_{key}': last.get(f'train_discriminator_{key}', '')[:6] for key in ('loss', 'accuracy')},
         'seconds': f'{seconds:.0f}',
     }
@@ -207,8 +211,14 @@ def model_jobs(arms: Sequence[Arm], seeds: Sequence[int]) -> list[Job]:
     needed = [model for arm in arms for model in arm.models]
     needed += [(arm.start, seed) for seed in (TUNING_SEED, *seeds) for arm in arms if arm.start]
     needed += [(arm.labels, seed) for seed in seeds for arm in arms if arm.labels]
-    options = MODEL_OPTIONS | STORES
-    return [Job(name, seed, '', options[name], keep=True) for name, seed in dict.fromkeys(needed)]
+    needed += [(MODEL_STARTS[name], seed) for name, seed in needed if name in MODEL_STARTS]
+    jobs = []
+    for name, seed in dict.fromkeys(needed):
+        options = (MODEL_OPTIONS | STORES)[name]
+        if name in MODEL_STARTS:
+            options += f' --initial-checkpoint {MODELS}/{MODEL_STARTS[name]}-{seed}/last.pth.tar'
+        jobs.append(Job(name, seed, '', options, keep=True, measured=MODEL_DATA.get(name, FASHION)))
+    return jobs
 
 
 def arm_job(arm: Arm, seed: int, lr: float | str) -> Job:
@@ -218,7 +228,7 @@ def arm_job(arm: Arm, seed: int, lr: float | str) -> Job:
         options += f' --soft-labels {MODELS}/{arm.labels}-{seed}'
     if arm.start:
         options += f' --initial-checkpoint {MODELS}/{arm.start}-{seed}/last.pth.tar'
-    return Job(arm.name, seed, str(lr), options)
+    return Job(arm.name, seed, str(lr), options, measured=arm.measured)
 
 
 def tuned_lr(arm: Arm) -> str:
@@ -246,11 +256,14 @@ def run_study(pool: Executor, study: str, seeds: Sequence[int] = SEEDS) -> None:
     """Run what is missing of a study: the models it needs, learning rates, seeds."""
     arms = STUDIES[study]
     jobs = model_jobs(arms, seeds)
-    for with_teachers in (False, True):  # which are models too
-        run_jobs(pool, 'models', [job for job in jobs if ('--teachers' in job.options) == with_teachers])
-    if not any(row['arm'] == 'ensemble' for row in read_rows('models')):
-        ensemble = timm.create_model(TWO, pretrained=True)
-        add_row('models', {'arm': 'ensemble', 'settings': TWO, **measure(ensemble, compare=False)})
+    later = [job for job in jobs if '--teachers' in job.options or '--initial-checkpoint' in job.options]
+    run_jobs(pool, 'models', [job for job in jobs if job not in later])
+    run_jobs(pool, 'models', later)
+    for source in {arm.measured for arm in arms if arm.measured.teacher}:
+        if not any(row['settings'] == source.teacher for row in read_rows('models')):
+            ensemble = timm.create_model(source.teacher, pretrained=True)
+            name = 'ensemble' if source == FASHION else 'photos_ensemble'
+            add_row('models', {'arm': name, 'settings': source.teacher, **measure(ensemble, source, compare=False)})
     run_jobs(pool, study, [arm_job(arm, TUNING_SEED, lr) for arm in arms if arm.lr is None for lr in LEARNING_RATES])
     run_jobs(pool, study, [arm_job(arm, seed, tuned_lr(arm)) for arm in arms for seed in seeds])
 
@@ -265,9 +278,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     os.chdir(ROOT)
     for folder in sorted({FULL, *(arm.data for study in args.studies for arm in STUDIES[study])}):
-        if not Path(folder, 'train.tar').is_file():
-            which = '--full' if folder == FULL else f'--per-class {int(Path(folder).name) // 10} --out {folder}'
-            raise UserError(f'there is no {folder}: python examples/fashion_mnist/make_sample.py {which} makes it')
+        if not Path(folder).is_dir():
+            raise UserError(f'there is no {folder}: docs/evidence.md says what makes it')
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context('spawn')) as pool:
         for study in args.studies:
             run_study(pool, study)

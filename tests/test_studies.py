@@ -23,7 +23,7 @@ EXAMPLE = ROOT / 'examples/fashion_mnist'
 def studies(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, ModuleType]]:
     """The programs in studies/, which import each other by their plain names."""
     monkeypatch.syspath_prepend(str(ROOT / 'studies'))
-    names = ('arms', 'run', 'report')
+    names = ('arms', 'run', 'report', 'data_sets')
     yield {name: importlib.import_module(name) for name in names}
     for name in names:
         sys.modules.pop(name, None)

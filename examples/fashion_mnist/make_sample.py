@@ -25,6 +25,7 @@ from PIL import Image
 from timm_mealv2.command_line import OneLineParser, run_cli
 from timm_mealv2.errors import UserError
 from timm_mealv2.files import replacing
+from timm_mealv2.option_types import COUNT
 
 HERE = Path(__file__).resolve().parent
 SOURCE = Path('/usr/share/datasets/fashion-mnist')
@@ -88,7 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
         help='write the first N training images that are not in the sample, in one folder, without labels',
     )
     what.add_argument(
-        '--per-class', type=int, metavar='N', default=PER_CLASS, help='training images of each class (default: 200)'
+        '--per-class', type=COUNT, metavar='N', default=PER_CLASS, help='training images of each class (default: 200)'
     )
     parser.add_argument(
         '--source', type=Path, default=SOURCE, help='folder with the four .gz files (default: %(default)s)'
