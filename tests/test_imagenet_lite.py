@@ -16,6 +16,7 @@ from timm_mealv2.errors import UserError
 sys.path.insert(0, str(Path(__file__).parents[1] / 'examples' / 'imagenet_lite'))
 import convert
 import crops
+import gcompris
 
 INNER = {3: ('_expand_conv', '_depthwise_conv', '_project_conv'), 2: ('_depthwise_conv', '_project_conv')}
 
@@ -110,6 +111,19 @@ def test_crops_are_pieces_of_the_photos_and_a_wrong_file_is_one_line(tmp_path):
     for name in ('b.png', 'absent.png'):
         with pytest.raises(UserError, match=f'{name} cannot be read as a picture'):
             crops.main([str(tmp_path / 'train'), str(tmp_path / name)])
+
+
+def test_the_photos_are_found_in_a_resource_file(tmp_path):
+    kinds = (('RGB', 200), ('RGB', 149), ('RGBA', 200), ('RGB', 160))
+    files = []
+    for mode, side in kinds:
+        Image.new(mode, (side, side)).save(tmp_path / 'image.webp')
+        files.append((tmp_path / 'image.webp').read_bytes())
+    (tmp_path / 'a.rcc').write_bytes(b'qres RIFF' + b'between'.join(files) + b'end')
+    gcompris.main([str(tmp_path / 'out'), str(tmp_path / 'a.rcc')])
+    assert [path.read_bytes() for path in sorted((tmp_path / 'out').iterdir())] == [files[0], files[3]]
+    with pytest.raises(UserError, match=r'absent\.rcc cannot be read'):
+        gcompris.main([str(tmp_path / 'out'), str(tmp_path / 'absent.rcc')])
 
 
 @pytest.mark.parametrize('variant', convert.VARIANTS)

@@ -1,6 +1,7 @@
 """The studies of docs/evidence.md: their statistics, resuming, and that the document shows their results."""
 
 import csv
+import dataclasses
 import importlib
 import json
 import shlex
@@ -11,19 +12,22 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from timm_mealv2.training.arguments import parse_args
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / 'examples/fashion_mnist'
+PHOTO_TEACHERS = ('photos_teacher-10', 'photos_teacher-11')
 
 
 @pytest.fixture
 def studies(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, ModuleType]]:
     """The programs in studies/, which import each other by their plain names."""
     monkeypatch.syspath_prepend(str(ROOT / 'studies'))
-    names = ('arms', 'run', 'report', 'data_sets')
+    names = ('arms', 'run', 'report', 'data_sets', 'make_data')
     yield {name: importlib.import_module(name) for name in names}
     for name in names:
         sys.modules.pop(name, None)
@@ -73,14 +77,15 @@ def test_a_study_goes_on_where_it_was(
 ) -> None:
     run, arms = studies['run'], studies['arms']
     teacher = f'local-dir:{EXAMPLE / "teachers/teacher_b"}'
+    fashion = dataclasses.replace(arms.FASHION, folder=str(EXAMPLE / 'data'), teacher=teacher)
     monkeypatch.chdir(ROOT)
     for name, value in {
         'RESULTS': tmp_path / 'results',
         'MODELS': str(tmp_path / 'models'),
-        'FULL': str(EXAMPLE / 'data'),
-        'TWO': teacher,
         'LEARNING_RATES': (0.05, 0.1),
-        'STUDIES': {'smoke': (arms.Arm('first', 'First', f'--teachers {teacher}', start='', epochs=1),)},
+        'STUDIES': {
+            'smoke': (arms.Arm('first', 'First', f'--teachers {teacher}', start='', epochs=1, measured=fashion),)
+        },
     }.items():
         monkeypatch.setattr(run, name, value)
     pool = InThisProcess()
@@ -117,10 +122,29 @@ def test_the_document_has_the_tables_of_the_csv_files(
         report.main(['--check'])
 
 
+def test_squares_for_training_and_for_testing_are_all_of_a_photo_and_share_none(
+    studies: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row, column = np.indices((192, 256)) // 32
+    Image.fromarray(np.stack([20 * row, 20 * column, 0 * row], axis=2).astype(np.uint8)).save(tmp_path / 'photo.png')
+    monkeypatch.chdir(tmp_path)
+    studies['make_data'].main(['photos', 'photo.png'])
+
+    def places(split: str) -> set[tuple[int, ...]]:
+        files = (tmp_path / 'output/studies/photos' / split / 'photo').iterdir()
+        return {tuple(np.unique(np.asarray(Image.open(file)).reshape(-1, 3), axis=0).ravel()) for file in files}
+
+    train, tuning, test = (places(split) for split in ('train_all', 'tuning', 'validation'))
+    assert [len(split) for split in (train, tuning, test)] == [24, 6, 18]
+    assert len(train | tuning | test) == 48
+    assert len(places('train')) == 8
+    assert places('train') < train
+
+
 def test_the_named_teachers_are_files_that_the_studies_make(studies: dict[str, ModuleType]) -> None:
-    for name, seeds in (('one', (11,)), ('two', (10, 11))):
+    for name, models in (('one', ('teacher-11',)), ('two', ('teacher-10', 'teacher-11')), ('photos', PHOTO_TEACHERS)):
         folder = ROOT / f'studies/teachers/{name}'
         config = json.loads((folder / 'config.json').read_text())
         paths = [(folder / teacher.partition('=')[2]).resolve() for teacher in config['model_args']['teachers']]
-        models = (ROOT / studies['arms'].MODELS).resolve()
-        assert paths == [models / f'teacher-{seed}/last.pth.tar' for seed in seeds]
+        made = (ROOT / studies['arms'].MODELS).resolve()
+        assert paths == [made / model / 'last.pth.tar' for model in models]
