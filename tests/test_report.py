@@ -179,7 +179,7 @@ def test_the_headline_says_how_long_it_took_and_where_the_time_went(tmp_path: Pa
     text = report.write_report(tmp_path).read_text()
     # 18,000 images an epoch: 180 s and 360 s.
     figures = {'hours of training, without evaluation': '0.15', 'share of that time, %: teachers': '50'}
-    figures |= {'share of that time, %: waiting for data': '12.5', 'GMACs an image': f'{runs.model_cost(model)[1]:.4g}'}
+    figures |= {'share of that time, %: data wait': '12.5', 'GMACs an image': f'{runs.model_cost(model)[1]:.4g}'}
     for name, value in figures.items():
         assert f'<td>{name}</td><td class="number">{value}</td>' in text, name
     assert '<td>Time of a batch, teachers (seconds)</td><td class="number">2</td>' in text

@@ -25,7 +25,7 @@ from timm_mealv2.runs import INITIAL, Run, StrPath, model_cost, read_run, short_
 COLORS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')
 LINE_STYLES = ('-', '--', ':', '-.')
 PHASES = {
-    'time_data': 'waiting for data',
+    'time_data': 'data wait',
     'time_teachers': 'teachers',
     'time_student': 'student',
     'time_update': 'update',
