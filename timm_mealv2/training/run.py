@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     console = TerminalHandler() if sys.stderr.isatty() else logging.StreamHandler()
     logging.basicConfig(level=logging.INFO, format='%(message)s', handlers=[console])
     for name in ('timm.data', 'timm.utils'):  # they tell of each tar file, and of all checkpoints after each epoch
-        logging.getLogger(name).setLevel(logging.WARNING)
+        logging.getLogger(name).setLevel(logging.WARNING if primary else logging.ERROR)
     if not primary:  # the first process says what all have to say; unreadable images are each one's own
         logging.getLogger().setLevel(logging.ERROR)
         logging.getLogger('timm_mealv2.data.bad_images').setLevel(logging.WARNING)
