@@ -57,6 +57,8 @@ class MealV2Task(TrainingTask):
     classes (see `label_rest`), and the discriminator's rows are log-probabilities on both sides, as logits are not
     stored.
 
+    `after_teachers`, where it is set, is called in each step when live teachers have predicted: for measuring time.
+
     `timm.optim.create_optimizer_v2(task.get_trainable_module(), ...)`, called before `compile` and
     `prepare_distributed`, makes the parameter groups: no weight decay for the discriminator, which layer decay counts
     to the last layer. `scale_discriminator_lr` then sets its learning rate.
@@ -99,6 +101,7 @@ class MealV2Task(TrainingTask):
     ) -> None:
         parameter = next(student_model.parameters())
         super().__init__(device=device or parameter.device, dtype=dtype or parameter.dtype, verbose=verbose)
+        self.after_teachers: Callable[[], None] | None = None
         if discriminator_mode not in DISCRIMINATOR_MODES:
             raise UserError(f'discriminator_mode must be one of {DISCRIMINATOR_MODES}, got {discriminator_mode!r}.')
         for name, weight in (('discriminator_weight', discriminator_weight), ('hard_label_weight', hard_label_weight)):
@@ -153,6 +156,8 @@ class MealV2Task(TrainingTask):
         # The teachers first: their activations are gone before the student's are made.
         if self.teacher is not None:
             log_probs, teacher_rows = self.teacher.predict(self._pixels_for(self.teacher, input))
+            if self.after_teachers is not None:
+                self.after_teachers()
             teacher_top1 = log_probs.argmax(dim=1)
             output, discriminator_loss, accuracy = self.trainable_module(input, teacher_rows)
             similarity, entropy = similarity_loss(output, log_probs)

@@ -1,6 +1,7 @@
 """The training program as a user runs it: folders in, run folder out."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from timm_mealv2.errors import UserError
 from timm_mealv2.training import trainer
 from timm_mealv2.training.checkpoint_saver import read_checkpoint
 from timm_mealv2.training.run_folder import find_newest
+from timm_mealv2.training.timing import TIMES
 
 
 def test_classification_writes_the_run_folder_that_timm_users_know(train: Train) -> None:
@@ -38,9 +40,17 @@ def test_classification_learns(train: Train) -> None:
     assert [bool(row['eval_top1']) for row in rows] == [False] * 5 + [True] + [False] * 5 + [True]
 
 
-def test_distillation_approaches_the_teachers(train: Train, teachers: list[str]) -> None:
-    folder = train('distilled', '--teachers', *teachers, '--epochs', 6, '--sched', 'none', '--model-ema')
+def test_distillation_approaches_the_teachers(
+    train: Train, teachers: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level('INFO'):
+        folder = train('distilled', '--teachers', *teachers, '--epochs', 6, '--sched', 'none', '--model-ema')
     rows = summary(folder)
+    times = [[float(row[name]) for name in TIMES] for row in rows]
+    assert all(min(phases) > 0 for phases in times)
+    waiting = any(phases[0] > 0.1 * sum(phases) for phases in times[1:])
+    assert caplog.text.count('of the time is waiting for data: more --workers') == waiting
+    assert re.search(r'images/s, time: data wait \d+%, teachers \d+%, student \d+%, update \d+%', caplog.text)
     names = ('loss', 'similarity_loss', 'kl', 'discriminator_loss', 'discriminator_accuracy', 'teacher_agreement')
     for name in names:
         values = [float(row[f'train_{name}']) for row in rows]
@@ -148,7 +158,7 @@ def test_two_processes_train_as_one_with_the_double_batch(train: Train, teachers
     assert result.stderr.count('--smoothing does nothing') == 1
     assert 'broadcast_buffers' not in result.stderr
     for first, second in zip(summary(one), summary(tmp_path / 'two'), strict=True):
-        for column in set(first) - {'epoch', 'images_per_second'}:
+        for column in set(first) - {'epoch', 'images_per_second', *TIMES}:
             assert float(second[column]) == pytest.approx(float(first[column]), rel=1e-4, abs=1e-5), column
     for name, value in weights(one / 'last.pth.tar').items():
         torch.testing.assert_close(weights(tmp_path / 'two' / 'last.pth.tar')[name], value, rtol=1e-4, atol=1e-5)

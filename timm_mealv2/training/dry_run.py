@@ -2,72 +2,17 @@
 
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from timm_mealv2.data.loader import StreamLoader, TrainLoader
-from timm_mealv2.models.ensemble import EnsembleTeacher
 from timm_mealv2.training.distributed import Processes
 from timm_mealv2.training.loop import Stepper
-
-
-@dataclass
-class TimedStepper(Stepper):
-    """A stepper that measures its phases.
-
-    Attributes:
-        seconds: Time of each phase so far.
-    """
-
-    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-
-    @classmethod
-    def of(cls, stepper: Stepper) -> 'TimedStepper':
-        """Return a stepper that does the same."""
-        return cls(**{entry.name: getattr(stepper, entry.name) for entry in fields(Stepper)})
-
-    @contextmanager
-    def timing(self, phase: str) -> Iterator[None]:
-        """Add the time of a block to a phase."""
-        began = _now()
-        yield
-        self.seconds[phase] += _now() - began
-
-    def forward(self, images: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Run the task on a batch."""
-        with self.timing('student'):
-            return super().forward(images, target)
-
-    def backward(self, loss: Tensor) -> None:
-        """Add a loss's gradient to that of the update."""
-        with self.timing('student'):
-            super().backward(loss)
-
-    def update(self, update: int) -> Tensor:
-        """Make an update."""
-        with self.timing('update'):
-            return super().update(update)
-
-    def time_teachers(self, teachers: EnsembleTeacher) -> None:
-        """Measure the teachers by themselves, apart from the student."""
-        began = 0.0
-
-        def before(*_: Any) -> None:
-            nonlocal began
-            began = _now()
-
-        def after(*_: Any) -> None:
-            self.seconds['teachers'] += _now() - began
-
-        for teacher in teachers.teachers:
-            teacher.register_forward_pre_hook(before)
-            teacher.register_forward_hook(after)
+from timm_mealv2.training.timing import TIMES
 
 
 def _now() -> float:
@@ -83,52 +28,40 @@ class Timing:
     Attributes:
         batches: How many.
         images: How many, in one process.
-        total: Seconds for all of them.
-        phases: Seconds of each part of them.
+        phases: Seconds a batch of each of `TIMES`.
     """
 
     batches: int
     images: int
-    total: float
     phases: dict[str, float]
 
 
 def measure_training(
-    stepper: Stepper,
-    loader: TrainLoader | StreamLoader,
-    teachers: EnsembleTeacher | None,
-    seconds: float,
-    processes: Processes,
+    stepper: Stepper, loader: TrainLoader | StreamLoader, seconds: float, processes: Processes
 ) -> Timing:
     """Train for `seconds` after the first update, which also allocates memory and chooses kernels.
 
     The training goes through epoch after epoch, if need be, and trains the task.
     """
-    timed = TimedStepper.of(stepper)
-    if teachers is not None:
-        timed.time_teachers(teachers)
-    timed.train()
-    epoch = batches = images_seen = updates = 0
-    began = waited = 0.0
+    clock = stepper.clock
+    stepper.train()
+    epoch = images_seen = updates = 0
+    began = 0.0
     while True:
-        fetching = time.perf_counter()
         for number, (images, target) in enumerate(loader.batches(epoch)):
-            waited += time.perf_counter() - fetching
-            part = number % timed.accumulate
-            parts = min(timed.accumulate, len(loader) - number + part)
-            timed.step(images, target, update=updates, part=part, parts=parts)
-            batches, images_seen = batches + 1, images_seen + len(images)
+            clock.mark('data')
+            part = number % stepper.accumulate
+            parts = min(stepper.accumulate, len(loader) - number + part)
+            stepper.step(images, target, update=updates, part=part, parts=parts)
+            clock.mark('update')
+            images_seen += len(images)
             if part == parts - 1:
                 updates += 1
                 if updates == 1:
-                    timed.seconds.clear()
-                    began, waited, batches, images_seen = _now(), 0.0, 0, 0
+                    began, images_seen = _now(), 0
+                    clock.restart()
                 elif not any(processes.maxima([_now() - began < seconds])()):
-                    total = _now() - began
-                    phases = dict(timed.seconds)
-                    phases['student'] -= phases.get('teachers', 0.0)
-                    return Timing(batches, images_seen, total, {'data wait': waited, **phases})
-            fetching = time.perf_counter()
+                    return Timing(clock.batches, images_seen, clock.means())
         epoch += 1
 
 
@@ -175,17 +108,14 @@ def report(timing: Timing, *, processes: Processes, batches: int, evaluation: fl
         evaluation: Seconds of one evaluation.
         evaluations: How many the run makes.
     """
-    rate = timing.images * processes.world_size / timing.total
-    batch = timing.total / timing.batches
+    batch = sum(timing.phases.values())
+    total = batch * timing.batches
+    rate = timing.images * processes.world_size / total
     training = batch * batches / 3600
-    parts = {
-        name: timing.phases.get(name, 0.0) / timing.batches for name in ('data wait', 'teachers', 'student', 'update')
-    }
-    parts['other'] = batch - sum(parts.values())
     memory = peak_memory(processes.device)
     lines = [
-        f'dry run: {batch:.3f} s a batch, {rate:.0f} images/s over {timing.total:.0f} s ({timing.batches} batches)',
-        '  of a batch: ' + ', '.join(f'{name} {value:.3f} s' for name, value in parts.items()),
+        f'dry run: {batch:.3f} s a batch, {rate:.0f} images/s over {total:.0f} s ({timing.batches} batches)',
+        '  of a batch: ' + ', '.join(f'{name} {timing.phases[key]:.3f} s' for key, name in TIMES.items()),
         f'  peak memory: {f"{memory:.2f} GiB" if memory is not None else "not known on this system"}',
         f'  the whole run: {training:.2f} hours without evaluation, '
         f'{training + evaluation * evaluations / 3600:.2f} hours with {evaluations} evaluations; nothing was written',

@@ -1,5 +1,6 @@
 """One step and one epoch of training. Knows a task, a loader and an optimizer, never the command line."""
 
+import functools
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -17,9 +18,11 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from timm_mealv2.data.loader import StreamLoader, TrainLoader
 from timm_mealv2.data.seed import Stream, counted_seed, seed_all
+from timm_mealv2.task import MealV2Task
 from timm_mealv2.training.checkpoint_saver import Progress
 from timm_mealv2.training.metric_logging import Meters
 from timm_mealv2.training.progress import EpochLog
+from timm_mealv2.training.timing import Clock
 
 
 class LossScaler(torch.amp.GradScaler):
@@ -53,6 +56,7 @@ class Stepper:
         rank: Number of this process.
         freeze_bn: Batch norm of what trains normalizes with its running statistics, which stay as they are; its weights
             and biases train like others.
+        clock: Told the end of 'teachers' and 'student' in each step.
     """
 
     task: TrainingTask
@@ -74,6 +78,9 @@ class Stepper:
         self._statistics = _Backup([buffer for norm in self._norms for buffer in norm.buffers()])
         self._parameters = list(self.task.get_clip_parameters())
         self._clipped = list(self.task.get_clip_parameters(exclude_head='agc' in self.clip_mode))
+        self.clock = Clock(self.task.device)
+        if isinstance(self.task, MealV2Task):
+            self.task.after_teachers = functools.partial(self.clock.mark, 'teachers')
         self._loss = torch.tensor(0.0)  # of the batches of this update so far
         self._begun = False  # whether an update was made
 
@@ -100,19 +107,15 @@ class Stepper:
         if self.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         with nullcontext() if last else self.task.no_sync():
-            result = self.forward(images, target)
+            with self.autocast():
+                result: dict[str, Tensor] = self.task(images, target)
             loss = result['loss'] if parts == 1 else result['loss'] / parts
             if self.loss_weight is not None:
                 loss = loss * self.loss_weight(len(images))
             self._loss = self._loss + loss.detach() if part else loss.detach()
             self.backward(loss)
+        self.clock.mark('student')
         return result, self.update(update) if last else None
-
-    def forward(self, images: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Run the task on a batch."""
-        with self.autocast():
-            result: dict[str, Tensor] = self.task(images, target)
-        return result
 
     def backward(self, loss: Tensor) -> None:
         """Add a loss's gradient to that of the update; it is NaN if the loss is not finite."""
@@ -277,14 +280,18 @@ def train_one_epoch(
         events: What happens beside the steps.
 
     Returns:
-        Means of the task's scalars over the epoch and all processes, and 'images_per_second' of all processes.
+        Means of the task's scalars over the epoch and all processes, 'images_per_second' of all processes, and where
+        the time of this one went (see `Clock.means`).
     """
     events = events or EpochEvents()
     stepper.train()
     batches, update = len(loader), start.update
     log = EpochLog(start, batches, interval=events.log_interval, world_size=events.world_size, shown=events.log)
+    clock = stepper.clock
+    clock.restart()
     results: list[tuple[dict[str, Tensor], int]] = []  # of the update's batches, counted if it is made
     for batch, (images, target) in enumerate(loader.batches(start.epoch, start.batch), start.batch):
+        clock.mark('data')
         part = batch % stepper.accumulate
         parts = min(stepper.accumulate, batches - batch + part)
         result, made = stepper.step(images, target, update=update, part=part, parts=parts)
@@ -301,13 +308,15 @@ def train_one_epoch(
                 events.after_update(position, made)
             if events.before_next is not None and batch + 1 < batches:
                 events.before_next(position)
-        due = log.batch(batch, len(images), meters, learning_rate(stepper.optimizer))
+        due = log.batch(batch, len(images), meters, learning_rate(stepper.optimizer), clock)
         if due and events.at_line is not None:
             events.at_line(batch, images)
+        clock.mark('update')
     log.bar.close()
     if hasattr(stepper.optimizer, 'sync_lookahead'):
         stepper.optimizer.sync_lookahead()
-    return {**meters.means(events.world_size > 1), 'images_per_second': log.images_per_second}
+    means = meters.means(events.world_size > 1)
+    return {**means, 'images_per_second': log.images_per_second, **clock.means()}
 
 
 def learning_rate(optimizer: torch.optim.Optimizer) -> float:

@@ -1,19 +1,19 @@
 """The figures of a run: means over an epoch, summary.csv, TensorBoard and Weights & Biases."""
 
+import csv
 import math
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from timm.utils import trim_summary, update_summary
 from torch import Tensor
 
 from timm_mealv2.errors import UserError
 from timm_mealv2.files import replacing
 from timm_mealv2.training.run_folder import RunFolder
+from timm_mealv2.training.timing import TIMES
 
 
 class Meters:
@@ -58,17 +58,22 @@ class Meters:
 def append_summary(path: Path, epoch: int, trained: dict[str, float], evaluated: dict[str, Any], lr: float) -> None:
     """Add an epoch's row to summary.csv, in place of it and all later ones if they are there; whole or not at all.
 
-    timm's `update_summary` prefixes the columns with train_ and eval_; the speed is no metric and has no prefix.
+    As in timm's, metrics have the prefixes train_ and eval_; speed and times are none. A new column is the file's last.
     """
-    with replacing(path) as temporary:
-        if path.exists():
-            shutil.copyfile(path, temporary)
-            trim_summary(temporary, epoch)
-        new = not temporary.stat().st_size
-        update_summary(epoch, trained, evaluated, temporary, lr=lr)
-        if new:
-            text = temporary.read_text()
-            temporary.write_text(text.replace('train_images_per_second', 'images_per_second', 1))
+    row: dict[str, Any] = {'epoch': epoch}
+    for name, value in trained.items():
+        if name not in TIMES:
+            row[name if name == 'images_per_second' else f'train_{name}'] = value
+    row |= {f'eval_{name}': value for name, value in evaluated.items()} | {'lr': lr}
+    row |= {name: trained[name] for name in TIMES}
+    rows = [row]
+    if path.exists():
+        with path.open(newline='') as file:
+            rows = [*(former for former in csv.DictReader(file) if int(former['epoch']) < epoch), row]
+    with replacing(path) as temporary, temporary.open('w', newline='') as file:
+        writer = csv.DictWriter(file, dict.fromkeys(name for former in rows for name in former), restval='')
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 class Trackers:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from timm_mealv2.errors import UserError
 from timm_mealv2.training.checkpoint_saver import Progress
 from timm_mealv2.training.metric_logging import Meters
+from timm_mealv2.training.timing import TIMES, Clock
 
 _logger = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ class EpochLog:
         """Images of all processes a second so far."""
         return self.images * self.world_size / (time.perf_counter() - self.began)
 
-    def batch(self, batch: int, images: int, meters: Meters, lr: float) -> bool:
+    def batch(self, batch: int, images: int, meters: Meters, lr: float, clock: Clock) -> bool:
         """Count a batch of `images` images; return whether a line was due, which all processes make together.
 
         A line, and the bar once a second, are the only waits for the device.
@@ -72,16 +73,19 @@ class EpochLog:
         if due:
             means = meters.means(self.world_size > 1)
             if self.shown:
-                text = ', '.join(self._items(means, lr).values())
+                text = ', '.join(self._items(means, lr, clock).values())
                 _logger.info(f'epoch {self.epoch} [{batch + 1:>{len(str(self.batches))}}/{self.batches}] {text}')
         if not self.bar.disable and time.perf_counter() - self._drawn >= 1:
-            self.bar.set_postfix_str(self._fitting(self._items(meters.means(), lr)))
+            self.bar.set_postfix_str(self._fitting(self._items(meters.means(), lr, clock)))
             self._drawn = time.perf_counter()
         return due
 
-    def _items(self, means: dict[str, float], lr: float) -> dict[str, str]:
+    def _items(self, means: dict[str, float], lr: float, clock: Clock) -> dict[str, str]:
         items = {name: f'{_SHORT.get(name, name)} {value:.4g}' for name, value in means.items()}
-        return {**items, 'lr': f'lr {lr:.3g}', 'images/s': f'{self.images_per_second:.0f} images/s'}
+        times = clock.means()
+        shares = ', '.join(f'{text} {times[key] / sum(times.values()):.0%}' for key, text in TIMES.items())
+        speed = f'{self.images_per_second:.0f} images/s'
+        return {**items, 'lr': f'lr {lr:.3g}', 'images/s': speed, 'time': f'time: {shares}'}
 
     def _fitting(self, items: dict[str, str]) -> str:
         """The first of `items`, the most important before the others, that the bar's line has room for."""

@@ -27,10 +27,13 @@ from timm_mealv2.training.progress import RunLog, TrainLog, evaluation_bar, log_
 from timm_mealv2.training.resume import load_checkpoint, load_process_state, position_to_resume
 from timm_mealv2.training.run_folder import RunFolder, find_newest
 from timm_mealv2.training.signals import EvaluationStoppedError, Guard, TooManyNonFiniteError
+from timm_mealv2.training.timing import TIMES
 
 _logger = logging.getLogger(__name__)
 
 _WATCHED_UPDATES = 100  # after which a discriminator that has not learned anything is dead
+
+_MUCH_WAITING = 0.1  # share of the time
 
 _CONTINUE = '--resume auto with the same --output and --experiment continues'
 
@@ -121,7 +124,8 @@ class Trainer:
         self.meters = Meters()
         self.saver: RunSaver | None = None
         self.trackers: Trackers | None = None
-        self._updates = 0  # since the program began
+        self._updates = self._epochs = 0  # since the program began
+        self._hinted = False
 
     def run(self, log: TrainLog | None = None) -> None:
         """Train to the end; the run folder gets `log`."""
@@ -219,7 +223,7 @@ class Trainer:
     def _dry_run(self, seconds: float) -> None:
         """Measure the training and an evaluation; nothing is written."""
         parts = self.parts
-        timing = measure_training(parts.stepper, parts.data.loader, parts.teachers, seconds, self.processes)
+        timing = measure_training(parts.stepper, parts.data.loader, seconds, self.processes)
         evaluation, evaluations = 0.0, 0
         if self.validation is not None:
             batches = TimedBatches(self.validation.loader, seconds / 4)
@@ -276,11 +280,21 @@ class Trainer:
             synchronize=plan.synchronize,
         )
         try:
-            return train_one_epoch(self.parts.stepper, self.parts.data.loader, start, self.meters, events)
+            trained = train_one_epoch(self.parts.stepper, self.parts.data.loader, start, self.meters, events)
         except TooManyNonFiniteError as error:
             newest = find_newest(self.folder.path)
             text = f'The last good checkpoint is {newest}.' if newest else 'No checkpoint was written before.'
             raise UserError(f'{error} {text}') from error
+        self._epochs += 1
+        waiting = trained['time_data'] > _MUCH_WAITING * sum(trained[name] for name in TIMES)
+        # The first epoch begins with the start of the workers.
+        if waiting and self._epochs > 1 and not self._hinted:
+            self._hinted = True
+            _logger.info(
+                f'More than {_MUCH_WAITING:.0%} of the time is waiting for data: more --workers help where there are '
+                'cores for them, --samples-per-decode where images take long to decode.'
+            )
+        return trained
 
     def _after_update(self, position: Progress, made: Tensor) -> None:
         self.guard.note(position.update - 1, made)
