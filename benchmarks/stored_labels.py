@@ -104,8 +104,9 @@ def make_store(args: argparse.Namespace) -> Path:
     names = [image_name(number) for number in range(args.images)]
     meta = StoreMeta(
         format=FORMAT,
-        teachers=[{'name': 'random', 'sha256': '', 'weight': 1.0, 'img_size': None, 'classes': None}],
-        autocast_dtype=None,
+        teachers=[
+            {'name': 'random', 'sha256': '', 'weight': 1.0, 'img_size': None, 'classes': None, 'autocast_dtype': None}
+        ],
         augmentation=Augmentation((3, args.img_size, args.img_size)),
         seed=42,
         num_classes=CLASSES,

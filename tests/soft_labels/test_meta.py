@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -75,15 +76,25 @@ def test_a_setting_that_meta_does_not_know_is_refused(recorded: SoftLabelStore, 
         StoreMeta.read(tmp_path)
 
 
+def test_the_first_stores_have_one_dtype_for_all_teachers(recorded: SoftLabelStore, tmp_path: Path) -> None:
+    values = json.loads((recorded.path / META).read_text())
+    for teacher in values['teachers']:
+        del teacher['autocast_dtype']
+    (tmp_path / META).write_text(json.dumps({**values, 'autocast_dtype': 'float16'}))
+    assert [teacher['autocast_dtype'] for teacher in StoreMeta.read(tmp_path).teachers] == ['float16'] * 2
+
+
 def test_recordings_that_differ_are_told_apart_by_name(
     train: Dataset, teachers: EnsembleTeacher, weights: list[str], settings: StoreMeta, mixed: SoftLabelStore
 ) -> None:
     retrained = create_ensemble(weights, weights=[2, 1])
     nn.init.normal_(retrained.teachers[1].get_classifier().weight)
+    first, second = weights
+    in_half = create_ensemble([first, create_ensemble(second, autocast_dtype=torch.bfloat16)], weights=[2, 1])
     for meta, words in (
         (replace(settings, top_k=2), '--top-k 3, not 2'),
         (replace(settings, seed=1), '--seed 42, not 1'),
-        (replace(settings, autocast_dtype='bfloat16'), '--teacher-dtype None, not bfloat16'),
+        (describe(train, in_half, settings.augmentation, top_k=3), '--teacher-dtype None for test_efficientnet='),
         (replace(settings, names_sha256=''), 'the names of the images'),
         (describe(train, teachers, Augmentation((3, 24, 24)), top_k=3), '--aa rand-m9-mstd0.5, not None'),
         (replace(settings, augmentation=mixed.meta.augmentation), '--reprob 0.3, not 0.0'),

@@ -163,7 +163,7 @@ def _info(args: argparse.Namespace) -> None:
     meta = store.meta
     for number, teacher in enumerate(meta.teachers):
         size = 'x'.join(map(str, teacher['img_size'])) if teacher['img_size'] else 'as the samples'
-        dtype = f', {meta.autocast_dtype}' if meta.autocast_dtype else ''
+        dtype = f', {teacher["autocast_dtype"]}' if teacher['autocast_dtype'] else ''
         print(
             f'{"" if number else "teachers":<10}{teacher["name"]}: weight {teacher["weight"]:.3g}, image size {size}'
             f'{dtype}, SHA-256 {teacher["sha256"][:12]}'

@@ -45,8 +45,7 @@ class StoreMeta:
     Attributes:
         format: `FORMAT` of the program that wrote it.
         teachers: For each teacher 'name' (as the user gave it), 'sha256' of its weights, 'weight', 'img_size' ([h, w]
-            or None) and 'classes' (those taken of its own, or None).
-        autocast_dtype: The teachers' autocast; None for none.
+            or None), 'classes' (those taken of its own, or None) and 'autocast_dtype' (or None).
         seed: Seed of the samples.
         num_classes: Class count C.
         top_k: Classes kept of a sample, K.
@@ -59,7 +58,6 @@ class StoreMeta:
 
     format: int
     teachers: list[dict[str, Any]]
-    autocast_dtype: str | None
     augmentation: Augmentation
     seed: int
     num_classes: int
@@ -85,6 +83,8 @@ class StoreMeta:
             values = json.loads((folder / META).read_text(encoding='utf-8'))
             found = values.get('format', values.get('format_version'))
             if found == FORMAT:
+                dtype = values.pop('autocast_dtype', None)  # in the first stores one for all teachers
+                values['teachers'] = [{'autocast_dtype': dtype, **teacher} for teacher in values['teachers']]
                 return cls(**{**values, 'augmentation': Augmentation(**values['augmentation'])})
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(f'{folder / META} is damaged: {error}') from error
@@ -153,11 +153,10 @@ def describe(
     channels = augmentation.input_size[0]
     if teachers.in_chans != channels:
         raise UserError(f'the teachers take {teachers.in_chans} channels, the samples have {channels}: set --in-chans.')
-    images, dtype = len(dataset), teachers.autocast_dtype
+    images = len(dataset)
     return StoreMeta(
         format=FORMAT,
         teachers=describe_teachers(teachers),
-        autocast_dtype=str(dtype).removeprefix('torch.') if dtype else None,
         augmentation=augmentation,
         seed=seed,
         num_classes=teachers.num_classes,
@@ -185,11 +184,11 @@ def difference(former: StoreMeta, now: StoreMeta) -> str | None:
             if a['name'] != b['name']:
                 return f'--teachers {names[0]}, not {names[1]}'
             return f'other weights of {a["name"]} (SHA-256 {a["sha256"][:12]}, not {b["sha256"][:12]})'
-        for key, option in (('weight', 'weights'), ('img_size', 'img-size'), ('classes', 'classes')):
+        options = {'weight': 'weights', 'img_size': 'img-size', 'classes': 'classes', 'autocast_dtype': 'dtype'}
+        for key, option in options.items():
             if a[key] != b[key]:
                 return f'--teacher-{option} {shown(a[key])} for {a["name"]}, not {shown(b[key])}'
     pairs = [
-        ('--teacher-dtype', former.autocast_dtype, now.autocast_dtype),
         ('--num-classes', former.num_classes, now.num_classes),
         ('--top-k', former.top_k, now.top_k),
         ('--seed', former.seed, now.seed),
@@ -238,9 +237,15 @@ def describe_teachers(ensemble: EnsembleTeacher) -> list[dict[str, Any]]:
             'weight': weight,
             'img_size': list(size) if size else None,
             'classes': teacher.get_buffer('indices').tolist() if isinstance(teacher, ClassSubset) else None,
+            'autocast_dtype': str(dtype).removeprefix('torch.') if dtype else None,
         }
-        for name, teacher, weight, size in zip(
-            ensemble.names, ensemble.teachers, ensemble.weights, ensemble.img_sizes, strict=True
+        for name, teacher, weight, size, dtype in zip(
+            ensemble.names,
+            ensemble.teachers,
+            ensemble.weights,
+            ensemble.img_sizes,
+            ensemble.autocast_dtypes,
+            strict=True,
         )
     ]
 

@@ -48,16 +48,18 @@ def create_teachers(
         )
     # Where height and width differ, the size is the teacher's own.
     sizes = [size[0] if size and size[0] == size[1] else None for size in (t['img_size'] for t in meta.teachers)]
-    return create_ensemble(
+    ensemble = create_ensemble(
         list(names),
         num_classes=meta.num_classes,
         in_chans=meta.augmentation.input_size[0],
         weights=[teacher['weight'] for teacher in meta.teachers],
         img_sizes=sizes,  # type: ignore[arg-type]
         classes={name: t['classes'] for name, t in zip(names, meta.teachers, strict=True) if t['classes'] is not None},
-        autocast_dtype=getattr(torch, meta.autocast_dtype) if meta.autocast_dtype else None,
         device=device,
     )
+    dtypes = (teacher['autocast_dtype'] for teacher in meta.teachers)
+    ensemble.autocast_dtypes = tuple(getattr(torch, dtype) if dtype else None for dtype in dtypes)
+    return ensemble
 
 
 def changed_teachers(meta: StoreMeta, teachers: EnsembleTeacher) -> list[str]:
