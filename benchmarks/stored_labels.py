@@ -22,7 +22,8 @@ must be that of one process, byte for byte.
 
 loading, throughput: from the photos (JPEG or PNG, larger than 500x375) random crops are made into JPEG images of
 500x375 pixels. An epoch each of plain supervised training, stored labels with one and with R samples a decode, and live
-teachers takes turns, round by round; ratios are formed within a round. `loading` loads the batches alone.
+teachers takes turns, round by round; ratios are formed within a round. `loading` loads the batches alone, in turn
+batch by batch, and counts the process's CPU time: it goes without workers.
 """
 
 import argparse
@@ -346,11 +347,16 @@ def make_arms(args: argparse.Namespace, teachers: Sequence[str], store: Path) ->
     }
 
 
-def loading_rate(loader: TrainLoader, epoch: int) -> float:
-    """Load an epoch; return images/s."""
-    began = time.perf_counter()
-    images = sum(len(batch) for batch, _ in loader.batches(epoch))
-    return images / (time.perf_counter() - began)
+def loading_rates(loaders: dict[str, TrainLoader], epoch: int) -> dict[str, float]:
+    """Load an epoch of each loader, batch by batch in turn; return images a second of CPU time."""
+    batches = {arm: loader.batches(epoch) for arm, loader in loaders.items()}
+    seconds, images = dict.fromkeys(loaders, 0.0), dict.fromkeys(loaders, 0)
+    for _ in range(len(next(iter(loaders.values())))):
+        for arm, iterator in batches.items():
+            began = time.process_time()
+            images[arm] += len(next(iterator)[0])
+            seconds[arm] += time.process_time() - began
+    return {arm: images[arm] / seconds[arm] for arm in loaders}
 
 
 def measure_throughput(args: argparse.Namespace) -> dict[str, Any]:
@@ -364,17 +370,19 @@ def measure_throughput(args: argparse.Namespace) -> dict[str, Any]:
     argv += ['--color-jitter', '0', '--train-interpolation', 'bilinear', '--workers', '0', '--device', 'cpu']
     command.main([*argv, '--epochs', str(args.samples_per_decode), '--out', str(store)])
     arms = make_arms(args, teachers, store)
-    if args.what == 'loading':
-        del arms['live']  # it loads what plain training loads
 
-    def rate(arm: str, number: int) -> float:
+    def train(arm: str, number: int) -> float:
         stepper, loader = arms[arm]
-        if args.what == 'loading':
-            return loading_rate(loader, number)
         start, quiet = Progress(epoch=number), EpochEvents(log=False)
         return train_one_epoch(stepper, loader, start, Meters(), quiet)['images_per_second']
 
-    rates = in_turn({arm: partial(rate, arm) for arm in arms}, args.rounds)  # the first round starts the workers
+    if args.what == 'loading':
+        del arms['live']  # it loads what plain training loads
+        loaders = {arm: loader for arm, (_, loader) in arms.items()}
+        rounds = [loading_rates(loaders, number) for number in range(args.rounds + 1)][1:]
+        rates = {arm: [rate[arm] for rate in rounds] for arm in arms}
+    else:
+        rates = in_turn({arm: partial(train, arm) for arm in arms}, args.rounds)
     print('| arm | images/s, median | ratio to plain, median (quartiles) |\n|---|---:|---:|')
     for arm, values in rates.items():
         print(f'| {arm} | {statistics.median(values):.1f} | {spread(ratios(values, rates["plain"]), 3)} |')

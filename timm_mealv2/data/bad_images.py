@@ -8,8 +8,6 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple, Protocol
 
-import numpy as np
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -152,17 +150,10 @@ class ReadableBatches(Dataset):
 
 
 class ReportingLoader:
-    """The batches alone, as timm's `PrefetchLoader` takes them; what could not be read is reported.
+    """The batches alone, as timm's `PrefetchLoader` takes them; what could not be read is reported."""
 
-    Args:
-        floats: Give images as float32, in memory of NumPy, which asks for huge pages: the first touch of a large batch
-            takes a third of the time that it takes in memory of torch.
-    """
-
-    def __init__(
-        self, loader: DataLoader, bad: BadImages, split: str, *, skip_empty: bool = False, floats: bool = False
-    ) -> None:
-        self.loader, self.bad, self.split, self.skip_empty, self.floats = loader, bad, split, skip_empty, floats
+    def __init__(self, loader: DataLoader, bad: BadImages, split: str, skip_empty: bool = False) -> None:
+        self.loader, self.bad, self.split, self.skip_empty = loader, bad, split, skip_empty
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -173,10 +164,7 @@ class ReportingLoader:
                 raise fetched
             self.bad.report(self.split, fetched.unreadable)
             if fetched.batch is not None:
-                images, target = fetched.batch
-                if self.floats:
-                    images = torch.from_numpy(np.empty(images.shape, np.float32)).copy_(images)
-                yield images, target
+                yield fetched.batch
             elif not self.skip_empty:
                 self.bad.check()
                 raise UserError('no image of the training split can be read: look at the log for the reasons.')

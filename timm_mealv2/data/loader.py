@@ -6,7 +6,10 @@ the point at which a run was resumed changes a pixel.
 An image that cannot be read is left out of its batch and named; which ones are is a function of the data alone.
 """
 
+import weakref
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -100,6 +103,30 @@ class CollateMixed:
         return images, target
 
 
+class _InUsedMemory:
+    """Batches with images as float32, in the memory of former batches that nothing refers to any more.
+
+    Fresh memory for a large batch takes longer than normalizing it: the system hands it out page by page, all zeros.
+    """
+
+    def __init__(self, batches: ReportingLoader) -> None:
+        self.batches = batches
+        self.free: dict[torch.Size, deque[np.ndarray]] = defaultdict(partial(deque, maxlen=3))
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for images, target in self.batches:
+            free = self.free[images.shape]
+            memory = free.pop() if free else np.empty(images.shape, np.float32)
+            lent = memory.view()  # dies with the last tensor that has this memory, which then is free again
+            weakref.finalize(lent, free.append, memory)
+            images = torch.from_numpy(lent).copy_(images)
+            del lent
+            yield images, target
+
+
 def _load_batches(
     batches: ReadableBatches,
     sampler: Sampler[KeyBatch],
@@ -120,8 +147,9 @@ def _load_batches(
         generator=torch.Generator(),  # the workers' own seed, which nothing uses, comes out of no shared generator
         **workers,
     )
-    floats = device.type == 'cpu' and dtype == torch.float32
-    reporting = ReportingLoader(loader, bad, split, skip_empty=not batches.fill, floats=floats)
+    reporting: Any = ReportingLoader(loader, bad, split, skip_empty=not batches.fill)
+    if device.type == 'cpu' and dtype == torch.float32:
+        reporting = _InUsedMemory(reporting)
     mean, std = normalization
     return PrefetchLoader(reporting, mean=mean, std=std, channels=len(mean), device=device, img_dtype=dtype)
 
