@@ -103,21 +103,18 @@ class CollateMixed:
         return images, target
 
 
-class _InUsedMemory:
+class _InUsedMemory(ReportingLoader):
     """Batches with images as float32, in the memory of former batches that nothing refers to any more.
 
     Fresh memory for a large batch takes longer than normalizing it: the system hands it out page by page, all zeros.
     """
 
-    def __init__(self, batches: ReportingLoader) -> None:
-        self.batches = batches
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.free: dict[torch.Size, deque[np.ndarray]] = defaultdict(partial(deque, maxlen=3))
 
-    def __len__(self) -> int:
-        return len(self.batches)
-
     def __iter__(self) -> Iterator[Batch]:
-        for images, target in self.batches:
+        for images, target in super().__iter__():
             free = self.free[images.shape]
             memory = free.pop() if free else np.empty(images.shape, np.float32)
             lent = memory.view()  # dies with the last tensor that has this memory, which then is free again
@@ -147,9 +144,8 @@ def _load_batches(
         generator=torch.Generator(),  # the workers' own seed, which nothing uses, comes out of no shared generator
         **workers,
     )
-    reporting: Any = ReportingLoader(loader, bad, split, skip_empty=not batches.fill)
-    if device.type == 'cpu' and dtype == torch.float32:
-        reporting = _InUsedMemory(reporting)
+    kind = _InUsedMemory if device.type == 'cpu' and dtype == torch.float32 else ReportingLoader
+    reporting = kind(loader, bad, split, skip_empty=not batches.fill)
     mean, std = normalization
     return PrefetchLoader(reporting, mean=mean, std=std, channels=len(mean), device=device, img_dtype=dtype)
 
