@@ -27,6 +27,7 @@ _SHORT = {
     'hard_label_loss': 'hard labels',
 }
 _FIRST = ('loss', 'kl', 'images/s')  # of what a bar has room for
+_MUCH_WAITING = 0.1  # share of the time
 _BAR = 8  # characters of the bar itself, or more
 _NAMES = {'top1': 'top-1', 'top5': 'top-5', 'kl': 'KL'}
 
@@ -126,6 +127,7 @@ class RunLog:
     def __init__(self, start: Progress, epochs: int, batches: int, metric: str) -> None:
         self.epochs, self.metric = epochs, metric
         self.first, self.began = start.epoch + start.batch / batches, time.perf_counter()
+        self._hinted = False
 
     def line(self, done: int, trained: dict[str, float], evaluated: dict[str, float] | None, best: float | None) -> str:
         """Return the line.
@@ -147,6 +149,17 @@ class RunLog:
             left = (time.perf_counter() - self.began) / trained_here * (self.epochs - done)
             items.append(f'{tqdm.format_interval(left)} left')
         return f'{done}/{self.epochs} epochs: {", ".join(items)}'
+
+    def hint(self, epoch: int, trained: dict[str, float]) -> str | None:
+        """Return once what helps if data is waited for; not in the first epoch, in which the workers start."""
+        waiting = trained['time_data'] > _MUCH_WAITING * sum(trained[name] for name in TIMES)
+        if not waiting or epoch < self.first + 1 or self._hinted:
+            return None
+        self._hinted = True
+        return (
+            f'More than {_MUCH_WAITING:.0%} of the time is waiting for data: more --workers help where there are cores '
+            'for them, --samples-per-decode where images take long to decode.'
+        )
 
 
 class TerminalHandler(logging.StreamHandler[Any]):

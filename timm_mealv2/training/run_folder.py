@@ -91,6 +91,25 @@ class RunFolder:
             )
         return given
 
+    def push(self, repository: str) -> None:
+        """Export the best checkpoint and push it; whatever happens there, the training is complete."""
+        best = self.path / 'model_best.pth.tar'
+        checkpoint = best if best.exists() else self.path / 'last.pth.tar'
+        folder = self.path / 'hub'
+        try:
+            # Here, as nobody else needs the card's packages.
+            from timm_mealv2.hub.card import CardOptions
+            from timm_mealv2.hub.client import push_folder
+            from timm_mealv2.hub.export import export_model
+
+            export_model(checkpoint, folder, card=CardOptions(repo_id=repository))
+            _logger.info(f'Pushed: {push_folder(folder, repository)}')
+        except Exception as error:
+            text = ' '.join(str(error).split())
+            if 'mealv2-hub push' not in text:
+                text += f' Push later: mealv2-hub push {checkpoint} {repository}'
+            _logger.warning(f'The training is complete ({self.path}), but {text}')
+
 
 def find_newest(folder: str | os.PathLike[str]) -> Path | None:
     """Return the checkpoint in a run folder that is farthest in the run and whole, None if there is none.

@@ -27,13 +27,10 @@ from timm_mealv2.training.progress import RunLog, TrainLog, evaluation_bar, log_
 from timm_mealv2.training.resume import load_checkpoint, load_process_state, position_to_resume
 from timm_mealv2.training.run_folder import RunFolder, find_newest
 from timm_mealv2.training.signals import EvaluationStoppedError, Guard, TooManyNonFiniteError
-from timm_mealv2.training.timing import TIMES
 
 _logger = logging.getLogger(__name__)
 
 _WATCHED_UPDATES = 100  # after which a discriminator that has not learned anything is dead
-
-_MUCH_WAITING = 0.1  # share of the time
 
 _CONTINUE = '--resume auto with the same --output and --experiment continues'
 
@@ -124,8 +121,7 @@ class Trainer:
         self.meters = Meters()
         self.saver: RunSaver | None = None
         self.trackers: Trackers | None = None
-        self._updates = self._epochs = 0  # since the program began
-        self._hinted = False
+        self._updates = 0  # since the program began
 
     def run(self, log: TrainLog | None = None) -> None:
         """Train to the end; the run folder gets `log`."""
@@ -266,6 +262,8 @@ class Trainer:
             best, _ = self.saver.save_checkpoint(epoch, metric)
             self.saver.remove_recovery()
             _logger.info(log.line(epoch + 1, trained, evaluated, best))
+            if hint := log.hint(epoch, trained):
+                _logger.warning(hint)
         return end
 
     def _train(self, start: Progress) -> dict[str, float]:
@@ -280,21 +278,11 @@ class Trainer:
             synchronize=plan.synchronize,
         )
         try:
-            trained = train_one_epoch(self.parts.stepper, self.parts.data.loader, start, self.meters, events)
+            return train_one_epoch(self.parts.stepper, self.parts.data.loader, start, self.meters, events)
         except TooManyNonFiniteError as error:
             newest = find_newest(self.folder.path)
             text = f'The last good checkpoint is {newest}.' if newest else 'No checkpoint was written before.'
             raise UserError(f'{error} {text}') from error
-        self._epochs += 1
-        waiting = trained['time_data'] > _MUCH_WAITING * sum(trained[name] for name in TIMES)
-        # The first epoch begins with the start of the workers.
-        if waiting and self._epochs > 1 and not self._hinted:
-            self._hinted = True
-            _logger.info(
-                f'More than {_MUCH_WAITING:.0%} of the time is waiting for data: more --workers help where there are '
-                'cores for them, --samples-per-decode where images take long to decode.'
-            )
-        return trained
 
     def _after_update(self, position: Progress, made: Tensor) -> None:
         self.guard.note(position.update - 1, made)
@@ -399,23 +387,4 @@ class Trainer:
             _logger.info(f'Best {self.plan.eval_metric}: {self.saver.best_metric:.4g} (epoch {self.saver.best_epoch}).')
         _logger.info(f'Written: {self.folder.path}')
         if self.plan.push_to_hub:
-            self._push(self.plan.push_to_hub)
-
-    def _push(self, repository: str) -> None:
-        """Export the best checkpoint and push it; whatever happens there, the training is complete."""
-        best = self.folder.path / 'model_best.pth.tar'
-        checkpoint = best if best.exists() else self.folder.path / 'last.pth.tar'
-        folder = self.folder.path / 'hub'
-        try:
-            # Here, as nobody else needs the card's packages.
-            from timm_mealv2.hub.card import CardOptions
-            from timm_mealv2.hub.client import push_folder
-            from timm_mealv2.hub.export import export_model
-
-            export_model(checkpoint, folder, card=CardOptions(repo_id=repository))
-            _logger.info(f'Pushed: {push_folder(folder, repository)}')
-        except Exception as error:
-            text = ' '.join(str(error).split())
-            if 'mealv2-hub push' not in text:
-                text += f' Push later: mealv2-hub push {checkpoint} {repository}'
-            _logger.warning(f'The training is complete ({self.folder.path}), but {text}')
+            self.folder.push(self.plan.push_to_hub)
