@@ -82,13 +82,20 @@ def read_run(folder: StrPath) -> Run:
     settings_path = Path(folder) / 'args.yaml'
     try:
         settings = yaml.safe_load(settings_path.read_text()) if settings_path.is_file() else {}
-    except yaml.YAMLError as error:
+    except (ValueError, yaml.YAMLError) as error:
         raise UserError(f'{settings_path} is not YAML: {error}') from error
     preflight_path = Path(folder) / 'preflight.json'
     try:
         preflight = json.loads(preflight_path.read_text()) if preflight_path.is_file() else {}
     except ValueError as error:
         raise UserError(f'{preflight_path} is not JSON: {error}') from error
+    models = preflight.values() if isinstance(preflight, dict) else [None]
+    if not all(
+        isinstance(row, dict) and all(isinstance(v, int | float | None) for v in row.values()) for row in models
+    ):
+        raise UserError(f'{preflight_path} is no preflight.json of a run: expected metrics by model.')
+    if not isinstance(settings or {}, dict):
+        raise UserError(f'{settings_path} holds no settings: expected option names and values.')
     return Run(epochs, columns, settings or {}, preflight)
 
 

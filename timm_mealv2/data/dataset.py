@@ -7,7 +7,6 @@ from contextlib import closing
 from copy import copy
 from itertools import pairwise
 from pathlib import Path
-from tarfile import TarError
 from typing import Any
 
 import torch
@@ -34,7 +33,7 @@ def open_dataset(name: str, root: str | None, split: str, **kwargs: Any) -> Data
         raise UserError(f'no data set at {root!r}: give a folder or a .tar file with --data-dir.')
     try:
         dataset = create_dataset(name, root=root, split=split, **kwargs)
-    except (AssertionError, ImportError, OSError, RuntimeError, TarError, ValueError) as error:
+    except Exception as error:  # folders, archives and class maps are the user's, whatever timm's readers raise
         raise UserError(f'cannot open split {split!r} of {name or root!r}: {error}') from error
     reader = getattr(dataset, 'reader', None)
     if isinstance(reader, ReaderImageFolder):

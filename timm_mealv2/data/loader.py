@@ -28,6 +28,7 @@ from timm_mealv2.data.deterministic import EpochSampler, Key, KeyBatch, Sample
 from timm_mealv2.data.normalize import Stats
 from timm_mealv2.data.seed import Stream, counted_seed, seed_cpu
 from timm_mealv2.data.workers import ignore_signals, keep_signals_from_workers
+from timm_mealv2.errors import UserError
 
 
 def stack_pixels(samples: list[Sample]) -> Tensor:
@@ -262,7 +263,10 @@ def eval_loader(
     prefetch = kwargs.pop('use_prefetcher', True)
     dtype = kwargs.pop('img_dtype', torch.float32)
     bad = bad or BadImages()
-    transform = create_transform(**config, is_training=False, use_prefetcher=True)
+    try:
+        transform = create_transform(**config, is_training=False, use_prefetcher=True)
+    except (KeyError, TypeError, ValueError) as error:  # a model's config.json may say anything
+        raise UserError(f'the images cannot be cut as {config} says: {error!r}') from error
     transform.transforms[-1] = pixels_of
     samples = _EvalSamples(dataset, transform)
     rank, processes = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)

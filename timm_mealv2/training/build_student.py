@@ -49,7 +49,7 @@ def build_student(args: argparse.Namespace, batch_size: int, processes: Processe
         model = timm.create_model(args.model, pretrained=args.pretrained or bool(args.pretrained_path), **options)
     except UserError:
         raise
-    except (AssertionError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:  # a config.json, weights and arguments are the user's, whatever timm raises
         pool = f' with --gp {args.gp}' if args.gp is not None else ''
         raise UserError(f'cannot create --model {args.model}{pool}: {error}') from error
     if args.initial_checkpoint:
