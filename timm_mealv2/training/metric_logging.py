@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from timm_mealv2.errors import UserError
+from timm_mealv2.errors import UserError, blamed_on
 from timm_mealv2.files import replacing
 from timm_mealv2.training.run_folder import RunFolder
 from timm_mealv2.training.timing import TIMES
@@ -68,9 +68,9 @@ def append_summary(path: Path, epoch: int, trained: dict[str, float], evaluated:
     row |= {name: trained[name] for name in TIMES}
     rows = [row]
     if path.exists():
-        with path.open(newline='') as file:
+        with path.open(newline='') as file, blamed_on(path):
             rows = [*(former for former in csv.DictReader(file) if int(former['epoch']) < epoch), row]
-    with replacing(path) as temporary, temporary.open('w', newline='') as file:
+    with replacing(path) as temporary, temporary.open('w', newline='') as file, blamed_on(path):
         writer = csv.DictWriter(file, dict.fromkeys(name for former in rows for name in former), restval='')
         writer.writeheader()
         writer.writerows(rows)
