@@ -29,6 +29,7 @@ import torch
 from timm_mealv2.command_line import OneLineParser, run_cli
 from timm_mealv2.errors import UserError
 from timm_mealv2.training.checkpoint_saver import read_checkpoint
+from timm_mealv2.training.timing import TIMES
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / 'examples/fashion_mnist'
@@ -56,7 +57,7 @@ def differences(first: Path, second: Path) -> list[str]:
     """Compare two run folders; what differs, one text each, none if they are the same.
 
     Compared are the names of the files, each value of each checkpoint but its arguments (they hold the folder), and the
-    summary but for the speed.
+    summary but for speed and times.
     """
     found = []
     names = [sorted(path.name for path in folder.iterdir()) for folder in (first, second)]
@@ -65,7 +66,8 @@ def differences(first: Path, second: Path) -> list[str]:
     rows = []
     for folder in (first, second):
         with open(folder / 'summary.csv', newline='') as file:
-            rows.append([{k: v for k, v in row.items() if k != 'images_per_second'} for row in csv.DictReader(file)])
+            own = csv.DictReader(file)
+            rows.append([{k: v for k, v in row.items() if k not in ('images_per_second', *TIMES)} for row in own])
     if rows[0] != rows[1]:
         found.append(f'summary.csv: {rows[0]} and {rows[1]}')
     for name in sorted(set(names[0]) & set(names[1])):
