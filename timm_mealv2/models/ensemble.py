@@ -257,7 +257,9 @@ class EnsembleTeacher(nn.Module):
         """Logits [B, C] of one teacher, at least float32; an inference tensor, or what was made of one."""
         x, dtype = self._input_for(index, x, form), self.autocast_dtypes[index]
         module = self.teachers[index] if form is None else form.module
-        with torch.inference_mode(), torch.autocast(x.device.type, dtype=dtype, enabled=dtype is not None):
+        # torch 2.7 to 2.10 cannot compile what runs in inference mode.
+        mode = torch.no_grad() if torch.compiler.is_compiling() else torch.inference_mode()
+        with mode, torch.autocast(x.device.type, dtype=dtype, enabled=dtype is not None):
             logits = module(x)
         check_logits(logits, self.names[index], x, self.num_classes)
         return at_least_float32(logits)
