@@ -158,6 +158,8 @@ TEACHERS = (
         "image size for all teachers or for each; the student's if not given",
         nargs='+',
     ),
+)
+TUNING = (
     Option(
         '--teacher-tune',
         str,

@@ -9,6 +9,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from timm_mealv2.data.augmentation import Augmentation
 from timm_mealv2.data.dataset import open_dataset
 from timm_mealv2.data.deterministic import Samples
 from timm_mealv2.errors import UserError
+from timm_mealv2.models import tuning
 from timm_mealv2.models.ensemble import EnsembleTeacher
 from timm_mealv2.models.factory import create_ensemble
 from timm_mealv2.soft_labels import claims
@@ -239,3 +241,39 @@ def test_the_rate_is_measured_without_writing(train: Dataset, teachers: Ensemble
     began = time.monotonic()
     assert 10 < measure(train, teachers, settings, workers=0, device='cpu', seconds=0.2) < 1e5
     assert time.monotonic() - began > 0.2
+
+
+# Tuned teachers
+
+
+def test_whoever_records_takes_the_forms_that_the_store_was_begun_with(
+    train: Dataset, weights: list[str], settings: StoreMeta, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, '_fastest', lambda times: len(times) - 1)
+    monkeypatch.setattr(tuning, '_LEAST', {})
+    teachers = create_ensemble(weights, weights=[2, 1])
+    out = tmp_path / 'store'
+    store = record(out, train, teachers, settings, 12, tune=True)
+    forms = ['contiguous+folded'] * 2  # named teachers are laid out channels_last
+    assert [teacher['runs_as'] for teacher in store.meta.teachers] == forms
+    expected = contents(out)
+
+    (out / 'part-00000-00001').unlink()
+    monkeypatch.setattr(EnsembleTeacher, 'tune', None)
+    again = create_ensemble(weights, weights=[2, 1])
+    record(out, train, again, settings, 12, tune=True)
+    assert contents(out) == expected
+    assert [form.name for form in again._forms.values()] == forms
+
+    # A store that was begun as they are goes on so, and an ensemble that is tuned already is no matter.
+    again.run_as(forms, (50, 3, 24, 24))
+    record(tmp_path / 'plain', train, again, settings, 1)
+    assert not again._forms
+
+
+def test_of_two_processes_that_begin_a_store_the_first_one_counts(settings: StoreMeta, tmp_path: Path) -> None:
+    first, second = replace(settings, seed=1), replace(settings, seed=2)
+    for meta in (first, second):
+        meta.write(tmp_path, first=True)
+    assert StoreMeta.read(tmp_path) == first
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ['meta.json']

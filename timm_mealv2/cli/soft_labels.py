@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
@@ -22,6 +23,7 @@ from timm_mealv2.command_line import (
     INPUT,
     TEACHERS,
     TRAIN_SPLIT,
+    TUNING,
     OneLineParser,
     add_options,
     run_cli,
@@ -124,7 +126,7 @@ def _add_recording(parser: argparse.ArgumentParser) -> None:
     add('--seed', type=SEED, default=42, help="the training's seed: that of crops, augmentation and order")
     student = 'student, whose image size, mean and std count; else those of the first teacher'
     add('--model', metavar='NAME', help=student)
-    add_options(parser.add_argument_group('teachers'), TEACHERS)
+    add_options(parser.add_argument_group('teachers'), (*TEACHERS, *TUNING))
     _add_data(parser)
     add_options(parser.add_argument_group('images'), INPUT)
     add_options(parser.add_argument_group('augmentation'), AUGMENTATION)
@@ -142,16 +144,21 @@ def _record(args: argparse.Namespace) -> None:
         logging.getLogger().setLevel(logging.WARNING)
     device = _device(args, local_rank)
     dataset, teachers, meta = _parts(args, device)
-    store = record(
-        args.out, dataset, teachers, meta, args.epochs, workers=args.workers, device=device, progress=not rank
-    )
+    options = _running(args, device)
+    store = record(args.out, dataset, teachers, meta, args.epochs, progress=not rank, **options)
     _logger.info(f'{args.out}: {_amount(store.meta, store.meta.images, store.meta.epochs)}')
+
+
+def _running(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """How the teachers run."""
+    tune = args.teacher_tune == 'on'
+    return {'workers': args.workers, 'device': device, 'tune': tune, 'compile': args.teacher_compile}
 
 
 def _estimate(args: argparse.Namespace) -> None:
     device = _device(args, 0)
     dataset, teachers, meta = _parts(args, device)
-    rate = measure(dataset, teachers, meta, workers=args.workers, device=device, seconds=args.seconds)
+    rate = measure(dataset, teachers, meta, seconds=args.seconds, **_running(args, device))
     images = args.images or meta.images
     print(f'measured  {rate:,.1f} samples/s in one process on {device}')
     print(f'records   {_amount(meta, images, args.epochs)}')

@@ -191,12 +191,12 @@ class EnsembleTeacher(nn.Module):
         """
         self._forms.clear()
         device = next((parameter.device for parameter in self.parameters()), None)
-        images = torch.zeros(*shape, device=device)
+        images = torch.zeros(1, *shape[1:], device=device)
         for index, (name, form) in enumerate(zip(self.names, chosen, strict=True)):
             if form != PLAIN:
                 try:
                     x = self._input_for(index, images, None)
-                    self._forms[index] = make_form(self.teachers[index], form, x, images.shape)
+                    self._forms[index] = make_form(self.teachers[index], form, x, torch.Size(shape))
                 except Exception as error:  # whatever torch of this machine cannot do with a teacher
                     _logger.warning(f'Teacher {name} cannot run as {form}, and runs as it is: {one_line(error)}')
 

@@ -66,7 +66,7 @@ class PartQueue:
         for part in self.missing():
             if self._claim(part):
                 keys = sample_keys(self.samples, part.images, part.epochs)
-                size = self.meta.batch_size // len(part.epochs) * len(part.epochs) or self.meta.batch_size
+                size = self.meta.full_batch(len(part.epochs))
                 yield from (keys[start : start + size] for start in range(0, len(keys), size))
 
     def _claim(self, part: Part) -> bool:

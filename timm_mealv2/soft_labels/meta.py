@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -45,7 +47,8 @@ class StoreMeta:
     Attributes:
         format: `FORMAT` of the program that wrote it.
         teachers: For each teacher 'name' (as the user gave it), 'sha256' of its weights, 'weight', 'img_size' ([h, w]
-            or None), 'classes' (those taken of its own, or None) and 'autocast_dtype' (or None).
+            or None), 'classes' (those taken of its own, or None), 'autocast_dtype' (or None) and, where teachers were
+            tuned, 'runs_as' (its form).
         seed: Seed of the samples.
         num_classes: Class count C.
         top_k: Classes kept of a sample, K.
@@ -90,10 +93,17 @@ class StoreMeta:
             raise UserError(f'{folder / META} is damaged: {error}') from error
         raise UserError(f'{folder} has format {found}, this timm_mealv2 reads format {FORMAT}: record it again.')
 
-    def write(self, folder: Path) -> None:
-        """Write `meta.json`, whole or not at all."""
-        with replacing(folder / META) as temporary:
+    def write(self, folder: Path, first: bool = False) -> None:
+        """Write `meta.json`, whole or not at all; as the `first` only where no other process has written one."""
+        with suppress(FileExistsError), replacing(folder / META) as temporary:
             temporary.write_text(json.dumps(asdict(self), indent=1) + '\n', encoding='utf-8')
+            if first:
+                try:
+                    os.link(temporary, folder / META)
+                except FileExistsError:
+                    raise
+                except OSError:  # a file system without hard links: the last one counts
+                    pass
 
     @property
     def epochs(self) -> int:
@@ -113,6 +123,10 @@ class StoreMeta:
         while blocks[-1] < epochs:
             blocks.append(min(blocks[-1] // block_epochs * block_epochs + block_epochs, epochs))
         return replace(self, blocks=blocks)
+
+    def full_batch(self, epochs: int) -> int:
+        """Return how many samples of a part of `epochs` epochs go through the teachers together."""
+        return self.batch_size // epochs * epochs or self.batch_size
 
     def parts(self) -> Iterator[Part]:
         """Yield the parts, block by block."""

@@ -4,10 +4,12 @@ Any number of processes, on any hosts that see the folder, may start, stop and d
 the teachers together is fixed, so that a part's bytes do not depend on who makes it.
 """
 
+import functools
 import logging
 import time
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +26,7 @@ from timm_mealv2.data.normalize import channel_stats
 from timm_mealv2.errors import UserError
 from timm_mealv2.files import replacing
 from timm_mealv2.models.ensemble import EnsembleTeacher
+from timm_mealv2.models.tuning import PLAIN
 from timm_mealv2.soft_labels.claims import STALE, PartQueue, Progress, sample_keys
 from timm_mealv2.soft_labels.meta import META, Part, StoreMeta, difference
 from timm_mealv2.soft_labels.store import NAMES, PIXELS, SoftLabelStore, checksum, pixel_crc
@@ -46,6 +49,8 @@ def record(
     *,
     workers: int = 0,
     device: torch.device | str = 'cpu',
+    tune: bool = False,
+    compile: bool = False,
     progress: bool = False,
 ) -> SoftLabelStore:
     """Record the teachers' predictions for the epochs 0 to `epochs` - 1, together with whoever else is at it.
@@ -58,6 +63,9 @@ def record(
         meta: What `describe` gives for these.
         epochs: Epochs to have in the end.
         workers: Worker processes that make samples; 0 makes them in this one.
+        tune: Tune the teachers for a new store. Which forms they run in is written before the first part, and whoever
+            records takes what is written there: a part's bytes depend on neither time nor machine.
+        compile: Compiled forms may be chosen too.
         progress: Show what all processes together have done.
 
     Raises:
@@ -66,7 +74,10 @@ def record(
     device = torch.device(device)
     # This process reads some images itself, and shares no open file with the workers that are started later.
     samples = Samples(keeping_no_file_open(dataset), meta.augmentation, meta.seed)
-    meta = _join(out, meta, image_names(dataset), samples, epochs)
+    tuned = functools.partial(_tune, samples=samples, teachers=teachers, device=device, compile=compile)
+    meta = _join(out, meta, image_names(dataset), samples, epochs, tuned if tune else None)
+    forms = [teacher.get('runs_as', PLAIN) for teacher in meta.teachers]
+    teachers.run_as(forms, (meta.full_batch(meta.blocks[1]), *meta.augmentation.input_size))
     queue = PartQueue(out, meta, samples, _mended_parts(SoftLabelStore(out), samples))
     shown = Progress(queue, progress)
     # The loader's batches are asked for while parts are claimed: workers go on from part to part without a pause.
@@ -169,19 +180,36 @@ def _record_parts(
         queue.renew()
 
 
+def _normalized(teachers: EnsembleTeacher, pixels: Tensor, device: torch.device) -> Tensor:
+    mean, std = (
+        torch.tensor(stats, device=device).view(1, -1, 1, 1) * 255
+        for stats in channel_stats(teachers.pretrained_cfg, teachers.in_chans)
+    )
+    return (pixels.to(device, non_blocking=True).float() - mean) / std
+
+
+def _tune(
+    meta: StoreMeta, samples: Samples, teachers: EnsembleTeacher, device: torch.device, compile: bool
+) -> StoreMeta:
+    """Tune the teachers on a full batch of the first samples; return the settings with their forms."""
+    keys = sample_keys(samples, range(min(meta.images, meta.batch_size)), range(meta.blocks[1]))
+    size = meta.full_batch(meta.blocks[1])
+    batch = _SampleBatches(samples).__getitems__(keys[:size])
+    if not batch.readable:
+        return meta
+    pixels = batch.pixels[torch.arange(size) % len(batch.readable)]
+    rows = teachers.tune(_normalized(teachers, pixels, device), compile)
+    return replace(meta, teachers=[{**t, 'runs_as': row.chosen} for t, row in zip(meta.teachers, rows, strict=True)])
+
+
 def predict(teachers: EnsembleTeacher, pixels: Tensor, device: torch.device) -> Tensor:
     """Return the teachers' mean probabilities [n, C] for pixels uint8 [n, chans, h, w].
 
     Raises:
         UserError: If they are not finite.
     """
-    mean, std = (
-        torch.tensor(stats, device=device).view(1, -1, 1, 1) * 255
-        for stats in channel_stats(teachers.pretrained_cfg, teachers.in_chans)
-    )
-    x = (pixels.to(device, non_blocking=True).float() - mean) / std
     with torch.no_grad():
-        probabilities = teachers.predict(x)[0].exp()
+        probabilities = teachers.predict(_normalized(teachers, pixels, device))[0].exp()
     if not probabilities.isfinite().all():
         raise UserError('the teachers predict NaN: take --teacher-dtype bfloat16 or float32, or none.')
     return probabilities
@@ -194,6 +222,8 @@ def measure(
     *,
     workers: int,
     device: torch.device | str,
+    tune: bool = False,
+    compile: bool = False,
     seconds: float = 20,
 ) -> float:
     """Measure how many samples a second this process records, on images that are spread over the data set.
@@ -202,12 +232,16 @@ def measure(
     """
     device = torch.device(device)
     samples = Samples(dataset, meta.augmentation, meta.seed)
+    meta = meta.extend(BLOCK_EPOCHS, BLOCK_EPOCHS)
+    if tune:
+        _tune(meta, samples, teachers, device, compile)
+    size = meta.full_batch(BLOCK_EPOCHS)
     chosen = np.random.default_rng(0).choice(meta.images, min(meta.images, 4096), replace=False)
     keys = sample_keys(samples, chosen.tolist(), range(BLOCK_EPOCHS))
 
     def batches() -> Generator[list[Key], None, None]:
         while True:
-            yield from (keys[start : start + meta.batch_size] for start in range(0, len(keys), meta.batch_size))
+            yield from (keys[start : start + size] for start in range(0, len(keys), size))
 
     with closing(batches()) as endless:
         begin = since = time.perf_counter()
@@ -226,8 +260,18 @@ def measure(
     return count / (now - since)
 
 
-def _join(out: Path, meta: StoreMeta, names: Sequence[str], samples: Samples, epochs: int) -> StoreMeta:
-    """Make the folder, or join a recording that is there; return its settings, with blocks up to `epochs`."""
+def _join(
+    out: Path,
+    meta: StoreMeta,
+    names: Sequence[str],
+    samples: Samples,
+    epochs: int,
+    tuned: Callable[[StoreMeta], StoreMeta] | None = None,
+) -> StoreMeta:
+    """Make the folder, or join a recording that is there; return its settings, with blocks up to `epochs`.
+
+    `tuned` adds the forms of the teachers to the settings of a new recording.
+    """
     if (out / META).is_file():
         former = StoreMeta.read(out)
         if differing := difference(former, meta):
@@ -254,10 +298,10 @@ def _join(out: Path, meta: StoreMeta, names: Sequence[str], samples: Samples, ep
     with replacing(out / PIXELS) as temporary:
         save_file(_pixel_samples(samples, meta, epochs), temporary)
     meta = meta.extend(epochs, BLOCK_EPOCHS)
-    meta.write(out)
-    if differing := difference(StoreMeta.read(out), meta):
-        raise UserError(f'{out}: another process has begun a recording with {differing}.')
-    return meta
+    if tuned is not None:
+        meta = tuned(meta)
+    meta.write(out, first=True)
+    return _join(out, meta, names, samples, epochs)  # of whoever was the first
 
 
 def _pixel_samples(samples: Samples, meta: StoreMeta, epochs: int) -> dict[str, np.ndarray]:

@@ -13,6 +13,7 @@ from timm_mealv2.command_line import (
     INTERPOLATIONS,
     TEACHERS,
     TRAIN_SPLIT,
+    TUNING,
     OneLineParser,
     Option,
     add_options,
@@ -59,6 +60,7 @@ class _KeyValues(ParseKwargs):
 
 _OURS = (
     *TEACHERS,
+    *TUNING,
     Option('--discriminator-weight', NOT_NEGATIVE, 'W', "weight of the discriminator's loss; 0 builds none", 1.0),
     Option(
         '--discriminator-mode',
