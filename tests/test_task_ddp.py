@@ -99,6 +99,7 @@ def backward(task: MealV2Task, part: tuple[Tensor, Tensor], accumulate: int) -> 
 def worker(rank: int, world_size: int, folder: str) -> None:
     torch.set_num_threads(1)
     tuning._fastest = lambda times: len(times) - 1  # no matter how long it took
+    tuning._LEAST = {}
     dist.init_process_group('gloo', init_method=f'file://{folder}/meeting-point', rank=rank, world_size=world_size)
     for scenario in SCENARIOS:
         torch.save(train(scenario, rank, world_size), f'{folder}/{scenario}-{rank}.pt')

@@ -164,7 +164,7 @@ TUNING = (
         '--teacher-tune',
         str,
         'HOW',
-        'on: each teacher in the fastest form that predicts the same; off: as it is, the same digits in each run',
+        'on: each in its fastest form; off: as it is, the same digits in each run',
         'on',
         choices=('on', 'off'),
     ),
