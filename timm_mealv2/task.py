@@ -209,10 +209,7 @@ class MealV2Task(TrainingTask):
     def compile(
         self, backend: str = 'inductor', mode: str | None = None, teachers: bool = True, **compile_kwargs: Any
     ) -> nn.Module:
-        """Compile what trains, each teacher and the student for evaluation, before DDP wraps; return the student.
-
-        `teachers=False` leaves the teachers alone, which `tune_teachers` may compile.
-        """
+        """Compile what trains, the student's evaluation and, if `teachers`, these, before DDP; return the student."""
         options = {'backend': backend, 'mode': mode, **compile_kwargs}
         eval_model: Any = torch.compile(self.get_eval_model(), **options)
         trainable_module: Any = torch.compile(self.trainable_module, **options)
