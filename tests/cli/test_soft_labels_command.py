@@ -95,6 +95,7 @@ def test_further_epochs_are_recorded_by_the_same_command(folder: Path, tmp_path:
 
 def test_pixels_are_the_teachers_or_those_of_a_student(folder: Path, tmp_path: Path) -> None:
     arguments = [*record_arguments(folder, tmp_path / 'labels')[:7], '--epochs', '1', '-j', '0', '--device', 'cpu']
+    arguments += ['--teacher-tune', 'off']
     main(arguments)
     meta = SoftLabelStore(tmp_path / 'labels').meta
     assert meta.augmentation.input_size == (3, 160, 160)
