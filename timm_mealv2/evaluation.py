@@ -153,6 +153,11 @@ def _eval_mode(models: Iterable[nn.Module]) -> Iterator[None]:
                 module.training = training
 
 
+def calibration_bins(confidence: Tensor) -> Tensor:
+    """Return which of `CALIBRATION_BINS` equal bins of (0, 1] each largest probability [N] falls in, counted from 0."""
+    return (confidence * CALIBRATION_BINS).ceil().long().clamp(1, CALIBRATION_BINS) - 1
+
+
 class _Meter:
     """The sums of one model, on the device: a batch is added without waiting for it."""
 
@@ -177,7 +182,7 @@ class _Meter:
         self.labeled += torch.stack([value.to(self.dtype) for value in sums])
         if self.calibration:
             confidence, top1 = output.softmax(dim=1).max(dim=1)
-            index = (confidence * CALIBRATION_BINS).ceil().long().clamp(1, CALIBRATION_BINS) - 1
+            index = calibration_bins(confidence)
             rows = torch.stack([torch.ones_like(confidence), (top1 == target).to(confidence), confidence])
             self.bins.index_add_(1, index, rows.where(known, 0).to(self.dtype))
 

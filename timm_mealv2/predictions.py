@@ -15,12 +15,12 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from timm_mealv2.data.dataset import read_image
+from timm_mealv2.evaluation import calibration_bins
 from timm_mealv2.files import replacing
 from timm_mealv2.report import html_page, html_table
 
 CLASSES_SHOWN = 30
 GALLERY = 24
-BINS = 15
 
 
 @dataclass(frozen=True)
@@ -147,10 +147,10 @@ def _picture(predictions: Predictions, known: Tensor, class_names: Sequence[str]
     bars.tick_params(axis='y', labelsize=8)
     bars.invert_yaxis()
 
-    index = (confidence * BINS).ceil().long().clamp(1, BINS) - 1
-    size = torch.bincount(index, minlength=BINS)
+    index = calibration_bins(confidence)
+    size = torch.bincount(index)
     used = size > 0
-    sums = [torch.bincount(index, values.double(), BINS) for values in (confidence, expected == top1)]
+    sums = [torch.bincount(index, values.double()) for values in (confidence, expected == top1)]
     means = [(100 * total[used] / size[used]).tolist() for total in sums]
     calibration.set(title='Calibration', xlabel='largest probability, %', ylabel=f'{measure}, %')
     calibration.plot([0, 100], [0, 100], color='#666666', linestyle='--', label='perfect')
