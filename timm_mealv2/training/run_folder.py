@@ -69,7 +69,7 @@ class RunFolder:
         return checkpoint.absolute().parent == self.path.absolute()
 
     def checkpoint_to_resume(self, resume: str, restarted: bool, dry_run: bool = False) -> Path | None:
-        """Return the checkpoint that a run goes on from, None to begin.
+        """Return the checkpoint that a run goes on from, whose checksums are right; None to begin.
 
         Args:
             resume: A file, 'auto' for the newest in the folder, '' for none.
@@ -77,18 +77,21 @@ class RunFolder:
             dry_run: Nothing will be written.
 
         Raises:
-            UserError: If the folder holds another run.
+            UserError: If the folder holds another run, or the file is damaged or no checkpoint.
         """
         given = Path(resume) if resume not in ('', 'auto') else None
         if restarted or resume == 'auto':
             newest = find_newest(self.path)
-            if newest is None and given is None:
+            if newest is not None:
+                return newest
+            if given is None:
                 _logger.info(f'No checkpoint in {self.path}: starting fresh.')
-            return newest or given
-        if not (given and self.holds(given)) and not dry_run and next(self.path.glob('*.pth.tar'), None):
+        elif not (given and self.holds(given)) and not dry_run and next(self.path.glob('*.pth.tar'), None):
             raise UserError(
                 f'{self.path} already holds a run: continue it with --resume auto, or choose another --experiment.'
             )
+        if given is not None:
+            read_checkpoint(given)
         return given
 
     def push(self, repository: str) -> None:
