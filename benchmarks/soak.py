@@ -28,8 +28,8 @@ import torch
 
 from timm_mealv2.command_line import OneLineParser, run_cli
 from timm_mealv2.errors import UserError
+from timm_mealv2.runs import TIMES
 from timm_mealv2.training.checkpoint_saver import read_checkpoint
-from timm_mealv2.training.timing import TIMES
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / 'examples/fashion_mnist'

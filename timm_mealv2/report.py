@@ -19,18 +19,11 @@ from matplotlib.ticker import MaxNLocator
 from timm_mealv2.errors import UserError, blamed_on
 from timm_mealv2.files import replacing
 from timm_mealv2.models.checkpoint import TrainingCheckpoint
-from timm_mealv2.runs import INITIAL, Run, StrPath, model_cost, read_run, short_names
+from timm_mealv2.runs import INITIAL, TIMES, Run, StrPath, model_cost, read_run, short_names
 
 # Okabe and Ito's colors, which color-blind readers can tell apart; yellow is too pale for a line on white.
 COLORS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')
 LINE_STYLES = ('-', '--', ':', '-.')
-PHASES = {
-    'time_data': 'data wait',
-    'time_teachers': 'teachers',
-    'time_student': 'student',
-    'time_update': 'update',
-}
-"""Column of summary.csv, in seconds of a batch -> what the time goes into."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +64,7 @@ PANELS = {
         'Discriminator accuracy', 'rows told right, %', {'train_discriminator_accuracy': 'training'}, 100
     ),
     'lr': Panel('Learning rate', 'learning rate', {'lr': 'learning rate'}, log=True),
-    'time': Panel('Time of a batch', 'seconds', dict(PHASES)),
+    'time': Panel('Time of a batch', 'seconds', TIMES),
     'speed': Panel('Speed', 'training images/s', {'images_per_second': 'images/s'}),
 }
 """Name -> panel, in the order in which they are drawn; a panel without any data is left out."""
@@ -286,7 +279,7 @@ def _headline_html(runs: Mapping[str, Run], folders: Mapping[str, StrPath]) -> s
         cells['training images/s, mean'] = _number(statistics.mean(speeds) if speeds else None)
         if images is not None and all(speeds):
             cells['hours of training, without evaluation'] = _number(sum(images / speed for speed in speeds), 3600)
-        seconds = {name: sum(value for _, value in run.values(column)) for column, name in PHASES.items()}
+        seconds = {name: sum(value for _, value in run.values(column)) for column, name in TIMES.items()}
         if any(seconds.values()):
             total = sum(seconds.values())
             cells |= {f'share of that time, %: {name}': _number(value, total / 100) for name, value in seconds.items()}

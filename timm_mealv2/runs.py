@@ -21,6 +21,9 @@ StrPath = str | os.PathLike[str]
 INITIAL = 'student (initial)'
 """What preflight.json calls the student before the first step."""
 
+TIMES = {'time_data': 'data wait', 'time_teachers': 'teachers', 'time_student': 'student', 'time_update': 'update'}
+"""Columns of summary.csv, in seconds a batch -> what the time goes into."""
+
 
 def short_names(models: Iterable[str]) -> dict[str, str]:
     """Return name in preflight.json -> the same with two parts of a teacher's path, all of it where two would agree."""

@@ -16,10 +16,10 @@ from images import write_images
 from quick_training import REPOSITORY, SMALL, Train, assert_equal_weights, summary, weights
 
 from timm_mealv2.errors import UserError
+from timm_mealv2.runs import TIMES
 from timm_mealv2.training import trainer
 from timm_mealv2.training.checkpoint_saver import read_checkpoint
 from timm_mealv2.training.run_folder import find_newest
-from timm_mealv2.training.timing import TIMES
 
 
 def test_classification_writes_the_run_folder_that_timm_users_know(train: Train) -> None:

@@ -17,9 +17,9 @@ from quick_training import REPOSITORY, SMALL, assert_equal_weights, summary
 
 from timm_mealv2.cli.soft_labels import main as soft_labels
 from timm_mealv2.errors import UserError
+from timm_mealv2.runs import TIMES
 from timm_mealv2.training.checkpoint_saver import read_checkpoint
 from timm_mealv2.training.run import main
-from timm_mealv2.training.timing import TIMES
 
 Train = Callable[..., Path]
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from timm_mealv2.data.loader import StreamLoader, TrainLoader
+from timm_mealv2.runs import TIMES
 from timm_mealv2.training.distributed import Processes
 from timm_mealv2.training.loop import Stepper
-from timm_mealv2.training.timing import TIMES
 
 
 def _now() -> float:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from timm_mealv2.errors import UserError, blamed_on
 from timm_mealv2.files import replacing
+from timm_mealv2.runs import TIMES
 from timm_mealv2.training.run_folder import RunFolder
-from timm_mealv2.training.timing import TIMES
 
 
 class Meters:

@@ -13,9 +13,10 @@ from typing import Any, Self
 from tqdm import tqdm
 
 from timm_mealv2.errors import UserError
+from timm_mealv2.runs import TIMES
 from timm_mealv2.training.checkpoint_saver import Progress
 from timm_mealv2.training.metric_logging import Meters
-from timm_mealv2.training.timing import TIMES, Clock
+from timm_mealv2.training.timing import Clock
 
 _logger = logging.getLogger(__name__)
 

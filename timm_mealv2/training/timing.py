@@ -5,8 +5,7 @@ from typing import Any
 
 import torch
 
-TIMES = {'time_data': 'data wait', 'time_teachers': 'teachers', 'time_student': 'student', 'time_update': 'update'}
-"""Columns of summary.csv, in seconds a batch, and what they are called elsewhere."""
+from timm_mealv2.runs import TIMES
 
 
 class Clock:

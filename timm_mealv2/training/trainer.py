@@ -16,6 +16,7 @@ from timm_mealv2.errors import UserError, blamed_on
 from timm_mealv2.evaluation import evaluate, metrics_as_json
 from timm_mealv2.files import replacing
 from timm_mealv2.models.ensemble import EnsembleTeacher
+from timm_mealv2.runs import INITIAL
 from timm_mealv2.task import MealV2Task
 from timm_mealv2.training.build_data import Data, Pixels
 from timm_mealv2.training.checkpoint_saver import Progress, RunSaver, position
@@ -177,7 +178,7 @@ class Trainer:
         """Evaluate ensemble, teachers and the student's initial weights, so that a wrong teacher is seen in time."""
         if self.validation is None:
             return {}
-        models = {'ensemble': teachers, 'student (initial)': self._student()}
+        models = {'ensemble': teachers, INITIAL: self._student()}
         rows = self._evaluate(models, 'ensemble', self._batches(), members=True)
         self.guard.bad.check()
         rows = {name.replace('ensemble/', 'teacher '): row for name, row in rows.items()}
