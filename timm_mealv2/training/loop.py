@@ -14,7 +14,6 @@ from timm.task import TrainingTask
 from timm.utils import dispatch_clip_grad
 from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from timm_mealv2.data.loader import StreamLoader, TrainLoader
 from timm_mealv2.data.seed import Stream, counted_seed, seed_all
@@ -35,7 +34,7 @@ class LossScaler(torch.amp.GradScaler):
 class Stepper:
     """Forward, backward and update: what one step is made of, the same for every task.
 
-    An update whose gradient has no finite norm is skipped on all processes: weights, optimizer, moving average and the
+    An update whose gradient is not finite is skipped on all processes: weights, optimizer, moving average and the
     statistics of batch norm stay as they were. A loss that is not finite makes its gradient NaN, and that of the other
     processes by DDP's sum, so that nothing has to be agreed on.
 
@@ -81,6 +80,7 @@ class Stepper:
         self.clock = Clock(self.task.device)
         if isinstance(self.task, MealV2Task):
             self.task.after_teachers = functools.partial(self.clock.mark, 'teachers')
+        self._one = torch.ones((), device=self.task.device)
         self._loss = torch.tensor(0.0)  # of the batches of this update so far
         self._begun = False  # whether an update was made
 
@@ -130,15 +130,16 @@ class Stepper:
         """
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
-        norm = get_total_norm([p.grad for p in self._parameters if p.grad is not None])
-        finite = norm < math.inf  # False for NaN
-        if self.clip_grad is not None and self.clip_mode == 'norm':
-            clip_grads_with_norm_(self._parameters, self.clip_grad, norm)
-        elif self.clip_grad is not None:
+        found_inf = torch.zeros_like(self._one)
+        # The fused check of torch's loss scaler, here with a factor of 1; a norm of many small tensors takes longer.
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        torch._amp_foreach_non_finite_check_and_unscale_(gradients, found_inf, self._one)
+        finite = found_inf == 0
+        if self.clip_grad is not None:
             dispatch_clip_grad(self._clipped, value=self.clip_grad, mode=self.clip_mode)
         if self._begun and self._skips_itself():
             optimizer: Any = self.optimizer
-            optimizer.found_inf = (~finite).float()
+            optimizer.found_inf = found_inf
             optimizer.step()
             self._statistics.put_back(unless=finite)
         elif finite:  # the one wait for the device
