@@ -136,11 +136,13 @@ class HubServer:
         url: For HF_ENDPOINT.
         repos: By (type, id), type being model, dataset or space.
         requests: All that came in, also those that ended in an error.
+        faults: How many errors were made, and files sent damaged.
     """
 
     def __init__(self) -> None:
         self.repos: dict[tuple[str, str], Repo] = {}
         self.requests: list[Request] = []
+        self.faults = 0
         self._lfs: dict[str, bytes] = {}
         self._faults: list[Fault] = []
         self._damages: dict[str, list[str]] = {}
@@ -211,6 +213,7 @@ class HubServer:
             for fault in self._faults:
                 if fault.times and fault.method in (None, method) and re.search(fault.pattern, path):
                     fault.times -= 1
+                    self.faults += 1
                     return fault
         return None
 
@@ -458,6 +461,7 @@ def _resolve(context: _Context, repo: str, revision: str, path: str) -> Response
     damages = context.hub._damages.get(path)
     if damages and 'head' not in context.query:
         headers['X-Damage'] = damages.pop()
+        context.hub.faults += 1
     if wanted := re.fullmatch(r'bytes=(\d+)-(\d*)', context.headers.get('range', '')):
         start, end = int(wanted[1]), int(wanted[2] or len(content) - 1)
         if start >= len(content):
