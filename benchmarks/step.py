@@ -4,12 +4,14 @@
 
 The floor is the student's own training step (cross-entropy) plus one forward pass of each teacher, each run alone,
 eager and in contiguous memory format. With it take turns, round by round: a plain loop with the teachers' mean
-probability, timm's logit distillation from the first teacher (its floor has that one alone), and `MealV2Task` with all
-that is in it. Ratios are formed within each round. Weights are random: only time is measured.
+probability, timm's logit distillation and, where it is installed (`pip install -e .[benchmarks]`), torchdistill's, both
+from the first teacher (their floor has that one alone), and `MealV2Task` with all that is in it. Ratios are formed
+within each round. Weights are random: only time is measured, and with `--threads 1` on a CPU that is CPU time.
 """
 
 import argparse
 import copy
+import importlib.util
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -37,6 +39,8 @@ OURS = {
     'tuned and compiled': ('channels_last', 'tuned', 'compiled'),
 }
 
+_LOGITS = {'path': '.', 'io': 'output'}  # where torchdistill finds them: in what the whole model returns
+
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of this program."""
@@ -57,6 +61,11 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def uses_cpu_time(args: argparse.Namespace) -> bool:
+    """Whether CPU time is measured: that of one thread, which other programs on the machine hardly change."""
+    return args.device == 'cpu' and args.threads == 1
+
+
 def create(name: str, seed: int, args: argparse.Namespace) -> nn.Module:
     """Create a model with random weights for the number of classes and, where it is fixed, the image size asked for."""
     torch.manual_seed(seed)
@@ -68,9 +77,25 @@ def create(name: str, seed: int, args: argparse.Namespace) -> nn.Module:
     return model.to(args.device)
 
 
+def distillation_box(teacher: nn.Module, student: nn.Module, device: torch.device) -> Any:
+    """Return torchdistill's forward pass and loss: the divergence from the teacher's probabilities, as timm's task."""
+    from torchdistill.core.distillation import DistillationBox
+
+    ends = {f'{model}_module_{what}': end for model in ('student', 'teacher') for what, end in _LOGITS.items()}
+    loss = {'key': 'KDLoss', 'kwargs': {**ends, 'temperature': 1.0, 'alpha': 0.0}}
+    config = {
+        'num_epochs': 1,
+        'teacher': {'forward_proc': 'forward_batch_only', 'requires_grad': False},
+        'student': {'forward_proc': 'forward_batch_only'},
+        'criterion': {'key': 'WeightedSumLoss', 'kwargs': {'sub_terms': {'kd': {'criterion': loss, 'weight': 1.0}}}},
+    }
+    return DistillationBox(teacher, student, {}, config, device, device_ids=None, distributed=False, lr_factor=1.0)
+
+
 def build_arms(args: argparse.Namespace) -> dict[str, Callable[[int], float]]:
     """All that takes turns: the parts of the floor, then the steps; each returns milliseconds."""
     device = torch.device(args.device)
+    clock = time.process_time if uses_cpu_time(args) else time.perf_counter
     images = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=device)
     target = torch.randint(0, args.num_classes, (args.batch_size,), device=device)
 
@@ -79,11 +104,11 @@ def build_arms(args: argparse.Namespace) -> dict[str, Callable[[int], float]]:
 
     def timed(function: Callable[[], object]) -> Callable[[int], float]:
         def call(_: int) -> float:
-            begin = time.perf_counter()
+            begin = clock()
             function()
             if device.type == 'cuda':
                 torch.cuda.synchronize()
-            return 1000 * (time.perf_counter() - begin)
+            return 1000 * (clock() - begin)
 
         return call
 
@@ -103,7 +128,7 @@ def build_arms(args: argparse.Namespace) -> dict[str, Callable[[int], float]]:
 
     teachers = [create(name, seed, args).eval() for seed, name in enumerate(args.teachers, 1)]
     # Each arm has a student of its own, and none a layout that another has chosen.
-    student, plain, timms = (create(args.student, 0, args).train() for _ in range(3))
+    student, plain, timms, torchdistills = (create(args.student, 0, args).train() for _ in range(4))
 
     @torch.inference_mode()
     def predict(teacher: nn.Module) -> Tensor:
@@ -122,6 +147,11 @@ def build_arms(args: argparse.Namespace) -> dict[str, Callable[[int], float]]:
     arms['plain loop'] = training(plain, plain_loss)
     logit = LogitDistillationTask(timms, copy.deepcopy(teachers[0]), criterion=None, device=device, verbose=False)
     arms["timm's logit distillation"] = training(timms, lambda: logit(images, target)['loss'])
+    if importlib.util.find_spec('torchdistill'):
+        box = distillation_box(copy.deepcopy(teachers[0]), torchdistills, device)
+        arms["torchdistill's knowledge distillation"] = training(
+            torchdistills, lambda: box.forward_process(images, target)
+        )
     for name in args.ours:
         ensemble = EnsembleTeacher(copy.deepcopy(teachers), autocast_dtype=DTYPES.get(args.teacher_dtype or ''))
         model, x = create(args.student, 0, args).train(), images
@@ -148,11 +178,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     floor_of_one = [sum(parts) for parts in zip(student, each[0], strict=True)]
     rows = [['floor: student alone + teachers alone', spread(floor, 0), '1']]
     for name, values in times.items():
-        rows.append([name, spread(values, 0), spread(ratios(values, floor_of_one if 'timm' in name else floor), 3)])
+        parts = floor_of_one if 'distillation' in name else floor
+        rows.append([name, spread(values, 0), spread(ratios(values, parts), 3)])
     title = (
         f'A training step of {args.student} from {" + ".join(args.teachers)}, {args.batch_size} images of '
         f'{args.img_size} pixels, {args.device}, {torch.get_num_threads()} threads: median and quartiles of '
-        f'{args.rounds} rounds.'
+        f'{args.rounds} rounds{", in CPU time" if uses_cpu_time(args) else ""}.'
     )
     publish('step', title, ['step', 'ms', 'ratio to the floor'], rows, args.save)
 
