@@ -135,6 +135,23 @@ def test_what_is_no_run_is_refused(tmp_path: Path, content: str | None, message:
         runs.read_run(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ('name', 'content', 'message'),
+    [
+        ('args.yaml', '[a, b]', 'args.yaml holds no settings'),
+        ('args.yaml', 'a: 2001-99-99', 'args.yaml is not YAML'),
+        ('args.yaml', 'a: !!timestamp x', 'args.yaml is not YAML'),
+        ('args.yaml', 1000 * '[', 'args.yaml is not YAML'),
+        ('preflight.json', '[1]', 'preflight.json is no preflight.json of a run'),
+        ('preflight.json', '{"ensemble": {"top1": "high"}}', 'preflight.json is no preflight.json of a run'),
+    ],
+)
+def test_a_damaged_file_of_a_run_is_refused(run: Path, name: str, content: str, message: str) -> None:
+    (run / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        runs.read_run(run)
+
+
 def test_drawing_leaves_pyplot_alone(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, 'matplotlib.pyplot', None)  # an import would fail
     report.write_report(run)

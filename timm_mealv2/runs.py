@@ -85,7 +85,7 @@ def read_run(folder: StrPath) -> Run:
     settings_path = Path(folder) / 'args.yaml'
     try:
         settings = yaml.safe_load(settings_path.read_text()) if settings_path.is_file() else {}
-    except (ValueError, yaml.YAMLError) as error:
+    except Exception as error:  # of YAML's as of Python's, such as RecursionError
         raise UserError(f'{settings_path} is not YAML: {error}') from error
     preflight_path = Path(folder) / 'preflight.json'
     try:

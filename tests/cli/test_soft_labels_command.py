@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from PIL import Image
 
 from timm_mealv2.cli.soft_labels import main
 from timm_mealv2.command_line import run_cli
+from timm_mealv2.soft_labels.meta import StoreMeta
 from timm_mealv2.soft_labels.store import SoftLabelStore
 
 
@@ -145,6 +147,11 @@ def test_the_classes_of_a_teacher_are_chosen(folder: Path, tmp_path: Path) -> No
         (('--device', 'nonsense'), "--device: 'nonsense': must be a device"),
         (('--teachers', 'resnet999'), 'resnet999'),
         (('--epochs', '0'), '--epochs'),
+        (('--device', 'xpu'), '--device xpu cannot be used: '),
+        (('--model', 'absent'), "--model: 'absent': timm has no such model"),
+        (('--model', 'local-dir:/absent'), 'cannot create --model local-dir:/absent'),
+        (('--mean', '0.1', '0.2'), '--mean 0.1 0.2: must be one value or 3'),
+        (('--cutmix-minmax', '0.5'), '--cutmix-minmax 0.5: must be two values'),
     ],
 )
 def test_mistakes_are_one_line(options: tuple[str, ...], words: str, folder: Path, tmp_path: Path, capsys: Any) -> None:
@@ -199,8 +206,8 @@ def test_verify_refuses_damage_other_teachers_and_other_images(folder: Path, tmp
 
 def test_verify_takes_teachers_from_another_place(folder: Path, tmp_path: Path, capsys: Any) -> None:
     root = Path(shutil.copytree(folder, tmp_path / 'moved'))
-    meta = (root / 'store' / 'meta.json').read_text()
-    (root / 'store' / 'meta.json').write_text(meta.replace(f'{folder}/teacher.pth', 'gone/teacher.pth'))
+    meta = StoreMeta.read(root / 'store')
+    replace(meta, teachers=[{**meta.teachers[0], 'name': 'test_resnet=gone/teacher.pth'}]).write(root / 'store')
     assert 'gone/teacher.pth' in refused(capsys, *verify(root, root / 'store'))
     main(verify(root, root / 'store', '--teachers', f'test_resnet={root}/teacher.pth'))
 

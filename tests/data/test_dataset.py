@@ -36,6 +36,12 @@ def test_what_cannot_be_opened_is_said_in_one_line(tmp_path: Path) -> None:
         open_dataset('', None, 'train')
 
 
+def test_a_class_map_that_is_no_pickle_is_said_in_one_line(image_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / 'classes.pkl').write_bytes(b'cold')
+    with pytest.raises(UserError, match='cannot open split'):
+        open_dataset('', str(image_folder), 'train', class_map=str(tmp_path / 'classes.pkl'))
+
+
 def test_class_counts_and_names_are_compared(image_folder: Path, tmp_path: Path) -> None:
     train = open_dataset('', str(image_folder), 'train')
     check_classes(train, open_dataset('', str(image_folder), 'validation'), 3)

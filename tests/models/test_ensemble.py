@@ -94,6 +94,11 @@ class TestArithmetic:
         assert not torch.equal(half, exact)
         torch.testing.assert_close(half.exp(), by_hand, rtol=1e-3, atol=1e-4)
 
+    def test_autocast_to_float32_is_none_and_torch_does_not_warn(self, recwarn):
+        a = [tiny(0)]
+        assert torch.equal(EnsembleTeacher(a, autocast_dtype=torch.float32)(images()), EnsembleTeacher(a)(images()))
+        assert not recwarn.list
+
     def test_a_class_that_teachers_leave_out_has_probability_zero(self):
         ensemble = EnsembleTeacher(
             [Scripted(np.array([[-np.inf, 1.0, 2.0]])), Scripted(np.array([[-np.inf, 0.0, 0.0]]))]

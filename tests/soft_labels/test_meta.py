@@ -71,8 +71,16 @@ def test_what_is_no_store_of_this_format_is_refused(content: str | None, words: 
 def test_a_setting_that_meta_does_not_know_is_refused(recorded: SoftLabelStore, tmp_path: Path) -> None:
     values = json.loads((recorded.path / META).read_text())
     values['augmentation']['new_setting'] = 1
+    del values['crc']
     (tmp_path / META).write_text(json.dumps(values))
     with pytest.raises(UserError, match='new_setting'):
+        StoreMeta.read(tmp_path)
+
+
+def test_a_setting_that_has_changed_is_refused(recorded: SoftLabelStore, tmp_path: Path) -> None:
+    text = (recorded.path / META).read_text()
+    (tmp_path / META).write_text(text.replace('"seed": 42', '"seed": 43'))
+    with pytest.raises(UserError, match='is damaged: its checksum is wrong'):
         StoreMeta.read(tmp_path)
 
 
@@ -80,6 +88,7 @@ def test_the_first_stores_have_one_dtype_for_all_teachers(recorded: SoftLabelSto
     values = json.loads((recorded.path / META).read_text())
     for teacher in values['teachers']:
         del teacher['autocast_dtype']
+    del values['crc']
     (tmp_path / META).write_text(json.dumps({**values, 'autocast_dtype': 'float16'}))
     assert [teacher['autocast_dtype'] for teacher in StoreMeta.read(tmp_path).teachers] == ['float16'] * 2
 

@@ -65,6 +65,8 @@ WRONG = {
     'date: 2020-99-99': 'cannot read',
     '- 1': 'must map option names',
     'a: [': 'cannot read',
+    'a: !!timestamp x': 'cannot read',
+    'a: !!bool x': 'cannot read',
     '!!python/object/apply:os.system [ls]': 'cannot read',
 }
 

@@ -1,17 +1,20 @@
 """What a training step asks of the device: how many operators, and never an answer."""
 
 import collections
+import re
 from typing import Any
 
 import pytest
 import timm
 import torch
 from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from timm_mealv2 import MealV2Task
-from timm_mealv2.training.loop import Stepper
+from timm_mealv2.errors import UserError
+from timm_mealv2.training.loop import Schedule, Stepper
 from timm_mealv2.training.metric_logging import Meters
 
 
@@ -97,3 +100,14 @@ def test_a_gpu_is_not_waited_for(opt: str) -> None:
     finally:
         torch.cuda.set_sync_debug_mode('default')
     assert meters.means()['loss'] > 0
+
+
+@pytest.mark.parametrize(
+    ('lr', 'options', 'text'),
+    [(0.1, {'cycle_mul': 1e-30}, 'do not go together: math domain error'), (1e200, {}, 'has come to 1e+200')],
+)
+def test_a_schedule_without_a_rate_is_told(lr: float, options: dict[str, Any], text: str) -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=lr)
+    schedule = Schedule(CosineLRScheduler(optimizer, 4, **options), 4, 2)
+    with pytest.raises(UserError, match=re.escape(text)):
+        schedule.after_epoch(0 if lr > 1 else 4, None)

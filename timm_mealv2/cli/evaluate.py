@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from timm_mealv2.command_line import COUNT, DATA, DEVICE, FLOAT_TYPES, TEACHERS, OneLineParser, add_options, run_cli
 from timm_mealv2.data.bad_images import BadImages
-from timm_mealv2.data.dataset import class_names, dataset_root, image_names, open_dataset, unlabeled
+from timm_mealv2.data.dataset import class_names, dataset_root, image_mode, image_names, open_dataset, unlabeled
 from timm_mealv2.data.loader import eval_loader
 from timm_mealv2.data.normalize import channel_stats
 from timm_mealv2.errors import UserError
@@ -204,7 +204,7 @@ def _evaluate_with(
     predictions: dict[str, Predictions],
 ) -> dict[str, Metrics]:
     """Evaluate models on the data, cut and normalized as `config` says; add to `predictions` if they are wanted."""
-    data.input_img_mode = args.input_img_mode or ('L' if config['input_size'][0] == 1 else 'RGB')
+    data.input_img_mode = image_mode(args.input_img_mode, config['input_size'][0])
     options = {'num_workers': args.workers, 'pin_memory': device.type == 'cuda'}
     loader = eval_loader(data, config, batch_size=args.batch_size, device=device, bad=bad, **options)
     # A model that is a teacher too is run once, as a member of the ensemble.

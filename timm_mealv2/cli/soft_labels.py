@@ -30,15 +30,16 @@ from timm_mealv2.command_line import (
 )
 from timm_mealv2.data.augmentation import Augmentation
 from timm_mealv2.data.dataset import class_names, open_dataset
-from timm_mealv2.errors import UserError
+from timm_mealv2.errors import UserError, one_line
 from timm_mealv2.models.ensemble import EnsembleTeacher
 from timm_mealv2.models.factory import TeacherSpec, create_ensemble, read_classes
-from timm_mealv2.option_types import COUNT, POSITIVE, PROBABILITY, SEED
+from timm_mealv2.option_types import COUNT, POSITIVE, PROBABILITY, SEED, model_text
 from timm_mealv2.soft_labels.meta import StoreMeta, describe
 from timm_mealv2.soft_labels.record import measure, record
 from timm_mealv2.soft_labels.store import SoftLabelStore
 from timm_mealv2.soft_labels.verify import changed_teachers, compare, create_teachers, draw_samples, read_all
 from timm_mealv2.training.build_data import build_augmentation
+from timm_mealv2.training.checks import check_pixels
 from timm_mealv2.training.config import parse_with_files
 from timm_mealv2.training.options import build_parser as build_training_parser
 
@@ -125,7 +126,7 @@ def _add_recording(parser: argparse.ArgumentParser) -> None:
     add('--top-k', type=COUNT, metavar='K', help='most probable classes to keep; 10, or all where there are fewer')
     add('--seed', type=SEED, default=42, help="the training's seed: that of crops, augmentation and order")
     student = 'student, whose image size, mean and std count; else those of the first teacher'
-    add('--model', metavar='NAME', help=student)
+    add('--model', type=model_text, metavar='NAME', help=student)
     add_options(parser.add_argument_group('teachers'), (*TEACHERS, *TUNING))
     _add_data(parser)
     add_options(parser.add_argument_group('images'), INPUT)
@@ -251,6 +252,7 @@ def _parts(args: argparse.Namespace, device: torch.device) -> tuple[Dataset, Ens
     elif args.mixup_mode != 'pair' and (args.mixup or args.cutmix or args.cutmix_minmax):
         fault = 'a sample would depend on its batch; pair is what can be recorded'
         raise UserError(f'--mixup-mode {args.mixup_mode}: {fault}.')
+    check_pixels(args)
     teachers = create_ensemble(
         TeacherSpec.parse_all(args.teachers),
         num_classes=args.num_classes,
@@ -262,10 +264,16 @@ def _parts(args: argparse.Namespace, device: torch.device) -> tuple[Dataset, Ens
         device=device,
     )
     # A model of random weights tells the pixels that a student of this name expects.
-    cfg = timm.create_model(args.model).pretrained_cfg if args.model else teachers.pretrained_cfg
+    try:
+        cfg = timm.create_model(args.model).pretrained_cfg if args.model else teachers.pretrained_cfg
+    except Exception as error:  # a config.json is the user's, whatever timm raises
+        raise UserError(f'cannot create --model {args.model}: {one_line(error)}') from error
     channels = teachers.in_chans
     pixels = {name: getattr(args, name) for name in ('input_size', 'img_size', 'mean', 'std')}
-    config = resolve_data_config({**pixels, 'in_chans': channels}, pretrained_cfg=cfg)
+    try:
+        config = resolve_data_config({**pixels, 'in_chans': channels}, pretrained_cfg=cfg)
+    except AssertionError:
+        raise UserError(f'--mean and --std take one value or {channels}, one per channel.') from None
     config['input_size'] = (channels, *config['input_size'][1:])
     config |= {name: adapt_to_chs(tuple(config[name]), channels) for name in ('mean', 'std')}
     augmentation = build_augmentation(args, config)
@@ -294,7 +302,12 @@ def _device(args: argparse.Namespace, local_rank: int) -> torch.device:
     name = args.device or ('cuda' if available else 'cpu')
     if name.startswith('cuda') and not available:
         raise UserError(f'--device {name}: this torch sees no CUDA device; use --device cpu.')
-    return torch.device(f'cuda:{local_rank}' if name == 'cuda' else name)
+    device = torch.device(f'cuda:{local_rank}' if name == 'cuda' else name)
+    try:
+        torch.empty(1, device=device)
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        raise UserError(f'--device {name} cannot be used: {one_line(error)}') from error
+    return device
 
 
 def _amount(meta: StoreMeta, images: int, epochs: int) -> str:

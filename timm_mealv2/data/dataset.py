@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageMode
 from timm.data import ImageDataset, create_dataset
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch.utils.data import Dataset, IterableDataset
@@ -121,6 +121,25 @@ def check_classes(train: Dataset, validation: Dataset | None, num_classes: int) 
             f'the classes of the training and validation splits differ ({", ".join(differing[:5])}): the same class '
             'would have two indices; use the same folders in both, or --class-map.'
         )
+
+
+def image_mode(asked: str | None, channels: int) -> str:
+    """Return Pillow's mode of images for a model of so many channels: the one that is asked for, else RGB or L.
+
+    Raises:
+        UserError: If Pillow has no such mode of 8 bits, or it has other channels.
+    """
+    if not asked:
+        return 'L' if channels == 1 else 'RGB'
+    try:
+        mode = ImageMode.getmode(asked)
+    except KeyError:
+        raise UserError(f'--input-img-mode {asked}: Pillow has no such mode.') from None
+    if mode.typestr != '|u1':
+        raise UserError(f'--input-img-mode {asked}: must be a mode of 8 bits a channel, such as RGB or L.')
+    if len(mode.bands) != channels:
+        raise UserError(f'--input-img-mode {asked} has {len(mode.bands)} channels, the model takes {channels}.')
+    return asked
 
 
 class UnreadableImage(Exception):

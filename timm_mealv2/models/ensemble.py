@@ -259,7 +259,8 @@ class EnsembleTeacher(nn.Module):
         module = self.teachers[index] if form is None else form.module
         # torch 2.7 to 2.10 cannot compile what runs in inference mode.
         mode = torch.no_grad() if torch.compiler.is_compiling() else torch.inference_mode()
-        with mode, torch.autocast(x.device.type, dtype=dtype, enabled=dtype is not None):
+        mixed = dtype not in (None, torch.float32)  # torch warns of autocast to float32, which does nothing
+        with mode, torch.autocast(x.device.type, dtype=dtype, enabled=mixed):
             logits = module(x)
         check_logits(logits, self.names[index], x, self.num_classes)
         return at_least_float32(logits)

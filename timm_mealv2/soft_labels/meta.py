@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -86,6 +87,9 @@ class StoreMeta:
             values = json.loads((folder / META).read_text(encoding='utf-8'))
             found = values.get('format', values.get('format_version'))
             if found == FORMAT:
+                crc = values.pop('crc', None)  # the first stores have none
+                if crc not in (None, _crc(values)):
+                    raise ValueError('its checksum is wrong')
                 dtype = values.pop('autocast_dtype', None)  # in the first stores one for all teachers
                 values['teachers'] = [{'autocast_dtype': dtype, **teacher} for teacher in values['teachers']]
                 return cls(**{**values, 'augmentation': Augmentation(**values['augmentation'])})
@@ -96,7 +100,8 @@ class StoreMeta:
     def write(self, folder: Path, first: bool = False) -> None:
         """Write `meta.json`, whole or not at all; as the `first` only where no other process has written one."""
         with suppress(FileExistsError), replacing(folder / META) as temporary:
-            temporary.write_text(json.dumps(asdict(self), indent=1) + '\n', encoding='utf-8')
+            values = asdict(self)
+            temporary.write_text(json.dumps({**values, 'crc': _crc(values)}, indent=1) + '\n', encoding='utf-8')
             if first:
                 try:
                     os.link(temporary, folder / META)
@@ -138,6 +143,10 @@ class StoreMeta:
     def part_bytes(self, part: Part) -> int:
         """Return the size of a part's file."""
         return len(part.epochs) * (len(part.images) * self.dtype.itemsize + CHECKSUM_BYTES)
+
+
+def _crc(values: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(values).encode())
 
 
 def describe(

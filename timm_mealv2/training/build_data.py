@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, IterableDataset, Subset
 
 from timm_mealv2.data.augmentation import Augmentation, Erasing
 from timm_mealv2.data.bad_images import BadImages, Collate, SampleSource
-from timm_mealv2.data.dataset import check_classes, class_names, dataset_root, open_dataset, unlabeled
+from timm_mealv2.data.dataset import check_classes, class_names, dataset_root, image_mode, open_dataset, unlabeled
 from timm_mealv2.data.deterministic import EpochSampler, Samples
 from timm_mealv2.data.loader import (
     CollateMixed,
@@ -180,7 +180,7 @@ def _open_split(args: argparse.Namespace, split: str, pixels: Pixels, **kwargs: 
         download=args.dataset_download,
         batch_size=pixels.batch_size,
         seed=args.seed,
-        input_img_mode=args.input_img_mode or ('L' if pixels.channels == 1 else 'RGB'),
+        input_img_mode=image_mode(args.input_img_mode, pixels.channels),
         input_key=args.input_key,
         target_key=args.target_key,
         trust_remote_code=args.dataset_trust_remote_code,
@@ -222,13 +222,22 @@ def build_augmentation(args: argparse.Namespace, data_config: dict[str, Any]) ->
     if args.no_aug or not interpolation:
         interpolation = data_config['interpolation']
     input_size = data_config['input_size']
+    sides = getattr(args, 'train_img_sizes', None) or input_size[1:]
+    if args.cutmix_minmax and any(
+        int(args.cutmix_minmax[0] * side) >= int(args.cutmix_minmax[1] * side) for side in sides
+    ):
+        raise UserError(
+            f'--cutmix-minmax: of {min(sides)} pixels, both sides of a box are the same; take other shares.'
+        )
+    if args.gaussian_blur_prob and min(sides) < 12:
+        raise UserError(f'--gaussian-blur-prob: the blur takes images of 12 pixels or more, not of {min(sides)}.')
     mixing = ('mixup', 'cutmix', 'cutmix_minmax', 'mixup_prob', 'mixup_switch_prob', 'mixup_off_epoch')
     names = [field.name for field in fields(Augmentation) if field.name not in mixing and hasattr(args, field.name)]
     if args.mixup_mode == 'pair' and mixes(args):
         names += mixing
     own = {
         'input_size': input_size,
-        'input_img_mode': args.input_img_mode or ('L' if input_size[0] == 1 else 'RGB'),
+        'input_img_mode': image_mode(args.input_img_mode, input_size[0]),
         'train_interpolation': interpolation,
         'mean': data_config['mean'],
         'std': data_config['std'],

@@ -1,6 +1,7 @@
 """From arguments to the student: the model to train, and what its pixels are."""
 
 import argparse
+import copy
 import logging
 from typing import Any
 
@@ -11,7 +12,7 @@ from timm.data.loader import adapt_to_chs
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_norm
 from torch import nn
 
-from timm_mealv2.data.seed import Stream, counted_seed, seed_cpu
+from timm_mealv2.data.seed import Stream, counted_seed, preserved_generators, seed_cpu
 from timm_mealv2.errors import UserError, one_line
 from timm_mealv2.models.checkpoint import TrainingCheckpoint
 from timm_mealv2.training.build_data import Pixels
@@ -78,30 +79,32 @@ def build_student(args: argparse.Namespace, batch_size: int, processes: Processe
     model.to(device=processes.device, dtype=dtype)
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
-    _try_forward(args, model, config['input_size'], processes.device, dtype)
+    _try_forward(args, model, Pixels(config, num_classes, batch_size, dtype), processes.device)
     if processes.distributed and args.sync_bn:
         model = convert_sync_batchnorm(model)
     return model, Pixels(config, num_classes, batch_size, dtype)
 
 
 @torch.no_grad()
-def _try_forward(
-    args: argparse.Namespace,
-    model: nn.Module,
-    input_size: tuple[int, int, int],
-    device: torch.device,
-    dtype: torch.dtype,
-) -> None:
-    """Tell at once, not in the first step, that a model does not take images of a size."""
+def _try_forward(args: argparse.Namespace, model: nn.Module, pixels: Pixels, device: torch.device) -> None:
+    """Tell at once, not in the first step, that a model does not take images of a size or a batch of one image."""
+    input_size = pixels.config['input_size']
     sizes = {'--img-size': [input_size[1:]], '--train-img-sizes': [(size, size) for size in args.train_img_sizes or ()]}
     model.eval()
     for name, size in [(name, size) for name, some in sizes.items() for size in some]:
-        images = torch.zeros(1, input_size[0], *size, device=device, dtype=dtype)
+        images = torch.zeros(1, input_size[0], *size, device=device, dtype=pixels.dtype)
         try:
-            model(images)
+            output = model(images)
+            if pixels.batch_size == 1 and not args.freeze_bn:  # batch norm may have a single value left
+                with preserved_generators():
+                    copy.deepcopy(model).train()(images)
         except (AssertionError, RuntimeError, ValueError) as error:
             shown = ' x '.join(map(str, size))
             raise UserError(f'{name}: {args.model} cannot take images of {shown}: {error}') from error
+    if output.shape[1:] != (pixels.num_classes,):
+        raise UserError(
+            f'{args.model} gives {list(output.shape[1:])} numbers, not one for each of {pixels.num_classes} classes.'
+        )
     model.train()
 
 

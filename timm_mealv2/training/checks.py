@@ -48,12 +48,14 @@ def check_args(args: argparse.Namespace) -> None:
     Raises:
         OptionError: Names the option, what it is, and what is allowed.
     """
-    for check in (_check_shapes, _check_refused, _check_batches, _check_losses, _check_distillation):
+    for check in (check_pixels, _check_refused, _check_batches, _check_losses, _check_distillation):
         check(args)
     if args.resume == 'auto' and not args.experiment:
         raise OptionError('resume', '--resume auto needs --experiment, the run folder to continue.')
     if args.opt_betas is not None and len(args.opt_betas) not in (2, 3):
         _refuse('opt_betas', args.opt_betas, 'must be two values (three for adan)')
+    if args.lr_noise is not None and (len(args.lr_noise) > 2 or args.lr_noise != sorted(args.lr_noise)):
+        _refuse('lr_noise', args.lr_noise, 'must be one or two values, the smaller first')
     if args.push_to_hub is not None:
         from timm_mealv2.hub.client import check_repo_id  # loads the Hub's client, which few runs need
 
@@ -68,7 +70,12 @@ def _refuse(name: str, value: Any, text: str) -> None:
     raise OptionError(name, f'{option(name)}{shown}: {text}.')
 
 
-def _check_shapes(args: argparse.Namespace) -> None:
+def check_pixels(args: argparse.Namespace) -> None:
+    """Check the settings of the images, those that a recording has too.
+
+    Raises:
+        OptionError: Names the option.
+    """
     channels = args.input_size[0] if args.input_size else args.in_chans
     if args.input_size and args.in_chans not in (None, channels):
         _refuse('in_chans', args.in_chans, f'--input-size says {channels} channels')
@@ -83,8 +90,6 @@ def _check_shapes(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and (len(value) != 2 or value[0] > value[1]):
             _refuse(name, value, 'must be two values, the smaller first')
-    if args.lr_noise is not None and (len(args.lr_noise) > 2 or args.lr_noise != sorted(args.lr_noise)):
-        _refuse('lr_noise', args.lr_noise, 'must be one or two values, the smaller first')
     if args.train_crop_mode in (None, 'rrc') and args.scale[1] > 1:
         _refuse('scale', args.scale, 'must be at most 1, the whole image')
 
@@ -146,6 +151,8 @@ def _check_batches(args: argparse.Namespace) -> None:
 def _check_losses(args: argparse.Namespace) -> None:
     if args.aug_splits == 1:
         _refuse('aug_splits', 1, 'must be 0, or 2 or more')
+    if 0 < args.aug_repeats < 1:
+        _refuse('aug_repeats', args.aug_repeats, 'must be 0, or 1 or more')
     if args.jsd_loss and not args.aug_splits:
         _refuse('jsd_loss', True, 'needs --aug-splits 2 or more')
     if args.jsd_loss and args.bce_loss:
@@ -162,7 +169,7 @@ def _check_losses(args: argparse.Namespace) -> None:
         _refuse('no_aug', True, 'cannot go with --aug-splits')
     if not args.bce_loss:
         for name in ('bce_sum', 'bce_target_thresh', 'bce_pos_weight'):
-            if getattr(args, name):
+            if name in args.given:
                 _refuse(name, getattr(args, name), 'needs --bce-loss')
 
 

@@ -155,7 +155,9 @@ def load_yaml(path: Any, name: Any) -> dict[str, Any]:
     """
     try:
         content = yaml.load(path.read_text(), Loader=_Loader)
-    except (OSError, RecursionError, ValueError, yaml.YAMLError) as error:  # an impossible date is a ValueError
+    except (
+        Exception
+    ) as error:  # `!!timestamp x` is an AttributeError, `!!bool x` a KeyError, a deep nest a RecursionError
         raise UserError(f'cannot read {name}: {error}') from error
     if not isinstance(content, dict):
         raise UserError(f'{name} must map option names to values, got {type(content).__name__}.')

@@ -106,7 +106,7 @@ def join_processes(device: str | None, modules: Sequence[str] = ()) -> Processes
     for name in modules:
         try:
             importlib.import_module(name)
-        except ImportError as error:
+        except (ImportError, TypeError, ValueError) as error:  # '' and '.x' are no names of modules
             raise UserError(f'--device-modules {name}: {error}') from error
     available = torch.cuda.is_available()
     if device is None and not available:

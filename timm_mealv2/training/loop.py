@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from timm_mealv2.data.loader import StreamLoader, TrainLoader
 from timm_mealv2.data.seed import Stream, counted_seed, seed_all
+from timm_mealv2.errors import UserError
 from timm_mealv2.task import MealV2Task
 from timm_mealv2.training.checkpoint_saver import Progress
 from timm_mealv2.training.metric_logging import Meters
@@ -201,18 +202,28 @@ class Schedule:
     def go_to(self, position: Progress) -> None:
         """Set the learning rate of a position. A schedule that follows a metric keeps the one that it has come to."""
         if self.scheduler is not None and not isinstance(self.scheduler, PlateauLRScheduler):
-            self.scheduler.step(position.epoch)
-            self.scheduler.step_update(position.update)
+            self._step(self.scheduler, self.scheduler.step, position.epoch)
+            self._step(self.scheduler, self.scheduler.step_update, position.update)
 
     def after_update(self, updates: int) -> None:
         """Go on after an update; `updates` have been made."""
         if self.scheduler is not None:
-            self.scheduler.step_update(num_updates=updates)
+            self._step(self.scheduler, self.scheduler.step_update, updates)
 
     def after_epoch(self, epochs: int, metric: float | None) -> None:
         """Go on after an epoch; `epochs` have been made, and `metric` is the last one's."""
         if self.scheduler is not None:
-            self.scheduler.step(epochs, metric)
+            self._step(self.scheduler, self.scheduler.step, epochs, metric)
+
+    @staticmethod
+    def _step(scheduler: Scheduler, step: Callable[..., None], *where: Any) -> None:
+        try:
+            step(*where)
+            rates = [group['lr'] for group in scheduler.optimizer.param_groups]
+        except (ArithmeticError, ValueError) as error:
+            raise UserError(f'the options of the learning rate do not go together: {error}.') from error
+        if not all(abs(rate) < torch.finfo(torch.float32).max for rate in rates):
+            raise UserError(f'the learning rate has come to {max(rates):g}: its options do not go together.')
 
     def state_dict(self) -> dict[str, Any] | None:
         """Return what a schedule that follows a metric has counted; None for all others.

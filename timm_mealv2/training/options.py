@@ -136,7 +136,7 @@ _MODEL = (
     flag('--no-resume-opt', help='do not restore optimizer and loss scaler'),
     *INPUT,
     Option('--gp', str, 'POOL', 'global pooling: fast, avg, max, avgmax, avgmaxc'),
-    Option('--crop-pct', Range(float, above=0, high=1), 'SHARE', 'share of the image in evaluation'),
+    Option('--crop-pct', Range(float, 0.01, 1), 'SHARE', 'share of the image in evaluation'),
     Option(
         '--interpolation',
         OneOf('', *INTERPOLATIONS),
