@@ -153,11 +153,14 @@ def states(stepper: Stepper) -> list[Tensor]:
 
 
 @pytest.mark.parametrize('value', [float('nan'), float('inf')])
-@pytest.mark.parametrize(('parts', 'scaled'), [(1, False), (2, False), (2, True)])
-def test_an_update_that_is_not_finite_changes_nothing(value: float, parts: int, scaled: bool) -> None:
+@pytest.mark.parametrize(
+    ('opt', 'parts', 'scaled'),
+    [('adamw', 1, False), ('adamw', 2, False), ('adamw', 2, True), ('lamb', 1, False), ('adahessian', 1, False)],
+)
+def test_an_update_that_is_not_finite_changes_nothing(value: float, opt: str, parts: int, scaled: bool) -> None:
     task = ClassificationTask(timm.create_model('test_resnet', num_classes=3), verbose=False)
     task.setup_ema(decay=0.5)
-    optimizer = timm.optim.create_optimizer_v2(task.trainable_module, 'adamw', lr=0.1)
+    optimizer = timm.optim.create_optimizer_v2(task.trainable_module, opt, lr=0.1)
     stepper = Stepper(task, optimizer, accumulate=parts, scaler=LossScaler(device='cpu') if scaled else None)
     images, target = torch.rand(4, 3, 16, 16), torch.arange(4) % 3
     done = [stepper.step(images, target, update=0, part=part, parts=parts)[1] for part in range(parts)]
