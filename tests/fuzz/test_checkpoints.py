@@ -41,7 +41,7 @@ def use(how: str, path: Path, run_folder: Path, images: Path, teacher: str) -> b
     return is_accepted(report.main, [run])
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(st.sampled_from(USES), st.randoms())
 def test_a_checkpoint_with_any_entries_is_used_or_refused_in_one_line(
     run_folder: Path, few_images: Path, teacher: str, tmp_path: Path, how: str, random: Random
@@ -55,7 +55,7 @@ def test_a_checkpoint_with_any_entries_is_used_or_refused_in_one_line(
     use(how, path, run_folder, few_images, teacher)
 
 
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(st.randoms())
 def test_a_damaged_checkpoint_is_refused_unless_all_that_it_holds_is_the_same(
     run_folder: Path, tmp_path: Path, random: Random

@@ -171,7 +171,7 @@ def test_any_pair_of_options_works_or_is_refused_in_one_line(
     monkeypatch: pytest.MonkeyPatch,
     program: str,
 ) -> None:
-    for pair in itertools.islice(PAIRS[program], 60 if program == 'train' else 8):
+    for pair in itertools.islice(PAIRS[program], 50 if program == 'train' else 5):
         chosen = pair if RANDOM.randrange(3) else (*pair, RANDOM.choice(options(program)))
         argv = [*begin(program, few_images, teacher, store, run_folder), *(w for o in chosen for w in words(o, named))]
         print(argv)  # shown where the test fails

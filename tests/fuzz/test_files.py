@@ -29,7 +29,7 @@ def alter_json(random: Random, path: Path) -> None:
         path.write_bytes(damaged(random, content))
 
 
-@settings(max_examples=15)
+@settings(max_examples=12)
 @given(st.sampled_from(['evaluate', 'teacher', 'student', 'push']), st.randoms())
 def test_any_config_json_is_used_or_refused_in_one_line(
     export: Path, few_images: Path, tmp_path: Path, how: str, random: Random
@@ -49,7 +49,7 @@ def test_any_config_json_is_used_or_refused_in_one_line(
         is_accepted(main, [*SMALL, *chosen, '--data-dir', few_images, '--output', tmp_path / 'output'])
 
 
-@settings(max_examples=15)
+@settings(max_examples=12)
 @given(st.sampled_from(['info', 'verify', 'show', 'train', 'record']), st.randoms())
 def test_a_damaged_store_is_used_or_refused_in_one_line(
     store: Path, few_images: Path, teacher: str, tmp_path: Path, how: str, random: Random
@@ -78,7 +78,7 @@ def test_a_damaged_store_is_used_or_refused_in_one_line(
         is_accepted(soft_labels.main, ['info', folder])
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(st.sampled_from(['report', 'resume']), st.randoms())
 def test_a_damaged_run_folder_is_drawn_continued_or_refused_in_one_line(
     run_folder: Path, few_images: Path, teacher: str, tmp_path: Path, how: str, random: Random
@@ -124,7 +124,7 @@ def encoded(random: Random) -> bytes:
     return damaged(random, file.getvalue()) if random.randrange(3) == 0 else file.getvalue()
 
 
-@settings(max_examples=15)
+@settings(max_examples=12)
 @given(st.sampled_from(['train', 'evaluate', 'record']), st.randoms())
 def test_any_image_is_read_or_left_out(
     few_images: Path, teacher: str, tmp_path: Path, how: str, random: Random
@@ -165,7 +165,7 @@ def lines(random: Random) -> bytes:
     return damaged(random, text.encode()) if text and random.randrange(4) == 0 else text.encode()
 
 
-@settings(max_examples=25)
+@settings(max_examples=20)
 @given(st.sampled_from(['class-map', 'class-map of mealv2-eval', 'teacher-classes']), st.randoms())
 def test_any_list_of_classes_is_used_or_refused_in_one_line(
     few_images: Path, teacher: str, tmp_path: Path, how: str, random: Random
@@ -181,7 +181,7 @@ def test_any_list_of_classes_is_used_or_refused_in_one_line(
         is_accepted(main, [*SMALL, *data, '--teachers', teacher, *chosen, '--output', tmp_path / 'output'])
 
 
-@settings(max_examples=150)
+@settings(max_examples=120)
 @given(st.text(max_size=12) | st.lists(st.sampled_from(['=', ':', ',', 'python:', *WORDS])).map(''.join))
 def test_any_text_names_a_teacher_or_is_refused_in_one_line(text: str) -> None:
     if not text.startswith('hf-hub:'):
