@@ -134,6 +134,7 @@ class Task:
         command: For the folder; given again it goes on.
         differences: Between the folder of an undisturbed run and another.
         processes: How many are started at a time, each killed by itself.
+        share: A process is killed before this share of the work of an undisturbed run, and goes on from there.
         begin: Called before each start; its disturbances are the task's own.
         spent: How far a process has come, in any unit.
     """
@@ -142,6 +143,7 @@ class Task:
     command: Callable[[Path], list[str]]
     differences: Callable[[Path, Path], list[str]]
     processes: int = 1
+    share: float = 0.5
     begin: Callable[[], None] = lambda: None
     spent: Callable[[subprocess.Popen], float] = lambda process: cpu_seconds(process.pid)
     environment: dict[str, str] = field(default_factory=dict)
@@ -218,11 +220,10 @@ def soak(task: Task, root: Path, args: argparse.Namespace) -> Counter[str]:
     whole = root / f'{task.name}-unkilled'
     least = task.measure(root / 'help', '--help') if task.name != 'hub' else 0.0
     most = task.measure(whole)
-    share = 0.5 / task.processes
     total: Counter[str] = Counter(runs=0, differences=0)
     while time.monotonic() < end:
         run = root / f'{task.name}-{total["runs"]}'
-        counts = disturb(task, run, lambda: least + generator.uniform(0, share) * (most - least), generator)
+        counts = disturb(task, run, lambda: least + generator.uniform(0, task.share) * (most - least), generator)
         found = task.differences(whole, run)
         total.update(counts, runs=1, differences=len(found))
         print(f'{run.name}: {dict(counts)}, {len(found)} differences', flush=True)
@@ -285,6 +286,7 @@ def hub_task(server: HubServer, generator: random.Random) -> Task:
         'hub',
         lambda folder: [sys.executable, '-c', PUSH_AND_PULL, str(export), f'me/{folder.name}', str(folder)],
         compare,
+        share=1.0,  # a pull begins anew
         begin=begin,
         spent=lambda process: len(server.requests) - seen,
         environment={'HF_ENDPOINT': server.url, 'HF_TOKEN': WRITE_TOKEN, 'HF_HUB_DISABLE_XET': '1'},
@@ -306,7 +308,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         tasks = (
             Task('live', lambda folder: training(args, folder, *live), differences),
             Task('stored', lambda folder: training(args, folder, *stored), differences),
-            Task('record', recording, byte_differences, processes=2),
+            Task('record', recording, byte_differences, processes=2, share=0.25),
             hub_task(server, random.Random(args.seed)),
         )
         for task in tasks:

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import timm
 import torch
 
-from timm_mealv2.errors import UserError
+from timm_mealv2.errors import UserError, refusal
 from timm_mealv2.option_types import (
     COUNT,
     COUNT_OR_0,
@@ -65,9 +65,9 @@ class HelpFormatter(argparse.HelpFormatter):
 def run_cli(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> None:
     """Run `main(argv)` as a program; returns when it succeeds.
 
-    A `UserError` becomes one line on stderr and exit code 2; anything else that is not the user's mistake keeps its
-    traceback. Ctrl-C exits with 130, and a reader that closed the pipe (`| head`) with 141, as shells report the two
-    signals.
+    A `UserError`, and what the machine refuses, becomes one line on stderr and exit code 2; anything else that is not
+    the user's mistake keeps its traceback. Ctrl-C exits with 130, and a reader that closed the pipe (`| head`) with
+    141, as shells report the two signals.
     """
     try:
         main(argv)
@@ -82,6 +82,15 @@ def run_cli(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | 
         # What is still buffered would raise once more when the interpreter flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
+    except Exception as error:
+        if (refused := refusal(error)) is None:
+            raise
+        sys.unraisablehook = lambda _: None  # torch's loader may fail once more where it is taken down
+        print(f'error: {_one_line(refused)} ({_WHOLE})', file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+_WHOLE = 'what was written before is whole; the same command goes on, a training with --resume auto'
 
 
 def _one_line(message: str) -> str:

@@ -1,5 +1,6 @@
 """What the user can mend, told in one line."""
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,3 +32,19 @@ def one_line(error: BaseException) -> str:
     """Return an error's message in one line of at most 300 characters, its type's name where it has none."""
     text = ' '.join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else f'{text[:300]}...'
+
+
+# The libraries' writers, allocators and worker processes tell of these in the text of errors of their own.
+_REFUSALS = [
+    *map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)),
+    *map(os.strerror, (errno.ENOMEM, errno.EMFILE, errno.ENFILE)),
+    "can't start new thread",
+]
+
+
+def refusal(error: BaseException) -> str | None:
+    """Return what the machine refused: space, memory, open files, a folder that takes files; None if nothing."""
+    text = 'MemoryError: Cannot allocate memory' if isinstance(error, MemoryError) else str(error)
+    if not any(words in text for words in _REFUSALS):
+        return None
+    return text.strip().splitlines()[-1]  # of a worker's error, behind its traceback

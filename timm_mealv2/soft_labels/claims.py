@@ -79,10 +79,10 @@ class PartQueue:
         try:
             owner = {'host': socket.gethostname(), 'pid': os.getpid(), 'time': time.time()}
             with claim.open('xb', buffering=0) as file:
+                self.claims[part.file] = part  # before a write that a full disk refuses: it is released then
                 file.write(json.dumps(owner).encode())
         except FileExistsError:
             return False
-        self.claims[part.file] = part
         # Another process may have made the part between the look at the folder and the claim.
         if part.file not in self.again and written.exists() and written.stat().st_size == self.meta.part_bytes(part):
             self.release(part)
