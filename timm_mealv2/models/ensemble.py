@@ -277,7 +277,8 @@ class EnsembleTeacher(nn.Module):
         x = renormalize(at_least_float32(x), *mine, *its)
         if size is not None and tuple(x.shape[-2:]) != size:
             x = F.interpolate(x, size, mode='bicubic', antialias=True)
-        x = x.to(next((p.dtype for p in teacher.parameters() if p.is_floating_point()), x.dtype))
+        dtypes = [parameter.dtype for parameter in teacher.parameters() if parameter.is_floating_point()]
+        x = x.to(dtypes[0] if dtypes else x.dtype)
         channels_last = self._channels_last[index] if form is None else form.channels_last
         return x.contiguous(memory_format=torch.channels_last) if channels_last else x
 
