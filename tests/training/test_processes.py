@@ -1,6 +1,7 @@
 """Several processes: a group that loses one comes back by itself, and two hosts train together."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,8 +24,8 @@ OPTIONS = (
     '--warmup-epochs 0 --log-interval 100 --no-preflight --model-ema --mixup 0.2 --drop 0.1 --recovery-interval 1 '
     '--experiment run --teacher-tune off'
 ).split()
-# Run by each process before the program: rank 1 dies in its 6th step unless it is of a restarted group.
-DYING = """
+# Run by each process before the program: rank 1 gets a signal in its 6th step unless it is of a restarted group.
+STRUCK = """
 import os, runpy, signal, sys
 from timm_mealv2.training import loop
 
@@ -34,7 +35,7 @@ def counted(*args, **kwargs):
     global count
     count += 1
     if count == 6 and os.environ['RANK'] == '1' and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), signal.Signals[os.environ['STRIKE']])
     return step(*args, **kwargs)
 
 loop.Stepper.step = counted
@@ -72,15 +73,30 @@ def whole(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_group_that_loses_a_process_restarts_from_its_newest_checkpoint(
     options: list[str], whole: Path, tmp_path: Path
 ) -> None:
-    script = tmp_path / 'dying.py'
-    script.write_text(DYING)
+    script = tmp_path / 'struck.py'
+    script.write_text(STRUCK)
     command = torchrun('--standalone', '--nproc-per-node', '2', '--max-restarts', '1')
     command += [str(script), PROGRAM, *options, '--output', str(tmp_path)]
-    result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    struck = environment(STRIKE='SIGKILL')
+    result = subprocess.run(command, env=struck, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert 'The process group was restarted' in result.stderr
     assert f'Continuing from {tmp_path / "run" / "recovery-1-"}' in result.stderr.replace('.pth.tar', '')
     assert differences(whole, tmp_path / 'run') == []
+
+
+@pytest.mark.skipif(not hasattr(torch.distributed, 'set_timeout'), reason='torch.distributed.set_timeout is missing')
+def test_a_process_that_hangs_ends_the_run_in_time_and_is_named(options: list[str], tmp_path: Path) -> None:
+    script = tmp_path / 'struck.py'
+    script.write_text(STRUCK)
+    command = [*torchrun('--standalone', '--nproc-per-node', '2'), str(script), PROGRAM, *options]
+    command += ['--output', str(tmp_path), '--process-timeout', '0.2']
+    struck = environment(STRIKE='SIGSTOP', TORCH_ELASTIC_SHUTDOWN_TIMEOUT='1')
+    result = subprocess.run(command, env=struck, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1
+    pattern = r'process 1 \(pid \d+ on .+\) did not answer for 0.2 minutes \(--process-timeout\)'
+    assert re.search(pattern, result.stderr), result.stderr
+    assert (tmp_path / 'run' / 'last.pth.tar').is_file()
 
 
 def ip(*args: str) -> None:

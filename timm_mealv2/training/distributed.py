@@ -3,8 +3,11 @@
 import importlib
 import logging
 import os
+import socket
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -46,12 +49,16 @@ class Processes:
         rank: Its number.
         world_size: How many there are.
         group: Connects them on the CPU, whatever the device; None if there is only one.
+        roll_call: Connects them for `silent` alone: a call that timed out has broken the other connections.
+        names: What the log calls each of them, by rank.
     """
 
     device: torch.device
     rank: int = 0
     world_size: int = 1
     group: dist.ProcessGroup | None = None
+    roll_call: dist.ProcessGroup | None = None
+    names: Sequence[str] = ()
 
     @property
     def distributed(self) -> bool:
@@ -92,13 +99,39 @@ class Processes:
         """Return what the first process gives (a collective call)."""
         return self.gather(value if self.primary else None)[0]
 
+    def silent(self, seconds: float) -> list[str]:
+        """Return the names of the processes that do not call this too, though they are still connected.
 
-def join_processes(device: str | None, modules: Sequence[str] = ()) -> Processes:
+        It is for the processes whose collective call has failed: who hangs does not get here.
+        """
+        others = [rank for rank in range(self.world_size) if rank != self.rank]
+        for rank in others:
+            with suppress(RuntimeError):  # it has ended
+                dist.isend(torch.zeros(1), rank, self.roll_call)
+        silent = []
+        for rank in others:
+            try:
+                answer: Any = dist.irecv(torch.zeros(1), rank, self.roll_call)
+                answer.wait(timedelta(seconds=seconds))
+            except RuntimeError as error:
+                if is_timeout(error):
+                    silent.append(self.names[rank])
+        return silent
+
+
+def is_timeout(error: RuntimeError) -> bool:
+    """Whether a call to other processes has failed because one of them did not answer in time."""
+    text = str(error).lower()
+    return 'timed out' in text or 'timeout' in text
+
+
+def join_processes(device: str | None, modules: Sequence[str] = (), minutes: float = 30) -> Processes:
     """Choose the device, and join the process group under torchrun or SLURM.
 
     Args:
         device: The device that was asked for; None takes CUDA where there is some.
         modules: Modules to import first, which may register a device or a compiler.
+        minutes: How long a process waits for the others' part in a collective call.
 
     Raises:
         UserError: If there is no such device or module, or no group.
@@ -121,8 +154,17 @@ def join_processes(device: str | None, modules: Sequence[str] = ()) -> Processes
             raise UserError(f'--device {device}: {error}') from error
     url = f'{ATTEMPT}://' if 'TORCHELASTIC_RESTART_COUNT' in os.environ else None
     joined = init_distributed_device_so(device, dist_url=url)
-    group: Any = dist.new_group(backend='gloo') if joined['distributed'] else None
-    return Processes(torch.device(joined['device']), joined['global_rank'], joined['world_size'], group)
+    processes = Processes(torch.device(joined['device']), joined['global_rank'], joined['world_size'])
+    if not joined['distributed']:
+        return processes
+    timeout = timedelta(minutes=minutes)
+    if processes.device.type == 'cpu' and hasattr(dist, 'set_timeout'):  # of torch 2.14; NCCL ends a process in its way
+        dist.set_timeout(timeout)
+    groups: dict[str, Any] = {name: dist.new_group(backend='gloo', timeout=timeout) for name in ('group', 'roll_call')}
+    names: list[Any] = [None] * processes.world_size
+    name = f'process {processes.rank} (pid {os.getpid()} on {socket.gethostname()})'
+    dist.all_gather_object(names, name, group=groups['group'])
+    return replace(processes, names=names, **groups)
 
 
 def process_states(task: TrainingTask, meters: dict[str, Any], processes: Processes) -> list[dict[str, Any]]:

@@ -95,6 +95,7 @@ _OURS = (
     flag('--resume-changed', help='resume although seed, teachers or data set differ from the checkpoint'),
     Option('--max-bad-images', COUNT_OR_0, 'N', 'unreadable images that are tolerated', 100),
     Option('--max-nonfinite', COUNT, 'N', 'skipped updates in a row that stop the run', 10),
+    Option('--process-timeout', POSITIVE, 'MINUTES', 'how long a process waits for the others', 30.0),
     Option('--push-to-hub', str, 'USER/NAME', 'push the best model to the Hub at the end'),
     flag('--log-tensorboard', help='log to TensorBoard, in the run folder'),
 )

@@ -36,6 +36,7 @@ _NOT_COMPARED = {
     ),
     *('wandb_resume_id', 'log_wandb', 'log_tensorboard', 'push_to_hub', 'local_rank', 'device', 'kd_model_name'),
     *('recovery_interval', 'checkpoint_hist', 'max_bad_images', 'max_nonfinite', 'use_multi_epochs_loader'),
+    'process_timeout',
 }
 # Settings of the optimizer that are taken from the command line, not from the checkpoint.
 _HYPERPARAMETERS = ('lr', 'initial_lr', 'lr_scale', 'weight_decay', 'momentum', 'betas', 'eps')

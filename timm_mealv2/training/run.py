@@ -11,10 +11,11 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from timm_mealv2.command_line import run_cli
+from timm_mealv2.errors import UserError
 from timm_mealv2.training import recipes
 from timm_mealv2.training.arguments import parse_args
 from timm_mealv2.training.build import build
-from timm_mealv2.training.distributed import join_processes
+from timm_mealv2.training.distributed import is_timeout, join_processes
 from timm_mealv2.training.progress import TerminalHandler, TrainLog
 from timm_mealv2.training.signals import Signals
 
@@ -63,14 +64,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         warnings.simplefilter('ignore')
     args = parse_args(argv)
     with TrainLog() as log, Signals(log=primary) as signals:
-        processes = join_processes(args.device if 'device' in args.given else None, args.device_modules or ())
+        device = args.device if 'device' in args.given else None
+        processes = join_processes(device, args.device_modules or (), args.process_timeout)
         try:
             build(args, processes, signals).run(log)
         except RuntimeError as error:
             # A broken connection: another process has failed, and its error is the one to show. torchrun, which shows
             # the earliest by the second, ends this process before its own is told.
-            if processes.distributed and (isinstance(error, dist.DistError) or 'gloo' in str(error).lower()):
-                time.sleep(_PATIENCE)
+            broken = isinstance(error, dist.DistError) or 'gloo' in str(error).lower() or is_timeout(error)
+            if processes.distributed and broken:
+                ends = time.monotonic() + _PATIENCE
+                silent = processes.silent(_PATIENCE)
+                if silent and is_timeout(error):
+                    raise UserError(
+                        f'{", ".join(silent)} did not answer for {args.process_timeout:g} minutes (--process-timeout): '
+                        'it hangs, or its machine does.'
+                    ) from error
+                time.sleep(max(0.0, ends - time.monotonic()))
             raise
         finally:
             if processes.distributed:
