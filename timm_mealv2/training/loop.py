@@ -76,7 +76,9 @@ class Stepper:
         self._norms = [m for m in self.task.get_trainable_module().modules() if isinstance(m, _NormBase)]
         # What a forward pass changes before it is known whether the update is made.
         self._statistics = _Backup([buffer for norm in self._norms for buffer in norm.buffers()])
-        self._parameters = list(self.task.get_clip_parameters())
+        self._parameters: dict[torch.dtype, list[Tensor]] = {}
+        for parameter in self.task.get_clip_parameters():
+            self._parameters.setdefault(parameter.dtype, []).append(parameter)
         self._clipped = list(self.task.get_clip_parameters(exclude_head='agc' in self.clip_mode))
         self.clock = Clock(self.task.device)
         if isinstance(self.task, MealV2Task):
@@ -133,8 +135,9 @@ class Stepper:
             self.scaler.unscale_(self.optimizer)
         found_inf = torch.zeros_like(self._one)
         # The fused check of torch's loss scaler, here with a factor of 1; a norm of many small tensors takes longer.
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
-        torch._amp_foreach_non_finite_check_and_unscale_(gradients, found_inf, self._one)
+        for parameters in self._parameters.values():  # of one dtype, as the operator wants them on a GPU
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            torch._amp_foreach_non_finite_check_and_unscale_(gradients, found_inf, self._one)
         finite = found_inf == 0
         if self.clip_grad is not None:
             dispatch_clip_grad(self._clipped, value=self.clip_grad, mode=self.clip_mode)
