@@ -1,5 +1,6 @@
 """What the machine refuses: space, a folder that takes files, open files, memory. One line, and nothing is lost."""
 
+import multiprocessing
 import os
 import re
 import resource
@@ -247,6 +248,20 @@ def limit_memory(more: int) -> None:
 def test_too_little_memory(kind: str, steps: int, refusal: Refusal) -> None:
     lines = [refusal.meet(kind, before=partial(limit_memory, step * 2**19)) for step in range(steps)]
     assert 'Cannot allocate memory' in lines[0]
+
+
+def test_a_worker_that_is_killed_for_its_memory(refusal: Refusal) -> None:
+    def killing() -> None:
+        step = loop.Stepper.step
+
+        def killed(*args: Any, **kwargs: Any) -> Any:
+            multiprocessing.active_children()[0].kill()
+            return step(*args, **kwargs)
+
+        loop.Stepper.step = killed  # type: ignore[method-assign]
+
+    line = refusal.meet('train', before=killing, workers=2)
+    assert re.search(r'DataLoader worker \(pid.* (exited unexpectedly|is killed by signal: Killed)', line)
 
 
 def test_a_checkpoint_is_not_passed_over_as_corrupt_for_want_of_memory(programs: Programs, folders: Path) -> None:
