@@ -39,6 +39,7 @@ _REFUSALS = [
     *map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)),
     *map(os.strerror, (errno.ENOMEM, errno.EMFILE, errno.ENFILE)),
     "can't start new thread",
+    'could not create a primitive',  # oneDNN, without memory
     'DataLoader worker (pid',  # it was killed: for its memory, or as shared memory was full
 ]
 
