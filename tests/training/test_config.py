@@ -52,6 +52,7 @@ WRONG = {
     'amp: 1': 'amp must be true or false',
     'scale: 0.5': 'scale must be a list',
     'lr: [0.1]': 'lr must be one value',
+    'tta: []': 'tta must be one value, got []',
     'input_size: [3, 32]': 'input_size: expected 3 arguments',
     'model_kwargs: 3': 'model_kwargs must map',
     'kd_distill_type: soft': 'kd_distill_type: invalid choice',

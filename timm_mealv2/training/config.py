@@ -95,7 +95,7 @@ def read_settings(parser: argparse.ArgumentParser, path: Any) -> dict[str, Any]:
         action = actions[dest]
         if (
             (isinstance(value, bool) and isinstance(action, argparse._StoreTrueAction))
-            or value == []
+            or (value == [] and action.nargs == '+')
             or (value is None and action.default is None)
         ):
             settings[dest] = value
