@@ -161,10 +161,9 @@ def join_processes(device: str | None, modules: Sequence[str] = (), minutes: flo
     if processes.device.type == 'cpu' and hasattr(dist, 'set_timeout'):  # of torch 2.14; NCCL ends a process in its way
         dist.set_timeout(timeout)
     groups: dict[str, Any] = {name: dist.new_group(backend='gloo', timeout=timeout) for name in ('group', 'roll_call')}
-    names: list[Any] = [None] * processes.world_size
+    processes = replace(processes, **groups)
     name = f'process {processes.rank} (pid {os.getpid()} on {socket.gethostname()})'
-    dist.all_gather_object(names, name, group=groups['group'])
-    return replace(processes, names=names, **groups)
+    return replace(processes, names=processes.gather(name))
 
 
 def process_states(task: TrainingTask, meters: dict[str, Any], processes: Processes) -> list[dict[str, Any]]:
