@@ -326,7 +326,7 @@ def _wrap(
     if args.torchcompile is not None:
         task.compile(backend=args.torchcompile or 'inductor', mode=args.torchcompile_mode, **options)
     if processes.distributed:
-        ddp_options = {}
+        ddp_options = {'gradient_as_bucket_view': True}  # the gradient is not copied for the sum
         if args.no_ddp_bb:
             parameters = inspect.signature(DistributedDataParallel).parameters  # torch 2.14 has renamed it
             name = 'forward_sync_buffers' if 'forward_sync_buffers' in parameters else 'broadcast_buffers'
