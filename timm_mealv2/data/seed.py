@@ -18,7 +18,7 @@ class Stream(IntEnum):
     AUGMENTATION = 1  # (seed, epoch, data set index)
     MIXUP = 2  # (seed, epoch, batch, rank)
     ERASING = 3  # (seed, epoch, data set index)
-    UPDATE = 4  # (seed, rank, update, batch of the update): dropout, stochastic depth
+    UPDATE = 4  # (seed, rank), to which the number of the batch is added: dropout, stochastic depth
     EMA_ROUNDING = 5  # (seed, update): the same on every process, which must hold the same average
     INITIALIZATION = 6  # (seed,): the same on every process
     STREAMING = 7  # (seed, rank, epoch): data sets that timm's own loader streams
@@ -37,13 +37,14 @@ def seed_cpu(seed: int) -> None:
     torch.default_generator.manual_seed(seed)
 
 
-def seed_all(seed: int, device: torch.device) -> None:
-    """Seed what `seed_cpu` does and, if `device` is no CPU, the generators of all devices.
+def seed_torch(seed: int, device: torch.device) -> None:
+    """Seed torch's CPU generator and, if `device` is no CPU, the generators of all devices.
 
     Where CUDA has not been started, `torch.manual_seed` notes each seed, and who asked for it, in case that it will be.
     """
-    seed_cpu(seed)
-    if device.type != 'cpu':
+    if device.type == 'cpu':
+        torch.default_generator.manual_seed(seed)
+    else:
         torch.manual_seed(seed)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
 
 from timm_mealv2.data.loader import StreamLoader, TrainLoader
-from timm_mealv2.data.seed import Stream, counted_seed, seed_all
+from timm_mealv2.data.seed import Stream, counted_seed, seed_torch
 from timm_mealv2.errors import UserError
 from timm_mealv2.task import MealV2Task
 from timm_mealv2.training.checkpoint_saver import Progress
@@ -83,6 +83,7 @@ class Stepper:
         self.clock = Clock(self.task.device)
         if isinstance(self.task, MealV2Task):
             self.task.after_teachers = functools.partial(self.clock.mark, 'teachers')
+        self._first_seed = counted_seed(Stream.UPDATE, self.seed, self.rank)
         self._one = torch.ones((), device=self.task.device)
         self._loss = torch.tensor(0.0)  # of the batches of this update so far
         self._begun = False  # whether an update was made
@@ -105,8 +106,8 @@ class Stepper:
         last = part == parts - 1
         if not part:
             self._statistics.make()
-        # Dropout and stochastic depth are functions of where the run stands.
-        seed_all(counted_seed(Stream.UPDATE, self.seed, self.rank, update, part), self.task.device)
+        # Dropout and stochastic depth, which draw from torch, are functions of where the run stands.
+        seed_torch(self._first_seed + update * self.accumulate + part, self.task.device)
         if self.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         with nullcontext() if last else self.task.no_sync():

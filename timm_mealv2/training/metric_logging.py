@@ -25,10 +25,10 @@ class Meters:
 
     def update(self, scalars: dict[str, Tensor], images: int, made: Tensor) -> None:
         """Add the scalars of a batch of `images` images, of an update that was made; otherwise only the names."""
-        values = torch.stack([*(value.float() for value in scalars.values()), made.float()]) * images
+        values = torch.stack([*(value.float() for value in scalars.values()), made.float()])
         if tuple(scalars) != self.names:
             self.names, self.sums = tuple(scalars), torch.zeros_like(values)
-        self.sums += torch.where(made, values, 0)
+        self.sums.add_(torch.where(made, values, 0), alpha=images)
 
     def means(self, distributed: bool = False) -> dict[str, float]:
         """Return the means, over all processes if `distributed` (a collective call); NaN without any image."""
