@@ -23,7 +23,7 @@ from timm_mealv2.training.checkpoint_saver import Progress
 from timm_mealv2.training.loop import EpochEvents, Stepper, train_one_epoch
 from timm_mealv2.training.metric_logging import Meters
 
-CASES = (('test_resnet', 2, 32, 40), ('resnet50', 8, 64, 2))  # model, images, pixels, batches a round
+CASES = (('test_resnet', 2, 32, 200), ('resnet50', 8, 64, 6))  # model, images, pixels, batches a round
 
 
 class Batches:
