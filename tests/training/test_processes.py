@@ -85,6 +85,15 @@ def test_a_group_that_loses_a_process_restarts_from_its_newest_checkpoint(
     assert differences(whole, tmp_path / 'run') == []
 
 
+def test_an_optimizer_that_ddp_cannot_train_with_is_refused(options: list[str], tmp_path: Path) -> None:
+    command = [*torchrun('--standalone', '--nproc-per-node', '2'), PROGRAM, *options, '--opt', 'adahessian']
+    command += ['--output', str(tmp_path)]
+    result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    assert result.returncode == 1
+    assert 'UserError: --opt adahessian takes second derivatives' in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.skipif(not hasattr(torch.distributed, 'set_timeout'), reason='torch.distributed.set_timeout is missing')
 def test_a_process_that_hangs_ends_the_run_in_time_and_is_named(options: list[str], tmp_path: Path) -> None:
     script = tmp_path / 'struck.py'

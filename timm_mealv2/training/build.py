@@ -178,6 +178,8 @@ def _check_devices(args: argparse.Namespace, processes: Processes) -> None:
     device = processes.device
     if args.sync_bn and processes.distributed and device.type == 'cpu':
         raise UserError('--sync-bn: torch synchronizes batch norm on GPUs only; leave it out.')
+    if 'adahessian' in args.opt and processes.distributed:
+        raise UserError(f'--opt {args.opt} takes second derivatives, which DDP does not give: train in one process.')
     types = {'--amp-dtype': args.amp_dtype if args.amp else None, '--model-dtype': args.model_dtype}
     types['--teacher-dtype'] = args.teacher_dtype
     for flag, name in types.items():
