@@ -154,29 +154,10 @@ def write_trained_card(
     hub_dataset, own_name = _dataset_names(args)
     dataset_id = options.dataset_id or hub_dataset
     dataset = dataset_id or own_name
-    eval_results = [
-        EvalResult(
-            task_type='image-classification',
-            task_name='Image Classification',
-            dataset_type=dataset_id or 'imagefolder',
-            dataset_name=dataset or 'imagefolder',
-            dataset_split=args.get('val_split'),
-            metric_type='accuracy',
-            metric_name=METRICS[key],
-            metric_value=measured[key],
-        )
-        for key in ('top1', 'top5')
-        if key in measured
-    ]
     own_weights = args.get('initial_checkpoint') or args.get('pretrained_path')
     start = weights_row(args['model']) if args.get('pretrained') and not own_weights else None
-    header = {
-        'model_name': options.model_name(name) if eval_results else None,
-        'datasets': [dataset_id] if dataset_id else None,
-        'base_model': start['hub_id'] if start and start['hub_id'] else None,
-        'metrics': ['accuracy'] if 'top1' in measured else None,
-        'eval_results': eval_results or None,
-    }
+    header = _evaluation_header(measured, options.model_name(name), dataset_id, dataset, args.get('val_split'))
+    header |= {'base_model': start['hub_id'] if start and start['hub_id'] else None}
     if app:  # what a Space reads in its README.md
         header |= {'title': options.model_name(name), 'sdk': 'gradio', 'app_file': 'app.py'}
     write_card(
@@ -209,6 +190,32 @@ def write_trained_card(
         gmacs=gmacs,
         measured_on=int((run and run.before('ensemble', 'samples')) or 0),
     )
+
+
+def _evaluation_header(
+    measured: Mapping[str, float], model_name: str, dataset_id: str | None, dataset: str, split: str | None
+) -> dict[str, Any]:
+    """What the Hub reads of accuracy and data set in a card's header."""
+    results = [
+        EvalResult(
+            task_type='image-classification',
+            task_name='Image Classification',
+            dataset_type=dataset_id or 'imagefolder',
+            dataset_name=dataset or 'imagefolder',
+            dataset_split=split,
+            metric_type='accuracy',
+            metric_name=METRICS[key],
+            metric_value=measured[key],
+        )
+        for key in ('top1', 'top5')
+        if key in measured
+    ]
+    return {
+        'model_name': model_name if results else None,
+        'datasets': [dataset_id] if dataset_id else None,
+        'metrics': ['accuracy'] if 'top1' in measured else None,
+        'eval_results': results or None,
+    }
 
 
 def weights_row(text: str, weight: float = 1.0) -> dict[str, Any]:

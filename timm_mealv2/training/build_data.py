@@ -269,18 +269,6 @@ def _build_train_loader(
         dataset = unlabeled(dataset)
     if isinstance(dataset, IterableDataset):
         return _build_stream_loader(args, dataset, pixels, processes)
-    sizes = input_sizes = None
-    if args.train_img_sizes:
-        input_sizes = [(pixels.channels, size, size) for size in args.train_img_sizes]
-        sizes = {
-            'batch_sizes': args.train_batch_sizes or [pixels.batch_size] * len(args.train_img_sizes),
-            'choice_weights': args.train_size_probs,
-            'num_batches': args.train_batches_per_epoch,
-            'choice_schedule': args.train_size_schedule,
-            'schedule_epochs': args.epochs,
-            'schedule_spread': args.train_size_schedule_spread,
-            'schedule_random_mix': args.train_size_random_mix,
-        }
     collate: Collate = collate_labels
     if augmentation.mixes:
         collate = CollatePairs(pixels.num_classes, args.smoothing)
@@ -305,6 +293,7 @@ def _build_train_loader(
             **place,
         )
     else:
+        input_sizes = [(pixels.channels, size, size) for size in args.train_img_sizes or ()]
         samples = Samples(dataset, augmentation, args.seed, labels=labels, input_sizes=input_sizes)
         sampler = EpochSampler(
             len(samples),
@@ -312,7 +301,7 @@ def _build_train_loader(
             seed=args.seed,
             pairs=augmentation.mixes,
             repeats=args.aug_repeats,
-            sizes=sizes,
+            sizes=_choice_of_sizes(args, pixels.batch_size) if input_sizes else None,
             **place,
         )
     return TrainLoader(
@@ -327,6 +316,19 @@ def _build_train_loader(
         device=processes.device,
         dtype=pixels.dtype,
     )
+
+
+def _choice_of_sizes(args: argparse.Namespace, batch_size: int) -> dict[str, Any]:
+    """How the image size of each batch is chosen, see `EpochSampler`."""
+    return {
+        'batch_sizes': args.train_batch_sizes or [batch_size] * len(args.train_img_sizes),
+        'choice_weights': args.train_size_probs,
+        'num_batches': args.train_batches_per_epoch,
+        'choice_schedule': args.train_size_schedule,
+        'schedule_epochs': args.epochs,
+        'schedule_spread': args.train_size_schedule_spread,
+        'schedule_random_mix': args.train_size_random_mix,
+    }
 
 
 def _build_stream_loader(
