@@ -126,6 +126,7 @@ def test_an_epoch_of_nan_is_not_the_best(tmp_path: Path) -> None:
         (HEADER + '\n', 'no epoch yet'),
         ('time,loss\n1,2\n', 'expected a column epoch'),
         ('epoch,loss\n0,high\n', 'expected a column epoch and numbers'),
+        ('epoch,loss\n0,"' + 150_000 * 'x', 'expected a column epoch and numbers'),
     ],
 )
 def test_what_is_no_run_is_refused(tmp_path: Path, content: str | None, message: str) -> None:

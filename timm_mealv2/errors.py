@@ -1,5 +1,6 @@
 """What the user can mend, told in one line."""
 
+import csv
 import errno
 import os
 from collections.abc import Iterator
@@ -17,11 +18,12 @@ class UserError(ValueError):
 @contextmanager
 def blamed_on(file: str | os.PathLike[str]) -> Iterator[None]:
     """Tell what Python raises within the block as a fault of a file's content: the block does nothing but use that."""
+    faults = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, csv.Error)
     try:
         yield
     except UserError:
         raise
-    except (ArithmeticError, AttributeError, LookupError, RecursionError, RuntimeError, TypeError, ValueError) as error:
+    except faults as error:
         text = one_line(error)
         raise UserError(
             f'{os.fspath(file)} is damaged, or not of this program: {type(error).__name__}: {text}'

@@ -78,7 +78,7 @@ def read_run(folder: StrPath) -> Run:
         columns = {
             name: [float(row[name]) if row.get(name) else None for row in rows] for name in (rows[0] if rows else ())
         }
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
         raise UserError(f'{path} is no summary of a run: expected a column epoch and numbers ({error}).') from error
     if not rows:
         raise UserError(f'{path} has no epoch yet: wait for the first to end.')

@@ -95,6 +95,13 @@ def test_further_epochs_are_recorded_by_the_same_command(folder: Path, tmp_path:
     assert SoftLabelStore(out).epochs == 5
 
 
+def test_a_batch_that_is_larger_than_the_data_set_is_all_of_it(folder: Path, tmp_path: Path) -> None:
+    for name, size in (('all', 36), ('more', 10**12)):
+        main(record_arguments(folder, tmp_path / name, '-b', str(size)))
+    part = 'part-00000-00000'
+    assert (tmp_path / 'more' / part).read_bytes() == (tmp_path / 'all' / part).read_bytes()
+
+
 def test_pixels_are_the_teachers_or_those_of_a_student(folder: Path, tmp_path: Path) -> None:
     arguments = [*record_arguments(folder, tmp_path / 'labels')[:7], '--epochs', '1', '-j', '0', '--device', 'cpu']
     arguments += ['--teacher-tune', 'off']

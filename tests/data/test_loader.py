@@ -215,6 +215,13 @@ def test_evaluation_sees_the_whole_split_in_order(image_folder: Path, prefetch: 
     assert torch.equal(torch.cat([images for images, _ in batches]), torch.cat([images for images, _ in theirs]))
 
 
+@pytest.mark.parametrize(('name', 'value'), [('interpolation', 'x'), ('crop_pct', 'all')])
+def test_a_config_that_says_nothing_of_how_images_are_cut_is_refused(image_folder: Path, name: str, value: Any) -> None:
+    dataset = open_dataset('', str(image_folder), 'validation')
+    with pytest.raises(UserError, match='the images cannot be cut as'):
+        eval_loader(dataset, {**EVALUATED, name: value}, batch_size=5, device=torch.device('cpu'))
+
+
 @pytest.mark.parametrize('workers', [0, 1])
 def test_evaluation_leaves_an_unreadable_image_out(spoilt: Path, workers: int) -> None:
     options: dict[str, Any] = {'batch_size': 3, 'device': torch.device('cpu'), 'num_workers': workers}

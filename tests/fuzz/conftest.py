@@ -40,7 +40,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 @pytest.fixture(autouse=True)
 def _limit_of_time() -> Iterator[None]:
     def hangs(number: int, frame: FrameType | None) -> None:
-        raise BaseException(f'an example takes more than {SECONDS} s')
+        pytest.fail(f'an example takes more than {SECONDS} s')
 
     former = signal.signal(signal.SIGALRM, hangs)
     yield
@@ -69,11 +69,13 @@ def _no_request(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _nothing_written_elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+def _nothing_written_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[None]:
     """The working folder, the home folder and the folder of temporary files are empty in the end."""
-    elsewhere = tmp_path / 'elsewhere'
+    elsewhere = tmp_path_factory.mktemp('e')  # short: the path of a worker's socket has 107 bytes at most
     for name in ('home', 'tmp', 'work'):
-        (elsewhere / name).mkdir(parents=True)
+        (elsewhere / name).mkdir()
     monkeypatch.setenv('HOME', str(elsewhere / 'home'))
     monkeypatch.setenv('TMPDIR', str(elsewhere / 'tmp'))
     monkeypatch.setattr('tempfile.tempdir', None)

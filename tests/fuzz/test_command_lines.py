@@ -1,13 +1,15 @@
-"""Pairs and triples of a program's options: each command line does its work, or is refused in one line.
+"""Single options, pairs and triples of a program's options: each command line does its work, or is refused in one line.
 
-Every pair is tried once before one is tried again, in the same order and with the same values in every run.
+Pairs are numbered, and a pair's number decides the values: the suite tries the first few, the slow tests all of them
+once, and `--fuzz-minutes` those from a number that nobody has tried.
 """
 
 import argparse
+import contextlib
 import itertools
-import os
-import shutil
-from collections.abc import Iterator
+import tempfile
+import traceback
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -20,7 +22,7 @@ from timm_mealv2.training import run
 from timm_mealv2.training.options import build_parser
 
 TEXTS = ('', 'x', 'ä', 'nan', '/proc/not/there', 'a=b', 'None')
-NUMBERS = ('-1', '0', '1', '2', '3', '0.1', '0.5', '1e-30', '1_0', 'nan', 'inf', '', 'x')
+NUMBERS = ('-1', '0', '1', '2', '3', '0.1', '0.5', '1e-30', '0_1', 'nan', 'inf', '', 'x')
 HUGE = ('1e30', str(10**12))
 
 # Options that are left out, or not given huge numbers, and why.
@@ -62,14 +64,15 @@ def options(program: str) -> list[argparse.Action]:
     ]
 
 
-def pairs(program: str) -> Iterator[tuple[argparse.Action, ...]]:
-    all_pairs = list(itertools.combinations(options(program), 2))
-    Random(0).shuffle(all_pairs)
-    return itertools.cycle(all_pairs)
+def all_pairs(program: str) -> list[tuple[argparse.Action, ...]]:
+    pairs = list(itertools.combinations(options(program), 2))
+    Random(0).shuffle(pairs)
+    return pairs
 
 
-PAIRS = {program: pairs(program) for program in PROGRAMS}
-RANDOM = Random(0)
+PAIRS = {program: all_pairs(program) for program in PROGRAMS}
+COUNTERS: dict[str, Iterator[int]] = {}
+BLOCK = 1000
 
 
 @pytest.fixture(scope='session')
@@ -128,56 +131,99 @@ def fits(action: argparse.Action, word: str) -> bool:
         return False
 
 
-def words(action: argparse.Action, named: Words) -> list[str]:
+def words(action: argparse.Action, named: Words, random: Random) -> list[str]:
     """An option and its words: in nine of ten command lines such as its type takes."""
-    option = list(action.option_strings[-1:])
     if action.nargs == 0:
-        return option
+        return [action.option_strings[-1]]
     possible = values(action, named)
-    if RANDOM.randrange(10):
+    if random.randrange(10):
         possible = [word for word in possible if fits(action, word)] or possible
-    if action.dest in named and RANDOM.randrange(4):
+    if action.dest in named and random.randrange(4):
         possible = [str(value) for value in named[action.dest]]
-    count = action.nargs if isinstance(action.nargs, int) else RANDOM.randint(1, 3) if action.nargs in ('+', '*') else 1
-    chosen = RANDOM.choices(possible, k=count)
-    return [*option, *chosen] if count > 1 or not option else [f'{option[0]}={chosen[0]}']
+    count = action.nargs if isinstance(action.nargs, int) else random.randint(1, 3) if action.nargs in ('+', '*') else 1
+    return joined(action, random.choices(possible, k=count))
 
 
-def begin(program: str, images: Path, teacher: str, store: Path, run_folder: Path) -> list[Any]:
+def joined(action: argparse.Action, chosen: list[str]) -> list[str]:
+    option = action.option_strings[-1:]
+    return [*option, *chosen] if len(chosen) > 1 or not option else [f'{option[0]}={chosen[0]}']
+
+
+def begin(program: str, named: Words, random: Random) -> list[Any]:
     """A command line that does something of a tenth of a second, before the options change it."""
-    on_cpu, data = ['--workers', 0, '--device', 'cpu'], ['--data-dir', images]
+    on_cpu, data, teacher = (
+        ['--workers', 0, '--device', 'cpu'],
+        ['--data-dir', *named['data_dir']],
+        named['teachers'][0],
+    )
     if program == 'train':
         argv = [*SMALL, *data, '--dry-run-seconds', 0.1]
-        return [*argv, *RANDOM.choice([[], ['--teachers', teacher], ['--soft-labels', store]])]
+        return [*argv, *random.choice([[], ['--teachers', teacher], ['--soft-labels', *named['soft_labels']]])]
     if program == 'evaluate':
         return [teacher, *data, *on_cpu]
     if program in ('record', 'estimate'):
         recorded = ['--out', 'store', '--epochs', 1] if program == 'record' else ['--seconds', 0.1]
         return [program, *recorded, '--teachers', teacher, *data, '--img-size', 16, *on_cpu]
     if program == 'export':
-        return [program, run_folder / 'last.pth.tar', '--out', 'export']
+        return [program, *named['initial_checkpoint'], '--out', 'export']
     more = ['--device', 'cpu', '--samples', 4] if program == 'verify' else ['0', '--out', 'shown.png']
-    return [program, store, *more, *data]
+    return [program, *named['soft_labels'], *more, *data]
+
+
+def pair_line(program: str, number: int, named: Words) -> list[Any]:
+    """The command line with the pair of a number, in one of three cases with a third option."""
+    random = Random(f'{program} {number}')
+    pair = PAIRS[program][number % len(PAIRS[program])]
+    chosen = pair if random.randrange(3) else (*pair, random.choice(options(program)))
+    return [*begin(program, named, random), *(word for option in chosen for word in words(option, named, random))]
+
+
+def attempt(program: str, argv: list[Any], tmp_path: Path) -> None:
+    """Run a program in an empty folder."""
+    print(argv)  # shown where the test fails
+    with tempfile.TemporaryDirectory(dir=tmp_path) as here, contextlib.chdir(here):
+        is_accepted(PROGRAMS[program][0], argv)
 
 
 @pytest.mark.parametrize('program', PROGRAMS)
 def test_any_pair_of_options_works_or_is_refused_in_one_line(
-    few_images: Path,
-    teacher: str,
-    store: Path,
-    run_folder: Path,
-    named: Words,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    program: str,
+    request: pytest.FixtureRequest, named: Words, tmp_path: Path, program: str
 ) -> None:
-    for pair in itertools.islice(PAIRS[program], 50 if program == 'train' else 5):
-        chosen = pair if RANDOM.randrange(3) else (*pair, RANDOM.choice(options(program)))
-        argv = [*begin(program, few_images, teacher, store, run_folder), *(w for o in chosen for w in words(o, named))]
-        print(argv)  # shown where the test fails
-        here = tmp_path / 'here'
-        here.mkdir()
-        monkeypatch.chdir(here)
-        is_accepted(PROGRAMS[program][0], argv)
-        os.chdir(tmp_path)
-        shutil.rmtree(here)
+    first = Random().randrange(10**6, 10**9) if request.config.getoption('--fuzz-minutes') else 0
+    numbers = COUNTERS.setdefault(program, itertools.count(first))
+    for number in itertools.islice(numbers, 50 if program == 'train' else 5):
+        attempt(program, pair_line(program, number, named), tmp_path)
+
+
+def attempt_all(program: str, lines: Iterable[list[Any]], tmp_path: Path) -> None:
+    """Run all command lines, and show in the end which of them failed."""
+    faults = []
+    for argv in lines:
+        try:
+            attempt(program, argv, tmp_path)
+        except (Exception, pytest.fail.Exception):
+            faults.append(f'{argv}\n{traceback.format_exc(limit=-4)}')
+    assert not faults, '\n'.join([f'{len(faults)} faults', *faults])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('program', PROGRAMS)
+def test_each_value_works_or_is_refused_in_one_line(named: Words, tmp_path: Path, program: str) -> None:
+    random = Random(0)
+    single = [
+        joined(option, [word] * (option.nargs if isinstance(option.nargs, int) else 1))
+        for option in options(program)
+        for word in ([] if option.nargs == 0 else values(option, named))
+    ]
+    attempt_all(program, ([*begin(program, named, random), *words] for words in single), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ('program', 'first'), [(program, first) for program in PROGRAMS for first in range(0, len(PAIRS[program]), BLOCK)]
+)
+def test_every_pair_of_options_works_or_is_refused_in_one_line(
+    named: Words, tmp_path: Path, program: str, first: int
+) -> None:
+    numbers = range(first, min(first + BLOCK, len(PAIRS[program])))
+    attempt_all(program, (pair_line(program, number, named) for number in numbers), tmp_path)

@@ -131,7 +131,8 @@ class StoreMeta:
 
     def full_batch(self, epochs: int) -> int:
         """Return how many samples of a part of `epochs` epochs go through the teachers together."""
-        return self.batch_size // epochs * epochs or self.batch_size
+        size = self.batch_size // epochs * epochs or self.batch_size
+        return min(size, min(self.part_images, self.images) * epochs)
 
     def parts(self) -> Iterator[Part]:
         """Yield the parts, block by block."""
