@@ -244,7 +244,6 @@ def distributed_evaluation(rank, folder):
         distributed=True,
     )
     (folder / f'{rank}.json').write_text(json.dumps(result))
-    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 

@@ -257,7 +257,7 @@ class EnsembleTeacher(nn.Module):
         """Logits [B, C] of one teacher, at least float32; an inference tensor, or what was made of one."""
         x, dtype = self._input_for(index, x, form), self.autocast_dtypes[index]
         module = self.teachers[index] if form is None else form.module
-        # torch 2.7 to 2.10 cannot compile what runs in inference mode.
+        # torch 2.8 to 2.10 cannot compile what runs in inference mode.
         mode = torch.no_grad() if torch.compiler.is_compiling() else torch.inference_mode()
         mixed = dtype not in (None, torch.float32)  # torch warns of autocast to float32, which does nothing
         with mode, torch.autocast(x.device.type, dtype=dtype, enabled=mixed):
