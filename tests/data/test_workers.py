@@ -1,4 +1,4 @@
-"""Worker processes leave signals to the training process, also where a signal does not tell its sender."""
+"""Worker processes leave signals to the training process, and have a place for their sockets."""
 
 import os
 import signal
@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from timm_mealv2.data.workers import ignore_signals
+from timm_mealv2.data.workers import check_sockets, ignore_signals
+from timm_mealv2.errors import UserError
 
 
 def _start(known: bool, found: Any) -> None:
@@ -30,3 +31,13 @@ def test_a_worker_ignores_ctrl_c_and_leaves_when_its_parent_says_so(known: bool)
     process.terminate()
     process.join(timeout=20)
     assert process.exitcode == (0 if known else -signal.SIGTERM)
+
+
+def test_a_folder_of_temporary_files_with_a_long_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    longest = '/' + 74 * 'x'
+    monkeypatch.setattr('tempfile.tempdir', longest)
+    check_sockets(1)
+    monkeypatch.setattr('tempfile.tempdir', f'{longest}x')
+    check_sockets(0)
+    with pytest.raises(UserError, match=r'TMPDIR .*x is too long for the sockets of worker processes'):
+        check_sockets(1)

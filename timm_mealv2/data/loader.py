@@ -27,7 +27,7 @@ from timm_mealv2.data.dataset import read_image
 from timm_mealv2.data.deterministic import EpochSampler, Key, KeyBatch, Sample
 from timm_mealv2.data.normalize import Stats
 from timm_mealv2.data.seed import Stream, counted_seed, seed_cpu
-from timm_mealv2.data.workers import ignore_signals, keep_signals_from_workers
+from timm_mealv2.data.workers import check_sockets, ignore_signals, keep_signals_from_workers
 from timm_mealv2.errors import UserError
 
 
@@ -145,6 +145,7 @@ def _load_batches(
         generator=torch.Generator(),  # the workers' own seed, which nothing uses, comes out of no shared generator
         **workers,
     )
+    check_sockets(loader.num_workers)
     kind = _InUsedMemory if device.type == 'cpu' and dtype == torch.float32 else ReportingLoader
     reporting = kind(loader, bad, split, skip_empty=not batches.fill)
     mean, std = normalization

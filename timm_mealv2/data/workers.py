@@ -2,11 +2,30 @@
 
 import os
 import signal
+import tempfile
 import threading
 from collections.abc import Callable
 
 from timm.data.loader import PrefetchLoader
 from torch.utils.data import DataLoader
+
+from timm_mealv2.errors import UserError
+
+_LONGEST = 107 - len('/pymp-12345678/listener-12345678')  # bytes of a socket's path, less what Python adds to TMPDIR
+
+
+def check_sockets(workers: int) -> None:
+    """Refuse worker processes that cannot hand over what they have loaded, and would be waited for forever.
+
+    Raises:
+        UserError: If the folder of temporary files has too long a name for the sockets in it.
+    """
+    folder = tempfile.gettempdir()
+    if workers and len(os.fsencode(folder)) > _LONGEST:
+        raise UserError(
+            f'TMPDIR {folder} is too long for the sockets of worker processes: set one of at most {_LONGEST} bytes, '
+            'or --workers 0.'
+        )
 
 
 def ignore_signals(worker: int) -> None:
@@ -31,6 +50,7 @@ def _leave_when_told() -> None:
 def keep_signals_from_workers(loader: PrefetchLoader | DataLoader) -> None:
     """Let the workers of a loader of timm's ignore signals, beside what timm does when they start."""
     inner = loader.loader if isinstance(loader, PrefetchLoader) else loader
+    check_sockets(inner.num_workers)
     inner.worker_init_fn = _WorkerStart(inner.worker_init_fn)
 
 
