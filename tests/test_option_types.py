@@ -14,6 +14,8 @@ from timm_mealv2.option_types import OneOf, Range
     ('convert', 'text', 'problem'),
     [
         (option_types.COUNT, '0', 'must be 1 or more, got 0'),
+        (option_types.COUNT, str(2**63), 'is too large a number'),
+        (option_types.PIXELS, '65536', 'must be 1 or more and at most 65535'),
         (Range(float, 0, below=1), '1', 'must be 0 or more and below 1, got 1'),
         (Range(float, above=0, high=1), '0', 'must be above 0 and at most 1'),
         (option_types.POSITIVE, 'nan', 'must be a finite number'),

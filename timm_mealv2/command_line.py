@@ -15,6 +15,7 @@ from timm_mealv2.option_types import (
     COUNT,
     COUNT_OR_0,
     NOT_NEGATIVE,
+    PIXELS,
     POSITIVE,
     PROBABILITY,
     OneOf,
@@ -162,7 +163,7 @@ TEACHERS = (
     ),
     Option(
         '--teacher-img-size',
-        COUNT,
+        PIXELS,
         'PIXELS',
         "image size for all teachers or for each; the student's if not given",
         nargs='+',
@@ -201,9 +202,9 @@ DEVICE = (
 # What the student is given: with AUGMENTATION, every setting that decides a training sample's pixels.
 INPUT = (
     Option('--num-classes', COUNT, 'N', "number of classes; the model's own if not given"),
-    Option('--img-size', COUNT, 'PIXELS', "image size, square; the model's own if not given"),
+    Option('--img-size', PIXELS, 'PIXELS', "image size, square; the model's own if not given"),
     Option('--in-chans', COUNT, 'N', "image channels; the model's own if not given"),
-    Option('--input-size', COUNT, 'N', 'channels, height and width in pixels', nargs=3),
+    Option('--input-size', PIXELS, 'N', 'channels, height and width in pixels', nargs=3),
     Option('--mean', PROBABILITY, 'MEAN', 'mean of the pixels (0..1) per channel', nargs='+'),
     Option('--std', POSITIVE, 'STD', 'standard deviation of the pixels (0..1)', nargs='+'),
 )

@@ -53,6 +53,8 @@ class Range:
         value = self.kind(text)
         if isinstance(value, float) and not math.isfinite(value):
             raise argparse.ArgumentTypeError(f'must be a finite number, got {text}')
+        if isinstance(value, int) and value.bit_length() > 40:  # numpy, torch and Pillow fail in ways of their own
+            raise argparse.ArgumentTypeError(f'is too large a number, got {text}')
         if not self.low <= value <= self.high:
             raise argparse.ArgumentTypeError(f'must be {self.text}, got {text}')
         return value
@@ -79,6 +81,7 @@ class OneOf:
 
 COUNT = Range(int, 1)
 COUNT_OR_0 = Range(int, 0)
+PIXELS = Range(int, 1, 2**16 - 1)
 POSITIVE = Range(float, above=0)
 NOT_NEGATIVE = Range(float, 0)
 PROBABILITY = Range(float, 0, 1)

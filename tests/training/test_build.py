@@ -36,6 +36,8 @@ from timm_mealv2.training.run import main
         ('--input-img-mode x', '--input-img-mode x: Pillow has no such mode'),
         ('--cutmix-minmax 0 0.001', '--cutmix-minmax: '),
         ('--gaussian-blur-prob 0.1 --img-size 8', '--gaussian-blur-prob: '),
+        ('--train-crop-mode rkrc --ratio 1 1e9', '--scale, --ratio: '),
+        ('--train-crop-mode rkrr --scale 1e-30 1', '--scale, --ratio: '),
         ('--opt-kwargs absent=1', "unexpected keyword argument 'absent'"),
         ('--output {file}', '--output and --experiment: '),
         ('--experiment ' + 300 * 'x', 'cannot be the name of a folder'),

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 from tqdm import tqdm
 
-from timm_mealv2.command_line import COUNT, DATA, DEVICE, FLOAT_TYPES, TEACHERS, OneLineParser, add_options, run_cli
+from timm_mealv2.command_line import DATA, DEVICE, FLOAT_TYPES, TEACHERS, OneLineParser, add_options, run_cli
 from timm_mealv2.data.bad_images import BadImages
 from timm_mealv2.data.dataset import class_names, dataset_root, image_mode, image_names, open_dataset, unlabeled
 from timm_mealv2.data.loader import eval_loader
@@ -23,6 +23,7 @@ from timm_mealv2.evaluation import Metrics, evaluate, member_names, metrics_as_j
 from timm_mealv2.files import replacing
 from timm_mealv2.models.ensemble import EnsembleTeacher
 from timm_mealv2.models.factory import TeacherSpec, create_ensemble, read_classes
+from timm_mealv2.option_types import PIXELS
 from timm_mealv2.predictions import Predictions, write_page, write_predictions
 
 ENSEMBLE = 'ensemble'
@@ -60,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     add('--imagenet-v2', action='store_true', help='the folder names 0..999 are the class indices')
     add('--unlabeled', action='store_true', help='there are no labels, or none to be looked at')
     add('--real-labels', nargs='?', const='', metavar='FILE', help="ImageNet-ReaL too; timm's own labels if no FILE")
-    add('--img-size', type=COUNT, metavar='PIXELS', help="image size; the model's own if not given")
+    add('--img-size', type=PIXELS, metavar='PIXELS', help="image size; the model's own if not given")
     add('--use-test-size', action='store_true', help="the test size and crop of the model's config, where it has them")
 
     group = parser.add_argument_group('running')

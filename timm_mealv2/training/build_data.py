@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import math
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, fields, replace
@@ -229,6 +230,14 @@ def build_augmentation(args: argparse.Namespace, data_config: dict[str, Any]) ->
         raise UserError(
             f'--cutmix-minmax: of {min(sides)} pixels, both sides of a box are the same; take other shares.'
         )
+    if args.train_crop_mode in ('rkrc', 'rkrr'):
+        stretch = max(args.ratio[1], 1 / args.ratio[0])
+        least, most = min(sides) / math.sqrt(args.scale[1] * stretch), max(sides) * math.sqrt(stretch / args.scale[0])
+        if not 1 <= least <= most < 2**16:
+            raise UserError(
+                f'--scale, --ratio: with --train-crop-mode {args.train_crop_mode} an image would be of {least:.3g} to '
+                f'{most:.3g} pixels a side; take values closer to 1.'
+            )
     if args.gaussian_blur_prob and min(sides) < 12:
         raise UserError(f'--gaussian-blur-prob: the blur takes images of 12 pixels or more, not of {min(sides)}.')
     mixing = ('mixup', 'cutmix', 'cutmix_minmax', 'mixup_prob', 'mixup_switch_prob', 'mixup_off_epoch')

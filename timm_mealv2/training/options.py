@@ -24,6 +24,7 @@ from timm_mealv2.option_types import (
     COUNT,
     COUNT_OR_0,
     NOT_NEGATIVE,
+    PIXELS,
     POSITIVE,
     PROBABILITY,
     SEED,
@@ -296,7 +297,7 @@ _MISCELLANEOUS = (
 )
 
 _SIZES = (
-    Option('--train-img-sizes', COUNT, 'PIXELS', 'image sizes, of which each batch has one', nargs='+'),
+    Option('--train-img-sizes', PIXELS, 'PIXELS', 'image sizes, of which each batch has one', nargs='+'),
     Option('--train-batch-sizes', COUNT, 'IMAGES', 'batch size for each image size', nargs='+'),
     Option('--train-size-probs', NOT_NEGATIVE, 'W', 'weight of each image size', nargs='+'),
     Option(
