@@ -102,6 +102,11 @@ def test_settings_that_differ_between_runs_stand_out(run: Path, tmp_path: Path) 
     assert 'b, best epoch' not in text  # it was never evaluated
 
 
+def test_a_setting_that_is_half_a_character_is_shown_by_its_number(run: Path, tmp_path: Path) -> None:
+    (run / 'args.yaml').write_text(r'model: "\ud800"')
+    assert r'<td>\ud800</td>' in report.write_report({'a': run}, tmp_path / 'run.html').read_text()
+
+
 def test_a_run_without_labels_is_drawn_and_its_best_epoch_is_that_of_agreement(tmp_path: Path) -> None:
     (tmp_path / 'summary.csv').write_text(
         'epoch,train_loss,eval_agreement,eval_kl,lr\n0,1,80,0.5,0.1\n1,1,90,0.4,0.1\n2,1,85,0.3,0.1\n'

@@ -191,7 +191,7 @@ def write_report(run_folder: StrPath | Mapping[str, StrPath], out_html: StrPath 
     if (out.parent / 'evaluation.html').is_file():  # of mealv2-eval --report
         body = f'<p><a href="evaluation.html">Predictions, image by image</a></p>\n{body}'
     with replacing(out) as path:
-        path.write_text(html_page(', '.join(runs), body), encoding='utf-8')
+        path.write_text(html_page(', '.join(runs), body), encoding='utf-8', errors='backslashreplace')
     return out
 
 
