@@ -162,7 +162,7 @@ def begin(program: str, named: Words, random: Random) -> list[Any]:
     if program == 'evaluate':
         return [teacher, *data, *on_cpu]
     if program in ('record', 'estimate'):
-        recorded = ['--out', 'store', '--epochs', 1] if program == 'record' else ['--seconds', 0.1]
+        recorded = ['--out', 'store', '--epochs', 1] if program == 'record' else ['--epochs', 1, '--seconds', 0.1]
         return [program, *recorded, '--teachers', teacher, *data, '--img-size', 16, *on_cpu]
     if program == 'export':
         return [program, *named['initial_checkpoint'], '--out', 'export']
