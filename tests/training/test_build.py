@@ -35,7 +35,7 @@ from timm_mealv2.training.run import main
         ('--input-img-mode I;16', '--input-img-mode I;16: must be a mode of 8 bits'),
         ('--input-img-mode x', '--input-img-mode x: Pillow has no such mode'),
         ('--cutmix-minmax 0 0.001', '--cutmix-minmax: '),
-        ('--aa rand-m9 --train-interpolation lanczos', '--aa does not work with the interpolation lanczos'),
+        ('--aa rand-m9 --train-interpolation lanczos', '--aa: Pillow does not rotate with lanczos'),
         ('--gaussian-blur-prob 0.1 --img-size 8', '--gaussian-blur-prob: '),
         ('--train-crop-mode rkrc --ratio 1 1e9', '--scale, --ratio: '),
         ('--train-crop-mode rkrr --scale 1e-30 1', '--scale, --ratio: '),

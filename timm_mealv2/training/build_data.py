@@ -222,8 +222,9 @@ def build_augmentation(args: argparse.Namespace, data_config: dict[str, Any]) ->
     interpolation = args.train_interpolation
     if args.no_aug or not interpolation:
         interpolation = data_config['interpolation']
-    if args.aa and not args.no_aug and interpolation in ('box', 'hamming', 'lanczos'):  # which Pillow cannot rotate with
-        raise UserError(f'--aa does not work with the interpolation {interpolation}: set another --train-interpolation.')
+    rotates = args.aa and not args.no_aug and not args.aa.startswith('3a')
+    if rotates and interpolation in ('box', 'hamming', 'lanczos'):
+        raise UserError(f'--aa: Pillow does not rotate with {interpolation}; set another --train-interpolation.')
     input_size = data_config['input_size']
     sides = getattr(args, 'train_img_sizes', None) or input_size[1:]
     if args.cutmix_minmax and any(
