@@ -59,7 +59,11 @@ def write_predictions(
     """
     most = max(predictions.classes.shape[1] for predictions in models.values())
     columns = [f'{column}_{k}' for column in ('index', 'label', 'prob') for k in range(most)]
-    with replacing(path) as temporary, temporary.open('w', newline='', encoding='utf-8') as file:
+    # Half a character is written as in `html_page`.
+    with (
+        replacing(path) as temporary,
+        temporary.open('w', newline='', encoding='utf-8', errors='backslashreplace') as file,
+    ):
         writer = csv.writer(file)
         writer.writerow(['model', 'filename', 'target', *columns])
         for model, predictions in models.items():

@@ -191,7 +191,7 @@ def write_report(run_folder: StrPath | Mapping[str, StrPath], out_html: StrPath 
     if (out.parent / 'evaluation.html').is_file():  # of mealv2-eval --report
         body = f'<p><a href="evaluation.html">Predictions, image by image</a></p>\n{body}'
     with replacing(out) as path:
-        path.write_text(html_page(', '.join(runs), body), encoding='utf-8', errors='backslashreplace')
+        path.write_text(html_page(', '.join(runs), body), encoding='utf-8')
     return out
 
 
@@ -233,8 +233,12 @@ BODY = """{headline}
 
 
 def html_page(title: str, body: str) -> str:
-    """Return a page of the project's look; `body` is HTML, the title is not."""
-    return PAGE.format(title=html.escape(title), body=body)
+    """Return a page of the project's look; `body` is HTML, the title is not.
+
+    Half a character, as in the name of a file that is not UTF-8, is shown by its number.
+    """
+    page = PAGE.format(title=html.escape(title), body=body)
+    return page.encode(errors='backslashreplace').decode()
 
 
 def html_table(corner: str, heads: Sequence[str], rows: Sequence[tuple[str, list[str]]], kind: str = '') -> str:

@@ -364,6 +364,18 @@ def test_predictions_are_written_for_each_image_that_can_be_read(tmp_path, spoil
     assert 'http' not in text
 
 
+def test_file_names_that_are_not_utf_8_are_shown_by_their_numbers(tmp_path, spoilt, capsys):
+    for seed, name in enumerate(('a.pth', 'b.pth')):
+        save_model(tmp_path / name, seed=seed)
+    for number, image in enumerate(sorted((spoilt / 'validation').rglob('*.png'))):
+        image.rename(image.with_name(f'\udcff{number}.png'))
+    options = ['--data-dir', spoilt, '-j', 0, '--device', 'cpu', '--teachers', f'test_resnet={tmp_path}/b.pth']
+    options += ['--predictions', tmp_path / 'p.csv', '--report', tmp_path / 'page']
+    main([str(arg) for arg in (f'test_resnet={tmp_path}/a.pth', *options)])
+    for file in (tmp_path / 'p.csv', tmp_path / 'page/evaluation.html'):
+        assert r'\udcff' in file.read_text()
+
+
 def test_files_for_predictions_are_checked_before_anything_is_read(tmp_path, image_folder, capsys):
     common = ['test_resnet', '--data-dir', image_folder]
     (tmp_path / 'file').touch()
