@@ -151,19 +151,16 @@ def joined(action: argparse.Action, chosen: list[str]) -> list[str]:
 
 def begin(program: str, named: Words, random: Random) -> list[Any]:
     """A command line that does something of a tenth of a second, before the options change it."""
-    on_cpu, data, teacher = (
-        ['--workers', 0, '--device', 'cpu'],
-        ['--data-dir', *named['data_dir']],
-        named['teachers'][0],
-    )
+    on_cpu, data = ['--workers', 0, '--device', 'cpu'], ['--data-dir', *named['data_dir']]
+    teacher = named['teachers'][0]
     if program == 'train':
         argv = [*SMALL, *data, '--dry-run-seconds', 0.1]
         return [*argv, *random.choice([[], ['--teachers', teacher], ['--soft-labels', *named['soft_labels']]])]
     if program == 'evaluate':
         return [teacher, *data, *on_cpu]
     if program in ('record', 'estimate'):
-        recorded = ['--out', 'store', '--epochs', 1] if program == 'record' else ['--epochs', 1, '--seconds', 0.1]
-        return [program, *recorded, '--teachers', teacher, *data, '--img-size', 16, *on_cpu]
+        own = ['--out', 'store'] if program == 'record' else ['--seconds', 0.1]
+        return [program, *own, '--epochs', 1, '--teachers', teacher, *data, '--img-size', 16, *on_cpu]
     if program == 'export':
         return [program, *named['initial_checkpoint'], '--out', 'export']
     more = ['--device', 'cpu', '--samples', 4] if program == 'verify' else ['0', '--out', 'shown.png']

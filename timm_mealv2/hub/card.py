@@ -157,7 +157,7 @@ def write_trained_card(
     own_weights = args.get('initial_checkpoint') or args.get('pretrained_path')
     start = weights_row(args['model']) if args.get('pretrained') and not own_weights else None
     header = _evaluation_header(measured, options.model_name(name), dataset_id, dataset, args.get('val_split'))
-    header |= {'base_model': start['hub_id'] if start and start['hub_id'] else None}
+    header['base_model'] = start['hub_id'] if start and start['hub_id'] else None
     if app:  # what a Space reads in its README.md
         header |= {'title': options.model_name(name), 'sdk': 'gradio', 'app_file': 'app.py'}
     write_card(

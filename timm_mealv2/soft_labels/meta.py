@@ -132,7 +132,7 @@ class StoreMeta:
     def full_batch(self, epochs: int) -> int:
         """Return how many samples of a part of `epochs` epochs go through the teachers together."""
         size = self.batch_size // epochs * epochs or self.batch_size
-        return min(size, min(self.part_images, self.images) * epochs)
+        return min(size, self.part_images * epochs, self.images * epochs)
 
     def parts(self) -> Iterator[Part]:
         """Yield the parts, block by block."""
