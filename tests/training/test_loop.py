@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from timm_mealv2 import MealV2Task
 from timm_mealv2.errors import UserError
+from timm_mealv2.training import metric_logging
 from timm_mealv2.training.loop import Schedule, Stepper
 from timm_mealv2.training.metric_logging import Meters
 
@@ -59,15 +60,18 @@ def step(stepper: Stepper, update: int, meters: Meters, bad: bool = False) -> Te
         ({'opt': 'sgd', 'foreach': True}, 1),
     ],
 )
-def test_a_step_waits_for_the_device_only_where_the_optimizer_cannot_skip(options: dict[str, Any], waits: int) -> None:
+def test_a_step_waits_for_the_device_only_where_the_optimizer_cannot_skip(
+    options: dict[str, Any], waits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metric_logging, '_WAITING', 1)  # the sums belong to each step
     stepper, meters = make_stepper(**options), Meters()
     step(stepper, 0, meters)  # waits
     with Counting() as mode:
         step(stepper, 1, meters)
     assert sum(mode.counts[name] for name in ('_local_scalar_dense', 'nonzero', 'is_nonzero')) == waits
     # The statistics of 9 layers of batch norm, 27 tensors, are not copied one by one.
-    assert mode.counts['clone'] + mode.counts['copy_'] + mode.counts['_to_copy'] <= 12
-    assert mode.counts['cat'] <= 8
+    assert mode.counts['clone'] + mode.counts['copy_'] + mode.counts['_to_copy'] <= 4
+    assert mode.counts['cat'] <= 3
 
 
 @pytest.mark.parametrize('opt', ['sgd', 'adamw'])
@@ -86,6 +90,7 @@ def test_a_fused_optimizer_skips_what_is_not_finite(opt: str, bad: int) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
 @pytest.mark.parametrize('opt', ['sgd', 'adamw'])
 def test_a_gpu_is_not_waited_for(opt: str) -> None:
     stepper, meters = make_stepper('cuda', opt=opt, fused=True), Meters()

@@ -124,7 +124,7 @@ class Stepper:
     def backward(self, loss: Tensor) -> None:
         """Add a loss's gradient to that of the update; it is NaN if the loss is not finite."""
         scaled = loss if self.scaler is None else self.scaler.scale(loss)
-        one_or_nan = loss.detach() * 0 + 1
+        one_or_nan = torch.add(self._one, loss.detach(), alpha=0)
         scaled.backward(one_or_nan, create_graph=getattr(self.optimizer, 'is_second_order', False))
 
     def update(self, update: int) -> Tensor:
@@ -172,23 +172,22 @@ class Stepper:
 
 
 class _Backup:
-    """Copies of tensors, made and put back without waiting for the device; those of a dtype are one tensor."""
+    """A copy of tensors, made and put back without waiting for the device: all of them are one tensor of bytes."""
 
     def __init__(self, tensors: list[Tensor]) -> None:
-        flat = [tensor.detach().view(-1) for tensor in tensors]
-        by_dtype = {dtype: [view for view in flat if view.dtype == dtype] for dtype in {view.dtype for view in flat}}
-        self._pairs = [(views, torch.cat(views)) for views in by_dtype.values()]
+        self._bytes = [tensor.detach().view(-1).view(torch.uint8) for tensor in tensors]
+        self._copy = torch.cat(self._bytes) if tensors else torch.empty(0)
 
     def make(self) -> None:
         """Copy the tensors as they are now."""
-        for views, copy in self._pairs:
-            torch.cat(views, out=copy)
+        if self._bytes:
+            torch.cat(self._bytes, out=self._copy)
 
     def put_back(self, *, unless: Tensor) -> None:
         """Give the tensors the values of their copies where the scalar `unless` is False."""
-        for views, copy in self._pairs:
-            values = torch.where(unless, torch.cat(views), copy)
-            torch._foreach_copy_(views, list(values.split([len(view) for view in views])))
+        if self._bytes:
+            values = torch.where(unless, torch.cat(self._bytes), self._copy)
+            torch._foreach_copy_(self._bytes, list(values.split([len(part) for part in self._bytes])))
 
 
 class Schedule:

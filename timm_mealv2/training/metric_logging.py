@@ -15,6 +15,8 @@ from timm_mealv2.files import replacing
 from timm_mealv2.runs import TIMES
 from timm_mealv2.training.run_folder import RunFolder
 
+_WAITING = 100  # batches
+
 
 class Meters:
     """Means of a task's scalars over the images of an epoch. They stay on the device until they are asked for."""
@@ -22,16 +24,25 @@ class Meters:
     def __init__(self) -> None:
         self.names: tuple[str, ...] = ()
         self.sums = torch.zeros(1)  # of the values times images, and at the end the images
+        self._waiting: list[tuple[dict[str, Tensor], int, Tensor]] = []  # added many at once, which takes less time
 
     def update(self, scalars: dict[str, Tensor], images: int, made: Tensor) -> None:
         """Add the scalars of a batch of `images` images, of an update that was made; otherwise only the names."""
-        values = torch.stack([*(value.float() for value in scalars.values()), made.float()])
-        if tuple(scalars) != self.names:
-            self.names, self.sums = tuple(scalars), torch.zeros_like(values)
-        self.sums.add_(torch.where(made, values, 0), alpha=images)
+        self._waiting.append((scalars, images, made))
+        if len(self._waiting) == _WAITING:
+            self._add()
+
+    def _add(self) -> None:
+        for scalars, images, made in self._waiting:
+            values = torch.stack([*(value.float() for value in scalars.values()), made.float()])
+            if tuple(scalars) != self.names:
+                self.names, self.sums = tuple(scalars), torch.zeros_like(values)
+            self.sums.add_(torch.where(made, values, 0), alpha=images)
+        self._waiting.clear()
 
     def means(self, distributed: bool = False) -> dict[str, float]:
         """Return the means, over all processes if `distributed` (a collective call); NaN without any image."""
+        self._add()
         if not self.names:
             return {}
         sums = self.sums.clone()
@@ -42,6 +53,7 @@ class Meters:
 
     def state_dict(self) -> dict[str, Any]:
         """Sums and counts, for a checkpoint in the middle of an epoch."""
+        self._add()
         *sums, images = self.sums.cpu()
         return {
             name: {'sum': total.clone(), 'count': int(images)} for name, total in zip(self.names, sums, strict=True)
