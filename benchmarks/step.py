@@ -6,7 +6,8 @@ The floor is the student's own training step (cross-entropy) plus one forward pa
 eager and in contiguous memory format. With it take turns, round by round: a plain loop with the teachers' mean
 probability, timm's logit distillation and, where it is installed (`pip install -e .[benchmarks]`), torchdistill's, both
 from the first teacher (their floor has that one alone), and `MealV2Task` with all that is in it. Ratios are formed
-within each round. Weights are random: only time is measured, and with `--threads 1` on a CPU that is CPU time.
+within each round. Forms in bfloat16 autocast student and teachers; the floor stays in float32, or what `--amp` and
+`--teacher-dtype` say. Weights are random: only time is measured, and with `--threads 1` on a CPU that is CPU time.
 """
 
 import argparse
@@ -37,6 +38,8 @@ OURS = {
     'channels_last, teachers tuned': ('channels_last', 'tuned'),
     'channels_last, teachers tuned and compiled': ('channels_last', 'tuned', 'teachers compiled'),
     'channels_last, all compiled': ('channels_last', 'tuned', 'teachers compiled', 'compiled'),
+    'channels_last, teachers tuned, bfloat16': ('channels_last', 'tuned', 'bfloat16'),
+    'channels_last, all compiled, bfloat16': ('channels_last', 'tuned', 'teachers compiled', 'compiled', 'bfloat16'),
 }
 
 _LOGITS = {'path': '.', 'io': 'output'}  # where torchdistill finds them: in what the whole model returns
@@ -112,12 +115,12 @@ def build_arms(args: argparse.Namespace) -> dict[str, Callable[[int], float]]:
 
         return call
 
-    def training(module: nn.Module, loss_of: Callable[[], Any]) -> Callable[[int], float]:
+    def training(module: nn.Module, loss_of: Callable[[], Any], dtype: str | None = args.amp) -> Callable[[int], float]:
         optimizer = create_optimizer_v2(module, opt='sgd', lr=1e-4, momentum=0.9, weight_decay=0.0)
-        scaler = torch.amp.GradScaler(device.type, enabled=args.amp == 'float16')
+        scaler = torch.amp.GradScaler(device.type, enabled=dtype == 'float16')
 
         def step() -> None:
-            with autocast(args.amp):
+            with autocast(dtype):
                 loss = loss_of()
             scaler.scale(loss).backward()
             scaler.step(optimizer)
@@ -153,12 +156,13 @@ def build_arms(args: argparse.Namespace) -> dict[str, Callable[[int], float]]:
             torchdistills, lambda: box.forward_process(images, target)
         )
     for name in args.ours:
-        ensemble = EnsembleTeacher(copy.deepcopy(teachers), autocast_dtype=DTYPES.get(args.teacher_dtype or ''))
+        amp, teacher_dtype = ('bfloat16',) * 2 if 'bfloat16' in OURS[name] else (args.amp, args.teacher_dtype)
+        ensemble = EnsembleTeacher(copy.deepcopy(teachers), autocast_dtype=DTYPES.get(teacher_dtype or ''))
         model, x = create(args.student, 0, args).train(), images
         if 'channels_last' in OURS[name]:
             model, x = model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
         task = MealV2Task(model, ensemble, verbose=False).train()
-        step = training(task.get_trainable_module(), partial(loss_of_task, task, x))
+        step = training(task.get_trainable_module(), partial(loss_of_task, task, x), amp)
         if 'tuned' in OURS[name]:
             task.tune_teachers(x, compile='teachers compiled' in OURS[name])
         if 'compiled' in OURS[name]:
