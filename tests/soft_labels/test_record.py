@@ -3,10 +3,12 @@
 Real teachers (tiny) and real image files; kills are SIGKILL to a real process.
 """
 
+import json
 import multiprocessing
 import os
 import shutil
 import signal
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -185,6 +187,8 @@ def test_a_killed_recording_goes_on_without_loss_or_repetition(
     leftover = out / '.part-00000-00001-abcdefgh'
     leftover.write_bytes(b'what the kill may have left')
     os.utime(leftover, (0, 0))
+    owner = {'host': socket.gethostname(), 'pid': process.pid, 'time': 0}
+    (out / 'claim-00000-00001').write_text(json.dumps(owner))  # as of a kill just after the part was written
     (out / 'part-00000-00000').write_bytes(b'cut off')
     del before['part-00000-00000']
 

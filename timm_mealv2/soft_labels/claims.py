@@ -109,22 +109,29 @@ class PartQueue:
         del self.claims[part.file]
         self._claim_file(part).unlink(missing_ok=True)
 
+    def remove_stale(self) -> None:
+        """Remove the claims of processes that died when they had just written the part."""
+        for claim in self.out.glob('claim-*'):
+            if _is_stale(claim):
+                claim.unlink(missing_ok=True)
+
 
 def _is_stale(claim: Path) -> bool:
     """Whether the process that made a claim is dead."""
     try:
         age = time.time() - claim.stat().st_mtime
         owner = json.loads(claim.read_text(encoding='utf-8'))
+        host, pid = owner['host'], int(owner['pid'])
     except FileNotFoundError:
         return False
-    except ValueError:  # it is being written, or the process died before it was
+    except (KeyError, TypeError, ValueError):  # it is being written, or the process died before it was
         return age > HEARTBEAT
-    if age > STALE or owner['host'] != socket.gethostname():
+    if age > STALE or host != socket.gethostname():
         return age > STALE
-    if owner['pid'] == os.getpid():
+    if pid == os.getpid():
         return True  # a former process had the same number, as the first one of a container has
     try:
-        os.kill(owner['pid'], 0)
+        os.kill(pid, 0)
     except ProcessLookupError:
         return True
     except PermissionError:

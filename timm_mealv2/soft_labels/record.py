@@ -93,6 +93,7 @@ def record(
         for part in list(queue.claims.values()):
             queue.release(part)
         shown.bar.close()
+    queue.remove_stale()
     store = SoftLabelStore(out)
     unreadable = int((store.read_epoch(0, np.arange(meta.images))['crc'] == 0).sum())
     if unreadable == meta.images:
