@@ -1,6 +1,9 @@
 # Each target makes .venv itself when it is missing or older than what it is made from.
 PYTHON ?= python3
 
+# A process for each core, at most four: each takes a GB of memory. The tests of a file run in one.
+TESTS = pytest -n auto --maxprocesses 4 --dist loadfile -m "not slow and not gpu"
+
 .PHONY: quickstart test test-lowest check fix docs dist
 
 quickstart: .venv/.stamp
@@ -8,11 +11,11 @@ quickstart: .venv/.stamp
 
 # Tests marked slow or gpu are left out; .venv/bin/python -m pytest runs them all.
 test: .venv/.stamp
-	.venv/bin/python -m pytest -m "not slow and not gpu"
+	.venv/bin/python -m $(TESTS)
 
 # The same with the lowest version that setup.cfg allows of each package, and Python 3.11.
 test-lowest: .venv-lowest/.stamp
-	.venv-lowest/bin/python -m pytest -m "not slow and not gpu"
+	.venv-lowest/bin/python -m $(TESTS)
 
 check: .venv/.stamp
 	.venv/bin/ruff check .

@@ -5,9 +5,9 @@ import shutil
 from pathlib import Path
 
 os.environ['HF_HUB_OFFLINE'] = '1'  # huggingface_hub reads it when it is imported
+os.environ['OMP_NUM_THREADS'] = '1'  # tiny models: more threads only wait for each other, in programs too
 
 import pytest
-import torch
 from hypothesis import HealthCheck, Phase, settings
 from images import write_images
 
@@ -33,9 +33,12 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile('long' if config.getoption('--fuzz-minutes') else 'suite')
 
 
-@pytest.fixture(autouse=True, scope='session')
-def _one_thread() -> None:
-    torch.set_num_threads(1)  # tiny models: more threads only wait for each other
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how much tests/fuzz has searched."""
+    terminalreporter.section('examples: accepted, refused in one line')
+    for report in terminalreporter.getreports('passed'):
+        for _, examples in report.user_properties:
+            terminalreporter.line(f'{report.head_line}: {examples}')
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ import timm
 import torch
 from huggingface_hub import constants
 from images import write_images
-from outcomes import COUNTS, SECONDS, SMALL
+from outcomes import ENDS, SECONDS, SMALL
 
 from timm_mealv2.cli import soft_labels
 from timm_mealv2.hub.export import export_model
@@ -24,17 +24,11 @@ from timm_mealv2.training.run import main
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     """Search for a fault, with `--fuzz-minutes` again and again."""
     end = time.monotonic() + 60 * (item.config.getoption('--fuzz-minutes') or 0)
-    COUNTS.test = item.name
+    ENDS.clear()
     yield
     while time.monotonic() < end:
         item.runtest()
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say how much was searched."""
-    terminalreporter.section('examples: accepted, refused in one line')
-    for test, count in COUNTS.counts.items():
-        terminalreporter.line(f'{test}: {count["accepted"]:,}, {count["refused"]:,}')
+    item.user_properties.append(('examples', f'{ENDS["accepted"]:,}, {ENDS["refused"]:,}'))
 
 
 @pytest.fixture(autouse=True)

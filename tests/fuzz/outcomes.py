@@ -25,15 +25,8 @@ SECONDS = 60
 """How long one example may take, on a loaded machine: each is done in less than one."""
 
 
-class Counts:
-    """How the examples of each test ended."""
-
-    def __init__(self) -> None:
-        self.test = ''
-        self.counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
-
-
-COUNTS = Counts()
+ENDS: collections.Counter[str] = collections.Counter()
+"""How the examples of the present test have ended: 'accepted' or 'refused'."""
 
 
 def is_accepted(program: Callable[..., Any], argv: list[Any]) -> bool:
@@ -53,7 +46,7 @@ def is_accepted(program: Callable[..., Any], argv: list[Any]) -> bool:
     told = [line for line in errors.getvalue().splitlines() if line.startswith('error: ')]
     assert code in (0, 2)
     assert len(told) == (1 if code else 0), errors.getvalue()
-    COUNTS.counts[COUNTS.test]['refused' if code else 'accepted'] += 1
+    ENDS['refused' if code else 'accepted'] += 1
     return code == 0
 
 

@@ -150,6 +150,5 @@ def work(job: dict[str, Any]) -> list[Any]:
 
 
 if __name__ == '__main__':
-    torch.set_num_threads(1)
     for line in sys.stdin:
         print(json.dumps(work(json.loads(line))), flush=True)

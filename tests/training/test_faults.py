@@ -55,9 +55,7 @@ class Program:
         command += ['--output', str(output), '--experiment', 'run', *map(str, options)]
         self.log = output / f'log-{time.monotonic_ns()}.txt'
         with open(self.log, 'w') as file:
-            self.process = subprocess.Popen(
-                command, env={**os.environ, 'OMP_NUM_THREADS': '1'}, stderr=file, stdout=file, start_new_session=True
-            )
+            self.process = subprocess.Popen(command, stderr=file, stdout=file, start_new_session=True)
 
     @property
     def text(self) -> str:

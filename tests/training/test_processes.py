@@ -56,16 +56,12 @@ def torchrun(*args: str) -> list[str]:
     return [sys.executable, '-m', 'torch.distributed.run', *args]
 
 
-def environment(**more: str) -> dict[str, str]:
-    return {**os.environ, 'OMP_NUM_THREADS': '1', **more}
-
-
 @pytest.fixture(scope='module')
 def whole(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of two processes on one host, of which none dies."""
     output = tmp_path_factory.mktemp('whole')
     command = [*torchrun('--standalone', '--nproc-per-node', '2'), PROGRAM, *options, '--output', str(output)]
-    result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     return output / 'run'
 
@@ -77,7 +73,7 @@ def test_a_group_that_loses_a_process_restarts_from_its_newest_checkpoint(
     script.write_text(STRUCK)
     command = torchrun('--standalone', '--nproc-per-node', '2', '--max-restarts', '1')
     command += [str(script), PROGRAM, *options, '--output', str(tmp_path)]
-    struck = environment(STRIKE='SIGKILL')
+    struck = os.environ | {'STRIKE': 'SIGKILL'}
     result = subprocess.run(command, env=struck, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert 'The process group was restarted' in result.stderr
@@ -88,7 +84,7 @@ def test_a_group_that_loses_a_process_restarts_from_its_newest_checkpoint(
 def test_an_optimizer_that_ddp_cannot_train_with_is_refused(options: list[str], tmp_path: Path) -> None:
     command = [*torchrun('--standalone', '--nproc-per-node', '2'), PROGRAM, *options, '--opt', 'adahessian']
     command += ['--output', str(tmp_path)]
-    result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 1
     assert 'UserError: --opt adahessian takes second derivatives' in result.stderr
     assert not list(tmp_path.iterdir())
@@ -100,7 +96,7 @@ def test_a_process_that_hangs_ends_the_run_in_time_and_is_named(options: list[st
     script.write_text(STRUCK)
     command = [*torchrun('--standalone', '--nproc-per-node', '2'), str(script), PROGRAM, *options]
     command += ['--output', str(tmp_path), '--process-timeout', '0.2']
-    struck = environment(STRIKE='SIGSTOP', TORCH_ELASTIC_SHUTDOWN_TIMEOUT='1')
+    struck = os.environ | {'STRIKE': 'SIGSTOP', 'TORCH_ELASTIC_SHUTDOWN_TIMEOUT': '1'}
     result = subprocess.run(command, env=struck, capture_output=True, text=True, timeout=120)
     assert result.returncode == 1
     pattern = r'process 1 \(pid \d+ on .+\) did not answer for 0.2 minutes \(--process-timeout\)'
@@ -149,9 +145,8 @@ def test_two_hosts_train_as_two_processes_on_one(
         command += torchrun('--nnodes', '2', '--node-rank', str(number), '--nproc-per-node', '1')
         command += ['--master-addr', '10.77.0.1', '--master-port', '29500']
         command += [PROGRAM, *options, '--output', str(tmp_path)]
-        processes.append(
-            subprocess.Popen(command, env=environment(GLOO_SOCKET_IFNAME=link), stderr=subprocess.PIPE, text=True)
-        )
+        linked = os.environ | {'GLOO_SOCKET_IFNAME': link}
+        processes.append(subprocess.Popen(command, env=linked, stderr=subprocess.PIPE, text=True))
     errors = [process.communicate(timeout=300)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors
     assert differences(whole, tmp_path / 'run') == []

@@ -22,8 +22,7 @@ def run_in_terminal(columns: int, command: list[str]) -> str:
     """Everything that a command writes to a terminal."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack('HHHH', 24, columns, 0, 0))
-    environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
-    environment.pop('COLUMNS', None)
+    environment = {name: value for name, value in os.environ.items() if name != 'COLUMNS'}
     with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment) as process:
         os.close(theirs)
         written = b''

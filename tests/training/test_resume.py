@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import random
 import shutil
 import subprocess
@@ -99,10 +98,8 @@ def program(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
         torch.save(timm.create_model(name, num_classes=3).state_dict(), root / f'{name}.pth')
         options.append(f'{name}={root / name}.pth')
     script = Path(__file__).with_name('killing.py')
-    environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
-    with subprocess.Popen(
-        [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True
-    ) as server:
+    command = [sys.executable, str(script)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
         yield Program(server, options, root)
         assert server.stdin is not None
         server.stdin.close()

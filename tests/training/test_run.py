@@ -115,7 +115,7 @@ def test_a_killed_run_continues_where_it_was(
     folder = tmp_path / 'killed'
     command = [sys.executable, str(REPOSITORY / 'train_distill.py'), *SMALL, '--data-dir', str(image_folder)]
     command += ['--output', str(tmp_path), '--experiment', 'killed', *map(str, options), '--resume', 'auto']
-    process = subprocess.Popen(command, env={**os.environ, 'OMP_NUM_THREADS': '1'}, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     while not list(folder.glob('recovery-1-*')) and process.poll() is None:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
@@ -149,8 +149,7 @@ def test_two_processes_train_as_one_with_the_double_batch(train: Train, teachers
     # As an installed package is started: the command on the path, in a folder that has nothing of ours.
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
     command += ['--no-python', 'mealv2-train', *SMALL, '--output', str(tmp_path), '--experiment', 'two']
-    environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
-    environment['PATH'] = f'{Path(sys.executable).parent}{os.pathsep}{environment["PATH"]}'
+    environment = {**os.environ, 'PATH': f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'}
     (tmp_path / 'empty').mkdir()
     command += [*options, '3', '--smoothing', '0.1']  # which does nothing here, and is said once
     result = subprocess.run(command, cwd=tmp_path / 'empty', env=environment, capture_output=True, text=True)

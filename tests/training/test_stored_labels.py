@@ -1,7 +1,6 @@
 """Training on stored labels, as a user runs it: record once, train as often as one likes."""
 
 import logging
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -215,7 +214,7 @@ def test_two_processes_train_on_stored_labels_as_one_with_the_double_batch(
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
     command += [str(REPOSITORY / 'train_distill.py'), *SMALL, '--data-dir', str(data), '--soft-labels', str(labels)]
     command += ['--output', str(tmp_path), '--experiment', 'two', *options, '4']
-    result = subprocess.run(command, env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True)
+    result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     for first, second in zip(summary(one), summary(tmp_path / 'two'), strict=True):
         for column in set(first) - {'epoch', 'images_per_second', *TIMES}:
