@@ -35,10 +35,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say how much tests/fuzz has searched."""
-    terminalreporter.section('examples: accepted, refused in one line')
-    for report in terminalreporter.getreports('passed'):
-        for _, examples in report.user_properties:
-            terminalreporter.line(f'{report.head_line}: {examples}')
+    searched = [report for report in terminalreporter.getreports('passed') if report.user_properties]
+    if searched:
+        terminalreporter.section('examples: accepted, refused in one line')
+    for report in searched:
+        terminalreporter.line(f'{report.head_line}: {dict(report.user_properties)["examples"]}')
 
 
 @pytest.fixture(autouse=True)

@@ -26,7 +26,7 @@ TIMES = {'time_data': 'data wait', 'time_teachers': 'teachers', 'time_student': 
 
 
 def short_names(models: Iterable[str]) -> dict[str, str]:
-    """Return name in preflight.json -> the same with two parts of a teacher's path, all of it where two would agree."""
+    """Return name in preflight.json -> the same with two parts of a teacher's path, or all where two would agree."""
     full = list(dict.fromkeys(models))
     short = {}
     for name in full:

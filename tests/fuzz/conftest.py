@@ -28,7 +28,8 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     yield
     while time.monotonic() < end:
         item.runtest()
-    item.user_properties.append(('examples', f'{ENDS["accepted"]:,}, {ENDS["refused"]:,}'))
+    if ENDS:
+        item.user_properties.append(('examples', f'{ENDS["accepted"]:,}, {ENDS["refused"]:,}'))
 
 
 @pytest.fixture(autouse=True)

@@ -189,7 +189,8 @@ def _open_data(args: argparse.Namespace) -> Any:
         trust_remote_code=args.dataset_trust_remote_code,
     )
     if args.split and args.data_dir is not None and dataset_root(data) == Path(args.data_dir):
-        raise UserError(f'--split {args.split}: there is no such folder in {args.data_dir}.')  # timm takes all of it
+        # timm would take the whole data folder
+        raise UserError(f'--split {args.split}: there is no such folder in {args.data_dir}.')
     if (args.report or args.predictions) and isinstance(data, IterableDataset):
         raise UserError('--report and --predictions need a data set with numbered images, and this one is a stream.')
     return unlabeled(data) if args.unlabeled else data

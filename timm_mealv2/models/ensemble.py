@@ -237,7 +237,7 @@ class EnsembleTeacher(nn.Module):
         return self.teachers.load_state_dict(own, strict, assign)
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        pass  # a module around the ensemble has nothing of it in its state dict
+        pass  # the state dict of a module around the ensemble leaves its teachers out
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._forms.clear()
@@ -326,7 +326,7 @@ def _flat(member: _Member) -> list[_Member]:
     inner = unwrap_model(member.teacher)
     if not isinstance(inner, EnsembleTeacher):
         return [member._replace(teacher=_copy(member.teacher, member.name))]
-    compiled = getattr(member.teacher, 'dynamo_ctx', None)  # of a compiled ensemble each teacher is compiled likewise
+    compiled = getattr(member.teacher, 'dynamo_ctx', None)  # each teacher of a compiled ensemble is compiled
     members = []
     for teacher, weight, name, size, dtype in zip(
         inner.teachers, inner.weights, inner.names, inner.img_sizes, inner.autocast_dtypes, strict=True

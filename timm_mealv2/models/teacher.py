@@ -1,4 +1,4 @@
-"""One teacher of an ensemble: what it says of itself, the classes taken of it, and how it is copied and frozen."""
+"""One teacher of an ensemble: how it describes itself, which of its classes are used, how it is copied and frozen."""
 
 import copy
 import functools

@@ -1,4 +1,4 @@
-"""What a teacher may run as: forms of it that predict the same, and which of them is the fastest here.
+"""The forms a teacher may run in, all with the same predictions, and which is the fastest here.
 
 The forms are measured, as none pays everywhere: channels_last makes a ResNet faster on a GPU and an EfficientNet at 380
 pixels slower. A form is a module beside the teacher, which stays as it is; it shares the teacher's weights but for

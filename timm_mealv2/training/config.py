@@ -81,7 +81,7 @@ def read_settings(parser: argparse.ArgumentParser, path: Any) -> dict[str, Any]:
         UserError: Names file and entry, with the nearest option where there is none of the name.
     """
     content = load_yaml(path, path)
-    if isinstance(content.get('recipe'), dict):  # what a recipe says of the published training, also in a copy of it
+    if isinstance(content.get('recipe'), dict):  # notes on the published training, which copies of a recipe have too
         content.pop('recipe')
     parser.exit_on_error = False
     actions = {action.dest: action for action in parser._actions if action.dest not in NOT_SETTINGS}

@@ -120,7 +120,7 @@ class Processes:
 
 
 def is_timeout(error: RuntimeError) -> bool:
-    """Whether a call to other processes has failed because one of them did not answer in time."""
+    """Whether a call to other processes has failed because one of them did not respond in time."""
     text = str(error).lower()
     return 'timed out' in text or 'timeout' in text
 

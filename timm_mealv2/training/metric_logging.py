@@ -68,7 +68,7 @@ class Meters:
 
 
 def append_summary(path: Path, epoch: int, trained: dict[str, float], evaluated: dict[str, Any], lr: float) -> None:
-    """Add an epoch's row to summary.csv, in place of it and all later ones if they are there; whole or not at all.
+    """Add an epoch's row to summary.csv, where it replaces that epoch's and all later ones; whole or not at all.
 
     As in timm's, metrics have the prefixes train_ and eval_; speed and times are none. A new column is the file's last.
     """

@@ -1,4 +1,4 @@
-"""What a run says as it goes: a bar or lines within an epoch, one line after each, and all of it in train.log."""
+"""What a run says as it goes: a bar or lines within an epoch, one line after each, and everything in train.log."""
 
 import contextlib
 import logging
@@ -116,7 +116,7 @@ def log_evaluation(rows: Mapping[str, Mapping[str, float]]) -> None:
 
 
 class RunLog:
-    """One line after each epoch: how far the run is, how good, how fast, and what is left of it.
+    """One line after each epoch: how far the run is, how good, how fast, and how long it still takes.
 
     Args:
         start: Where this process begins or goes on.

@@ -128,7 +128,7 @@ def load_checkpoint(path: Path, stepper: Stepper, schedule: Schedule, resume_opt
 def position_to_resume(
     checkpoint: Mapping[str, Any], loader: TrainLoader | StreamLoader, updates_per_epoch: int
 ) -> Progress:
-    """Where the run goes on: at the start of the epoch where that cannot be entered in the middle."""
+    """Where the run goes on: at the beginning of the epoch where that cannot be entered in the middle."""
     start = position(dict(checkpoint), updates_per_epoch)
     if start.batch and not (loader.resumable and checkpoint.get('batches') == len(loader)):
         _logger.info('The epoch cannot be entered where it was left (streaming, or batches of another size).')
