@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from images import write_images
 
-# The suite searches the same examples in every run; `--fuzz-minutes` searches others each time.
+# As a whole, the suite searches the same examples in every run; `--fuzz-minutes` searches others each time.
 _CHECKS = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
 settings.register_profile(
     'suite',
