@@ -22,8 +22,9 @@ from timm_mealv2.training.run import main
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    """Search for a fault, with `--fuzz-minutes` again and again."""
-    end = time.monotonic() + 60 * (item.config.getoption('--fuzz-minutes') or 0)
+    """Search for a fault, with `--fuzz-minutes` again and again where examples are drawn."""
+    drawn = getattr(getattr(item, 'function', None), 'is_hypothesis_test', False)
+    end = time.monotonic() + 60 * (item.config.getoption('--fuzz-minutes') or 0) * drawn
     ENDS.clear()
     yield
     while time.monotonic() < end:

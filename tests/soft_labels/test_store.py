@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from torch.utils.data import Dataset
 
 from timm_mealv2.data.deterministic import Samples
@@ -147,8 +148,14 @@ def test_small_changes_of_pixels_are_told_from_other_images(recorded: SoftLabelS
         recorded.check_pixels(Samples(train, replace(augmentation, input_size=(3, 16, 16)), 42), accept_change=True)
 
 
-def test_a_store_without_its_sample_pixels_is_told(recorded: SoftLabelStore, train: Dataset, tmp_path: Path) -> None:
+def test_a_store_with_damaged_sample_pixels_is_told(recorded: SoftLabelStore, train: Dataset, tmp_path: Path) -> None:
     path = Path(shutil.copytree(recorded.path, tmp_path / 'store'))
+    pixels = load_file(path / PIXELS)
+    samples = Samples(train, recorded.meta.augmentation, 42)
+    for name in ('0,1', '0-1-2', '0-x', f'0-{recorded.meta.images}'):
+        save_file({**pixels, name: next(iter(pixels.values()))}, path / PIXELS)
+        with pytest.raises(UserError, match=r'cannot read .*pixels.safetensors'):
+            SoftLabelStore(path).check_pixels(samples)
     (path / PIXELS).write_bytes(b'damaged')
     with pytest.raises(UserError, match=r'cannot read .*pixels.safetensors'):
-        SoftLabelStore(path).check_pixels(Samples(train, recorded.meta.augmentation, 42))
+        SoftLabelStore(path).check_pixels(samples)

@@ -12,7 +12,6 @@ import numpy as np
 import timm
 import torch
 from timm.data import resolve_data_config
-from timm.data.loader import adapt_to_chs
 from timm.utils.distributed import world_info_from_env
 from torch.utils.data import Dataset
 
@@ -30,6 +29,7 @@ from timm_mealv2.command_line import (
 )
 from timm_mealv2.data.augmentation import Augmentation
 from timm_mealv2.data.dataset import class_names, open_dataset
+from timm_mealv2.data.normalize import channel_stats
 from timm_mealv2.errors import UserError, one_line
 from timm_mealv2.models.ensemble import EnsembleTeacher
 from timm_mealv2.models.factory import TeacherSpec, create_ensemble, read_classes
@@ -275,7 +275,7 @@ def _parts(args: argparse.Namespace, device: torch.device) -> tuple[Dataset, Ens
     except AssertionError:
         raise UserError(f'--mean and --std take one value or {channels}, one per channel.') from None
     config['input_size'] = (channels, *config['input_size'][1:])
-    config |= {name: adapt_to_chs(tuple(config[name]), channels) for name in ('mean', 'std')}
+    config['mean'], config['std'] = channel_stats(config, channels)
     augmentation = build_augmentation(args, config)
     dataset = _open(args, augmentation.input_img_mode)
     top_k = args.top_k or min(10, teachers.num_classes)

@@ -7,6 +7,8 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
+from timm_mealv2.errors import UserError
+
 Stats = tuple[float, ...]
 """A mean or a std, one number per channel, in units where a pixel is 0..1."""
 
@@ -16,10 +18,16 @@ def channel_stats(cfg: Mapping[str, Any] | None, in_chans: int) -> tuple[Stats, 
 
     As timm's loader does it: ImageNet's where `cfg` (a `pretrained_cfg` or a data config) has none, and the average
     over the channels where their number is not `in_chans`, as for gray pictures and a color config.
+
+    Raises:
+        UserError: If they are no numbers, or a std is not positive: a model's config.json may say anything.
     """
     cfg = cfg or {}
-    mean, std = cfg.get('mean') or IMAGENET_DEFAULT_MEAN, cfg.get('std') or IMAGENET_DEFAULT_STD
-    return _per_channel(mean, in_chans), _per_channel(std, in_chans)
+    mean = _per_channel(cfg.get('mean') or IMAGENET_DEFAULT_MEAN, in_chans)
+    std = _per_channel(cfg.get('std') or IMAGENET_DEFAULT_STD, in_chans)
+    if min(std) <= 0:
+        raise UserError(f"a model's config has the std {std}: each number must be positive.")
+    return mean, std
 
 
 def renormalize(x: Tensor, from_mean: Stats, from_std: Stats, to_mean: Stats, to_std: Stats) -> Tensor:
@@ -42,4 +50,6 @@ def renormalize(x: Tensor, from_mean: Stats, from_std: Stats, to_mean: Stats, to
 
 def _per_channel(stats: Stats | float, in_chans: int) -> Stats:
     stats = tuple(stats) if isinstance(stats, (tuple, list)) else (stats,)
+    if not all(isinstance(value, (int, float)) and abs(value) < 1e6 for value in stats):
+        raise UserError(f"a model's config has {stats} as mean or std: one number is needed for each channel.")
     return stats if len(stats) == in_chans else (sum(stats) / len(stats),) * in_chans

@@ -29,7 +29,7 @@ from torch.utils.data import Dataset
 from timm_mealv2.data.dataset import UnreadableImage, image_names
 from timm_mealv2.data.deterministic import Samples
 from timm_mealv2.data.seed import preserved_generators
-from timm_mealv2.errors import UserError
+from timm_mealv2.errors import UserError, one_line
 from timm_mealv2.soft_labels.meta import CHECKSUM_BYTES, StoreMeta, library_versions, names_sha256, option_text, shown
 
 _logger = logging.getLogger(__name__)
@@ -193,10 +193,11 @@ class SoftLabelStore:
         """
         try:
             stored = load_file(self.path / PIXELS)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f'cannot read {self.path / PIXELS}: {error}; copy the store again.') from error
-        for name, former in stored.items():
-            epoch, row = map(int, name.split('-'))
+            names = [name.split('-') for name in stored]
+            keys = [(int(epoch), range(self.meta.images)[int(row)]) for epoch, row in names]
+        except (IndexError, KeyError, OSError, SafetensorError, TypeError, ValueError) as error:
+            raise UserError(f'cannot read {self.path / PIXELS}: {one_line(error)}; copy the store again.') from error
+        for (epoch, row), former in zip(keys, stored.values(), strict=True):
             if samples.positions is not None and samples.positions[row] < 0:
                 continue
             try:

@@ -8,10 +8,10 @@ from typing import Any
 import timm
 import torch
 from timm.data import resolve_data_config
-from timm.data.loader import adapt_to_chs
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_norm
 from torch import nn
 
+from timm_mealv2.data.normalize import channel_stats
 from timm_mealv2.data.seed import Stream, counted_seed, preserved_generators, seed_cpu
 from timm_mealv2.errors import UserError, one_line
 from timm_mealv2.models.checkpoint import TrainingCheckpoint
@@ -114,8 +114,7 @@ def _resolve_pixels(args: argparse.Namespace, model: Any, in_chans: int) -> dict
     except AssertionError:
         raise UserError(f'--mean and --std take one value or {in_chans}, one per channel.') from None
     config['input_size'] = (in_chans, *config['input_size'][1:])
-    for name in ('mean', 'std'):
-        config[name] = adapt_to_chs(tuple(config[name]), in_chans)
+    config['mean'], config['std'] = channel_stats(config, in_chans)
     # Whatever else the weights were once tested with is not what this run measures.
     former = {
         key: value for key, value in model.pretrained_cfg.items() if key not in ('test_input_size', 'test_crop_pct')
