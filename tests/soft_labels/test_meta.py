@@ -77,6 +77,15 @@ def test_a_setting_that_meta_does_not_know_is_refused(recorded: SoftLabelStore, 
         StoreMeta.read(tmp_path)
 
 
+def test_sizes_that_are_no_numbers_are_refused(recorded: SoftLabelStore, tmp_path: Path) -> None:
+    values = json.loads((recorded.path / META).read_text())
+    del values['crc']
+    for name, value in {'blocks': 'abc', 'num_classes': '3', 'part_images': None, 'images': -1}.items():
+        (tmp_path / META).write_text(json.dumps({**values, name: value}))
+        with pytest.raises(UserError, match=r'is damaged: .* are not all whole numbers'):
+            StoreMeta.read(tmp_path)
+
+
 def test_a_setting_that_has_changed_is_refused(recorded: SoftLabelStore, tmp_path: Path) -> None:
     text = (recorded.path / META).read_text()
     (tmp_path / META).write_text(text.replace('"seed": 42', '"seed": 43'))

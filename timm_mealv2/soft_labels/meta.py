@@ -92,7 +92,11 @@ class StoreMeta:
                     raise ValueError('its checksum is wrong')
                 dtype = values.pop('autocast_dtype', None)  # in the first stores one for all teachers
                 values['teachers'] = [{'autocast_dtype': dtype, **teacher} for teacher in values['teachers']]
-                return cls(**{**values, 'augmentation': Augmentation(**values['augmentation'])})
+                meta = cls(**{**values, 'augmentation': Augmentation(**values['augmentation'])})
+                sizes = (meta.images, meta.num_classes, meta.top_k, meta.batch_size, meta.part_images, *meta.blocks)
+                if not all(isinstance(size, int) and size >= 0 for size in sizes):
+                    raise ValueError(f'{sizes} are not all whole numbers')
+                return meta
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(f'{folder / META} is damaged: {error}') from error
         raise UserError(f'{folder} has format {found}, this timm_mealv2 reads format {FORMAT}: record it again.')
