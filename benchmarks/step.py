@@ -157,7 +157,7 @@ def build_arms(args: argparse.Namespace) -> dict[str, Callable[[int], float]]:
             torchdistills, lambda: box.forward_process(images, target)
         )
     for name in args.ours:
-        amp, teacher_dtype = ('bfloat16',) * 2 if 'bfloat16' in OURS[name] else (args.amp, args.teacher_dtype)
+        amp, teacher_dtype = ('bfloat16', 'bfloat16') if 'bfloat16' in OURS[name] else (args.amp, args.teacher_dtype)
         ensemble = EnsembleTeacher(copy.deepcopy(teachers), autocast_dtype=DTYPES.get(teacher_dtype or ''))
         model, x = create(args.student, 0, args).train(), images
         if 'channels_last' in OURS[name]:

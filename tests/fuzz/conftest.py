@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 from huggingface_hub import constants
+from hypothesis import is_hypothesis_test
 from images import write_images
 from outcomes import ENDS, SECONDS, SMALL
 
@@ -21,10 +22,10 @@ from timm_mealv2.training.run import main
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+def pytest_runtest_call(item: pytest.Function) -> Iterator[None]:
     """Search for a fault, with `--fuzz-minutes` again and again where examples are drawn."""
-    drawn = getattr(getattr(item, 'function', None), 'is_hypothesis_test', False)
-    end = time.monotonic() + 60 * (item.config.getoption('--fuzz-minutes') or 0) * drawn
+    minutes = item.config.getoption('--fuzz-minutes') if is_hypothesis_test(item.obj) else None
+    end = time.monotonic() + 60 * (minutes or 0)
     ENDS.clear()
     yield
     while time.monotonic() < end:

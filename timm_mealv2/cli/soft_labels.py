@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from timm.data import resolve_data_config
 from timm.utils.distributed import world_info_from_env
 from torch.utils.data import Dataset
 
@@ -29,7 +28,7 @@ from timm_mealv2.command_line import (
 )
 from timm_mealv2.data.augmentation import Augmentation
 from timm_mealv2.data.dataset import class_names, open_dataset
-from timm_mealv2.data.normalize import channel_stats
+from timm_mealv2.data.normalize import resolve_pixels
 from timm_mealv2.errors import UserError, one_line
 from timm_mealv2.models.ensemble import EnsembleTeacher
 from timm_mealv2.models.factory import TeacherSpec, create_ensemble, read_classes
@@ -268,14 +267,8 @@ def _parts(args: argparse.Namespace, device: torch.device) -> tuple[Dataset, Ens
         cfg = timm.create_model(args.model).pretrained_cfg if args.model else teachers.pretrained_cfg
     except Exception as error:  # a config.json is the user's, whatever timm raises
         raise UserError(f'cannot create --model {args.model}: {one_line(error)}') from error
-    channels = teachers.in_chans
     pixels = {name: getattr(args, name) for name in ('input_size', 'img_size', 'mean', 'std')}
-    try:
-        config = resolve_data_config({**pixels, 'in_chans': channels}, pretrained_cfg=cfg)
-    except AssertionError:
-        raise UserError(f'--mean and --std take one value or {channels}, one per channel.') from None
-    config['input_size'] = (channels, *config['input_size'][1:])
-    config['mean'], config['std'] = channel_stats(config, channels)
+    config = resolve_pixels(pixels, cfg, teachers.in_chans)
     augmentation = build_augmentation(args, config)
     dataset = _open(args, augmentation.input_img_mode)
     top_k = args.top_k or min(10, teachers.num_classes)

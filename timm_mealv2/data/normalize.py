@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_data_config
 from torch import Tensor
 
 from timm_mealv2.errors import UserError
@@ -28,6 +28,26 @@ def channel_stats(cfg: Mapping[str, Any] | None, in_chans: int) -> tuple[Stats, 
     if min(std) <= 0:
         raise UserError(f"a model's config has the std {std}: each number must be positive.")
     return mean, std
+
+
+def resolve_pixels(settings: Mapping[str, Any], cfg: Mapping[str, Any], in_chans: int) -> dict[str, Any]:
+    """Return timm's data config of a model with `in_chans` channels.
+
+    Args:
+        settings: What the user says of the pixels, as timm's `resolve_data_config` takes it.
+        cfg: The model's `pretrained_cfg`, for the rest.
+        in_chans: Channels of the images.
+
+    Raises:
+        UserError: If mean or std cannot be used.
+    """
+    try:
+        config = resolve_data_config({**settings, 'in_chans': in_chans}, pretrained_cfg=cfg)
+    except AssertionError:
+        raise UserError(f'--mean and --std take one value or {in_chans}, one per channel.') from None
+    config['input_size'] = (in_chans, *config['input_size'][1:])
+    config['mean'], config['std'] = channel_stats(config, in_chans)
+    return config
 
 
 def renormalize(x: Tensor, from_mean: Stats, from_std: Stats, to_mean: Stats, to_std: Stats) -> Tensor:

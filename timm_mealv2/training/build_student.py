@@ -7,11 +7,10 @@ from typing import Any
 
 import timm
 import torch
-from timm.data import resolve_data_config
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_norm
 from torch import nn
 
-from timm_mealv2.data.normalize import channel_stats
+from timm_mealv2.data.normalize import resolve_pixels
 from timm_mealv2.data.seed import Stream, counted_seed, preserved_generators, seed_cpu
 from timm_mealv2.errors import UserError, one_line
 from timm_mealv2.models.checkpoint import TrainingCheckpoint
@@ -72,7 +71,7 @@ def build_student(args: argparse.Namespace, batch_size: int, processes: Processe
     if args.grad_checkpointing:
         model.set_grad_checkpointing(enable=True)
 
-    config = _resolve_pixels(args, model, in_chans or int(getattr(model, 'in_chans', 3)))
+    config = _describe_pixels(args, model, in_chans or int(getattr(model, 'in_chans', 3)))
     if args.split_bn:
         model = convert_splitbn_model(model, max(args.aug_splits, 2))
     dtype = getattr(torch, args.model_dtype or 'float32')
@@ -108,13 +107,8 @@ def _try_forward(args: argparse.Namespace, model: nn.Module, pixels: Pixels, dev
     model.train()
 
 
-def _resolve_pixels(args: argparse.Namespace, model: Any, in_chans: int) -> dict[str, Any]:
-    try:
-        config = resolve_data_config({**vars(args), 'in_chans': in_chans}, model=model)
-    except AssertionError:
-        raise UserError(f'--mean and --std take one value or {in_chans}, one per channel.') from None
-    config['input_size'] = (in_chans, *config['input_size'][1:])
-    config['mean'], config['std'] = channel_stats(config, in_chans)
+def _describe_pixels(args: argparse.Namespace, model: Any, in_chans: int) -> dict[str, Any]:
+    config = resolve_pixels(vars(args), model.pretrained_cfg, in_chans)
     # Whatever else the weights were once tested with is not what this run measures.
     former = {
         key: value for key, value in model.pretrained_cfg.items() if key not in ('test_input_size', 'test_crop_pct')
