@@ -19,7 +19,7 @@ from timm.task import ClassificationTask
 from torch import Tensor
 
 from timm_mealv2.command_line import OneLineParser, run_cli
-from timm_mealv2.training.checkpoint_saver import Progress
+from timm_mealv2.training.checkpoint_saver import Position
 from timm_mealv2.training.loop import EpochEvents, Stepper, train_one_epoch
 from timm_mealv2.training.metric_logging import Meters
 
@@ -57,7 +57,7 @@ def build_arms(model: str, batches: Any) -> dict[str, Callable[[int], float]]:
 
     def train_ours(_: int) -> float:
         begin = time.process_time()
-        train_one_epoch(ours, batches, Progress(), Meters(), EpochEvents(log=False))
+        train_one_epoch(ours, batches, Position(), Meters(), EpochEvents(log=False))
         return 1000 * (time.process_time() - begin) / len(batches)
 
     return {'bare': train_bare, 'ours': train_ours}

@@ -24,8 +24,8 @@ from timm.data import create_dataset, create_loader
 from timm_mealv2.command_line import OneLineParser, run_cli
 from timm_mealv2.data.augmentation import Augmentation
 from timm_mealv2.data.dataset import open_dataset
-from timm_mealv2.data.deterministic import EpochSampler, Samples
 from timm_mealv2.data.loader import TrainLoader
+from timm_mealv2.data.samples import EpochSampler, Samples
 
 CLASSES = 1000
 PIXELS = Augmentation((3, 64, 64), color_jitter=0, train_interpolation='bilinear')

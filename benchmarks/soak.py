@@ -60,7 +60,7 @@ OPTIONS = (
 PUSH_AND_PULL = """
 import sys
 from timm_mealv2.command_line import run_cli
-from timm_mealv2.hub.client import pull_folder, push_folder
+from timm_mealv2.hub.hub_api import pull_folder, push_folder
 
 def main(argv):
     push_folder(argv[0], argv[1])

@@ -61,14 +61,14 @@ from timm_mealv2.cli import soft_labels as command
 from timm_mealv2.command_line import OneLineParser, run_cli
 from timm_mealv2.data.augmentation import Augmentation
 from timm_mealv2.data.dataset import PathsAndTargets, open_dataset
-from timm_mealv2.data.deterministic import EpochSampler, Samples
 from timm_mealv2.data.loader import TrainLoader, collate_labels
+from timm_mealv2.data.samples import EpochSampler, Samples
 from timm_mealv2.errors import UserError
 from timm_mealv2.files import replacing
 from timm_mealv2.soft_labels.meta import FORMAT, StoreMeta, library_versions, names_sha256
 from timm_mealv2.soft_labels.replay import CollateStored, replay
 from timm_mealv2.soft_labels.store import NAMES, SoftLabelStore, checksum
-from timm_mealv2.training.checkpoint_saver import Progress
+from timm_mealv2.training.checkpoint_saver import Position
 from timm_mealv2.training.loop import EpochEvents, Stepper, train_one_epoch
 from timm_mealv2.training.metric_logging import Meters
 
@@ -373,7 +373,7 @@ def measure_throughput(args: argparse.Namespace) -> dict[str, Any]:
 
     def train(arm: str, number: int) -> float:
         stepper, loader = arms[arm]
-        start, quiet = Progress(epoch=number), EpochEvents(log=False)
+        start, quiet = Position(epoch=number), EpochEvents(log=False)
         return train_one_epoch(stepper, loader, start, Meters(), quiet)['images_per_second']
 
     if args.what == 'loading':

@@ -29,7 +29,7 @@ import pytest
 import yaml
 from huggingface_hub import constants
 
-from timm_mealv2.hub import client as hub_client
+from timm_mealv2.hub import hub_api
 
 WRITE_TOKEN, READ_TOKEN, OTHER_TOKEN = 'hf_secretOfMeToWrite', 'hf_secretOfMeToRead', 'hf_secretOfYouToWrite'
 TOKENS = {WRITE_TOKEN: ('me', 'write'), READ_TOKEN: ('me', 'read'), OTHER_TOKEN: ('you', 'write')}
@@ -249,7 +249,7 @@ def connected(monkeypatch: pytest.MonkeyPatch, home: Path) -> Iterator[HubServer
         }.items():
             monkeypatch.setattr(constants, name, value)
         monkeypatch.setenv('HF_TOKEN', WRITE_TOKEN)
-        monkeypatch.setattr(hub_client, '_RETRY_DELAYS', (0.01, 0.01, 0.01))
+        monkeypatch.setattr(hub_api, '_RETRY_DELAYS', (0.01, 0.01, 0.01))
         clock = SimpleNamespace(**{**vars(time), 'sleep': lambda seconds: None})
         monkeypatch.setattr('huggingface_hub.utils._http.time', clock)
         monkeypatch.setattr('huggingface_hub.file_download.time', clock)

@@ -15,8 +15,8 @@ from torch import Tensor
 from timm_mealv2.data.augmentation import Augmentation, Erasing
 from timm_mealv2.data.bad_images import BadImages
 from timm_mealv2.data.dataset import open_dataset, unlabeled
-from timm_mealv2.data.deterministic import EpochSampler, Samples
 from timm_mealv2.data.loader import CollateMixed, CollatePairs, TrainLoader, collate_labels, eval_loader
+from timm_mealv2.data.samples import EpochSampler, Samples
 from timm_mealv2.errors import UserError
 
 AUGMENTATION = Augmentation((3, 16, 16), scale=(0.3, 1.0), mean=(0.5,) * 3, std=(0.5,) * 3)
@@ -144,8 +144,8 @@ def test_targets_of_pairs_follow_their_shares(image_folder: Path) -> None:
     for key, row in zip(next(iter(loader.sampler)).keys, target, strict=True):
         sample = samples[key]
         expected = torch.full((3,), 0.1 / 3)
-        expected[sample.target] += 0.9 * sample.share
-        expected[sample.other] += 0.9 * (1 - sample.share)
+        expected[sample.target] += 0.9 * sample.lam
+        expected[sample.mixed_target] += 0.9 * (1 - sample.lam)
         torch.testing.assert_close(row, expected)
 
 

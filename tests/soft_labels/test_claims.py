@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from torch.utils.data import Dataset
 
-from timm_mealv2.data.deterministic import Samples
+from timm_mealv2.data.samples import Samples
 from timm_mealv2.soft_labels import claims
 from timm_mealv2.soft_labels.claims import STALE, PartQueue
 from timm_mealv2.soft_labels.meta import StoreMeta

@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 
 from timm_mealv2.data.augmentation import Augmentation
 from timm_mealv2.data.dataset import open_dataset
-from timm_mealv2.data.deterministic import Samples
+from timm_mealv2.data.samples import Samples
 from timm_mealv2.errors import UserError
 from timm_mealv2.models import tuning
 from timm_mealv2.models.ensemble import EnsembleTeacher

@@ -10,7 +10,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from timm_mealv2.data.dataset import open_dataset
-from timm_mealv2.data.deterministic import EpochSampler, Samples
+from timm_mealv2.data.samples import EpochSampler, Samples
 from timm_mealv2.errors import UserError
 from timm_mealv2.models.ensemble import EnsembleTeacher
 from timm_mealv2.soft_labels.meta import describe
@@ -42,7 +42,7 @@ def test_the_samples_are_those_of_the_live_training_with_their_records(
             for image, label, key in zip(pixels, labels.numpy(), expected.keys, strict=True):
                 sample = live[key]
                 assert (image.numpy() == sample.pixels).all()
-                assert label[0] == (sample.target if sample.share == 1 else -1)
+                assert label[0] == (sample.target if sample.lam == 1 else -1)
                 assert (label[1:4] == records[key.index]['classes']).all()
                 assert (label[4:] == records[key.index]['probabilities']).all()
 

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from torch.utils.data import Dataset
 
-from timm_mealv2.data.deterministic import Samples
+from timm_mealv2.data.samples import Samples
 from timm_mealv2.errors import UserError
 from timm_mealv2.models.ensemble import EnsembleTeacher
 from timm_mealv2.soft_labels.meta import StoreMeta, describe

@@ -8,7 +8,7 @@ import torch
 from timm.task import ClassificationTask
 
 from timm_mealv2.errors import UserError
-from timm_mealv2.training.checkpoint_saver import Progress, RunSaver, read_checkpoint
+from timm_mealv2.training.checkpoint_saver import Position, RunSaver, read_checkpoint
 
 
 def make_saver(folder: Path, decreasing: bool = False, history: int = 2) -> RunSaver:
@@ -22,7 +22,7 @@ def make_saver(folder: Path, decreasing: bool = False, history: int = 2) -> RunS
 def test_a_metric_that_is_nan_ranks_last_and_is_never_the_best(tmp_path: Path, decreasing: bool) -> None:
     saver = make_saver(tmp_path, decreasing)
     for epoch, metric in enumerate((float('nan'), 0.5, float('nan'), 0.6)):
-        saver.keep(Progress(epoch + 1), [])
+        saver.keep(Position(epoch + 1), [])
         saver.save_checkpoint(epoch, metric)
         if epoch == 0:
             assert not (tmp_path / 'model_best.pth.tar').exists()
@@ -47,7 +47,7 @@ def test_no_file_elsewhere_is_removed_that_a_checkpoint_names(tmp_path: Path) ->
     elsewhere.touch()
     (folder / 'args.yaml').touch()
     saver = make_saver(folder, history=1)
-    saver.keep(Progress(1), [])
+    saver.keep(Position(1), [])
     saver.save_checkpoint(0, 0.5)
     checkpoint = read_checkpoint(folder / 'last.pth.tar')
     names = [str(elsewhere), '../elsewhere.pth.tar', 'args.yaml', 'checkpoint-0.pth.tar']
@@ -56,7 +56,7 @@ def test_no_file_elsewhere_is_removed_that_a_checkpoint_names(tmp_path: Path) ->
     (tmp_path / 'changed').rename(folder / 'last.pth.tar')
     saver = make_saver(folder, history=1)
     saver.restore(folder / 'last.pth.tar')
-    saver.keep(Progress(2), [])
+    saver.keep(Position(2), [])
     saver.save_checkpoint(1, 0.6)
     assert elsewhere.exists()
     assert (folder / 'args.yaml').exists()

@@ -14,7 +14,7 @@ import pytest
 from quick_training import REPOSITORY, SMALL, Train
 
 from timm_mealv2.errors import UserError
-from timm_mealv2.training.checkpoint_saver import Progress
+from timm_mealv2.training.checkpoint_saver import Position
 from timm_mealv2.training.progress import RunLog, TrainLog
 
 
@@ -89,14 +89,14 @@ def test_elsewhere_and_in_train_log_lines_of_an_epoch_come_before_its_own(
 
 
 def test_what_is_left_is_reckoned_from_the_epochs_of_this_process() -> None:
-    log = RunLog(Progress(epoch=2, batch=5), epochs=4, batches=10, metric='loss')
+    log = RunLog(Position(epoch=2, batch=5), epochs=4, batches=10, metric='loss')
     log.began -= 10
     trained = {'loss': 0.5, 'images_per_second': 100.0}
     line = log.line(3, trained, {'loss': 0.25, 'top1': 80.0}, best=0.125)
     assert line == '3/4 epochs: loss 0.5, top-1 80, loss 0.25, best 0.125, 100 images/s, 00:20 left'
     assert log.line(3, trained, None, best=0.125) == '3/4 epochs: loss 0.5, 100 images/s, 00:20 left'
     # A run whose last evaluation alone was missing has measured no training.
-    done = RunLog(Progress(epoch=2, batch=10), epochs=4, batches=10, metric='top1')
+    done = RunLog(Position(epoch=2, batch=10), epochs=4, batches=10, metric='top1')
     assert done.line(3, trained, None, best=None) == '3/4 epochs: loss 0.5, 100 images/s'
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from timm_mealv2.command_line import OneLineParser, run_cli
 from timm_mealv2.hub.card import CardOptions
-from timm_mealv2.hub.client import pull_folder
 from timm_mealv2.hub.export import PAPER_ACCURACY, convert_released, export_ensemble, export_model, push_model
 from timm_mealv2.hub.folder import ENSEMBLE, read_config
+from timm_mealv2.hub.hub_api import pull_folder
 
 _logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from timm_mealv2.data.dataset import UnreadableImage, read_image
-from timm_mealv2.data.deterministic import Key, KeyBatch, Sample
+from timm_mealv2.data.samples import Key, KeyBatch, Sample
 from timm_mealv2.data.seed import preserved_generators
 from timm_mealv2.errors import UserError
 

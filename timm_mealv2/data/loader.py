@@ -24,8 +24,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from timm_mealv2.data.augmentation import Erasing, pixels_of
 from timm_mealv2.data.bad_images import BadImages, Batch, Collate, ReadableBatches, ReportingLoader, SampleSource
 from timm_mealv2.data.dataset import read_image
-from timm_mealv2.data.deterministic import EpochSampler, Key, KeyBatch, Sample
 from timm_mealv2.data.normalize import Stats
+from timm_mealv2.data.samples import EpochSampler, Key, KeyBatch, Sample
 from timm_mealv2.data.seed import Stream, counted_seed, seed_cpu
 from timm_mealv2.data.workers import check_sockets, ignore_signals, keep_signals_from_workers
 from timm_mealv2.errors import UserError
@@ -63,8 +63,8 @@ class CollatePairs:
         images, labels = collate_labels(batch, samples)
         if (labels < 0).all():
             return images, labels
-        others = torch.tensor([sample.other for sample in samples])
-        shares = torch.tensor([[sample.share] for sample in samples])
+        others = torch.tensor([sample.mixed_target for sample in samples])
+        shares = torch.tensor([[sample.lam] for sample in samples])
         own, other = (one_hot(classes, self.num_classes, **self.values) for classes in (labels, others))
         return images, own * shares + other * (1 - shares)
 
@@ -98,7 +98,7 @@ class CollateMixed:
                 others = self.mixing(labeled[:-1])
                 images, target = torch.cat([others[0], images]), torch.cat([others[1], target])
         for key, image in zip(batch.keys, images.numpy(), strict=True):
-            self.erasing(image, key.epoch, key.index, *key.turn)
+            self.erasing(image, key.epoch, key.index, *key.repeat)
         if all(sample.target < 0 for sample in samples):
             target = torch.full((len(samples),), -1)
         return images, target

@@ -25,7 +25,6 @@ from torch import nn
 
 from timm_mealv2.errors import UserError, blamed_on
 from timm_mealv2.hub.card import METRICS, CardOptions, weights_row, write_card, write_trained_card
-from timm_mealv2.hub.client import push_folder
 from timm_mealv2.hub.demo import Classifier
 from timm_mealv2.hub.folder import (
     APP_FILE,
@@ -38,6 +37,7 @@ from timm_mealv2.hub.folder import (
     read_config,
     replacing_export,
 )
+from timm_mealv2.hub.hub_api import push_folder
 from timm_mealv2.models.checkpoint import TrainingCheckpoint
 from timm_mealv2.models.factory import TeacherSpec, create_ensemble
 from timm_mealv2.models.mealv2_students import VANILLA_ARCHITECTURE

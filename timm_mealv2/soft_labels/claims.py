@@ -18,7 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from timm_mealv2.data.deterministic import Key, Samples
+from timm_mealv2.data.samples import Key, Samples
 from timm_mealv2.soft_labels.meta import Part, StoreMeta
 from timm_mealv2.soft_labels.store import SoftLabelStore
 
@@ -139,7 +139,7 @@ def _is_stale(claim: Path) -> bool:
     return False
 
 
-class Progress:
+class RecordingBar:
     """What all processes have done: a bar on a terminal, a line from time to time elsewhere."""
 
     def __init__(self, queue: PartQueue, shown: bool) -> None:

@@ -20,15 +20,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from timm_mealv2.data.dataset import UnreadableImage, image_names, keeping_no_file_open
-from timm_mealv2.data.deterministic import Key, Samples
 from timm_mealv2.data.loader import unchanged
 from timm_mealv2.data.normalize import channel_stats
+from timm_mealv2.data.samples import Key, Samples
 from timm_mealv2.data.workers import check_sockets
 from timm_mealv2.errors import UserError
 from timm_mealv2.files import replacing
 from timm_mealv2.models.ensemble import EnsembleTeacher
 from timm_mealv2.models.tuning import PLAIN
-from timm_mealv2.soft_labels.claims import STALE, PartQueue, Progress, sample_keys
+from timm_mealv2.soft_labels.claims import STALE, PartQueue, RecordingBar, sample_keys
 from timm_mealv2.soft_labels.meta import META, Part, StoreMeta, difference
 from timm_mealv2.soft_labels.store import NAMES, PIXELS, SoftLabelStore, checksum, pixel_crc
 
@@ -80,7 +80,7 @@ def record(
     forms = [teacher.get('runs_as', PLAIN) for teacher in meta.teachers]
     teachers.run_as(forms, (meta.full_batch(meta.blocks[1]), *meta.augmentation.input_size))
     queue = PartQueue(out, meta, samples, _mended_parts(SoftLabelStore(out), samples))
-    shown = Progress(queue, progress)
+    shown = RecordingBar(queue, progress)
     # The loader's batches are asked for while parts are claimed: workers go on from part to part without a pause.
     loader = _sample_loader(Samples(dataset, meta.augmentation, meta.seed), queue, workers, device)
     try:
@@ -151,7 +151,7 @@ def _sample_loader(samples: Samples, batches: Iterable[list[Key]], workers: int,
 
 
 def _record_parts(
-    loader: DataLoader, teachers: EnsembleTeacher, queue: PartQueue, device: torch.device, shown: Progress
+    loader: DataLoader, teachers: EnsembleTeacher, queue: PartQueue, device: torch.device, shown: RecordingBar
 ) -> None:
     """Make the parts that can be claimed, and write each when its last batch has come."""
     meta = queue.meta

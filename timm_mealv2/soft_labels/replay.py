@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from timm_mealv2.data.dataset import keeping_no_file_open
-from timm_mealv2.data.deterministic import EpochSampler, KeyBatch, Sample, Samples
 from timm_mealv2.data.loader import stack_pixels
+from timm_mealv2.data.samples import EpochSampler, KeyBatch, Sample, Samples
 from timm_mealv2.errors import UserError
 from timm_mealv2.soft_labels.store import SoftLabelStore, pixel_crc
 
@@ -95,7 +95,7 @@ class CollateStored:
             for key, sample, crc in zip(batch.keys, samples, records['crc'].tolist(), strict=True):
                 if pixel_crc(sample.pixels) != crc:
                     raise UserError(f'image {key.index}, epoch {key.epoch}: {self.store.pixels_differ()}')
-        hard = [sample.target if sample.share == 1 else -1 for sample in samples]
+        hard = [sample.target if sample.lam == 1 else -1 for sample in samples]
         labels = np.column_stack([hard, records['classes'], records['probabilities']])
         return stack_pixels(samples), torch.from_numpy(labels.astype(np.float32))
 

@@ -27,7 +27,7 @@ from safetensors.numpy import load_file
 from torch.utils.data import Dataset
 
 from timm_mealv2.data.dataset import UnreadableImage, image_names
-from timm_mealv2.data.deterministic import Samples
+from timm_mealv2.data.samples import Samples
 from timm_mealv2.data.seed import preserved_generators
 from timm_mealv2.errors import UserError, one_line
 from timm_mealv2.soft_labels.meta import CHECKSUM_BYTES, StoreMeta, library_versions, names_sha256, option_text, shown

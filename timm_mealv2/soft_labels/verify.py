@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from timm_mealv2.data.dataset import UnreadableImage
-from timm_mealv2.data.deterministic import Samples
+from timm_mealv2.data.samples import Samples
 from timm_mealv2.errors import UserError
 from timm_mealv2.models.ensemble import EnsembleTeacher
 from timm_mealv2.models.factory import create_ensemble

@@ -31,14 +31,14 @@ from timm_mealv2.models.ensemble import EnsembleTeacher
 from timm_mealv2.models.factory import TeacherSpec, create_ensemble, read_classes
 from timm_mealv2.task import MealV2Task, scale_discriminator_lr
 from timm_mealv2.training.arguments import args_text, paper_differences
-from timm_mealv2.training.build_data import Data, Pixels, build_data
+from timm_mealv2.training.build_data import Data, InputSpec, build_data
 from timm_mealv2.training.build_student import build_student
 from timm_mealv2.training.checks import mixes
 from timm_mealv2.training.distributed import Processes
 from timm_mealv2.training.loop import LossScaler, Schedule, Stepper, updates_per_epoch
 from timm_mealv2.training.resume import check_changes
 from timm_mealv2.training.run_folder import RunFolder
-from timm_mealv2.training.signals import Guard, Signals
+from timm_mealv2.training.stopping import Guard, Signals
 from timm_mealv2.training.teacher_tuning import tune_on_first_batch
 from timm_mealv2.training.trainer import Parts, Plan, Trainer
 
@@ -187,7 +187,7 @@ def _check_devices(args: argparse.Namespace, processes: Processes) -> None:
             _logger.warning(f'{flag} bfloat16: this CPU emulates it, about 30 times slower than float32.')
 
 
-def _build_teachers(args: argparse.Namespace, pixels: Pixels, device: torch.device) -> EnsembleTeacher:
+def _build_teachers(args: argparse.Namespace, pixels: InputSpec, device: torch.device) -> EnsembleTeacher:
     return create_ensemble(
         [TeacherSpec.parse(teacher) for teacher in args.teachers],
         num_classes=pixels.num_classes,
@@ -204,7 +204,7 @@ def _build_task(
     args: argparse.Namespace,
     student: nn.Module,
     teachers: EnsembleTeacher | None,
-    pixels: Pixels,
+    pixels: InputSpec,
     processes: Processes,
 ) -> TrainingTask:
     """Create what computes the loss: ours with teachers or stored labels, timm's classification or its others."""
@@ -288,7 +288,7 @@ def _build_schedule(
 
 
 def _build_stepper(
-    args: argparse.Namespace, task: TrainingTask, optimizer: torch.optim.Optimizer, pixels: Pixels, guard: Guard
+    args: argparse.Namespace, task: TrainingTask, optimizer: torch.optim.Optimizer, pixels: InputSpec, guard: Guard
 ) -> Stepper:
     device = guard.processes.device
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext

@@ -16,7 +16,6 @@ from torch.utils.data import Dataset, IterableDataset, Subset
 from timm_mealv2.data.augmentation import Augmentation, Erasing
 from timm_mealv2.data.bad_images import BadImages, Collate, SampleSource
 from timm_mealv2.data.dataset import check_classes, class_names, dataset_root, image_mode, open_dataset, unlabeled
-from timm_mealv2.data.deterministic import EpochSampler, Samples
 from timm_mealv2.data.loader import (
     CollateMixed,
     CollatePairs,
@@ -25,6 +24,7 @@ from timm_mealv2.data.loader import (
     collate_labels,
     eval_loader,
 )
+from timm_mealv2.data.samples import EpochSampler, Samples
 from timm_mealv2.errors import UserError
 from timm_mealv2.soft_labels.replay import replay
 from timm_mealv2.soft_labels.store import SoftLabelStore
@@ -38,7 +38,7 @@ EVALUATED_AT_MOST = 50_000
 
 
 @dataclass(frozen=True)
-class Pixels:
+class InputSpec:
     """What the student sees.
 
     Attributes:
@@ -101,7 +101,7 @@ class Data:
 
 
 def build_data(
-    args: argparse.Namespace, pixels: Pixels, processes: Processes, bad: BadImages, live_teachers: bool
+    args: argparse.Namespace, pixels: InputSpec, processes: Processes, bad: BadImages, live_teachers: bool
 ) -> Data:
     """Open the data sets and create the loaders.
 
@@ -172,7 +172,7 @@ class _ChosenImages:
         return str(self.reader.filename(self.indices[index], basename, absolute))
 
 
-def _open_split(args: argparse.Namespace, split: str, pixels: Pixels, **kwargs: Any) -> Dataset:
+def _open_split(args: argparse.Namespace, split: str, pixels: InputSpec, **kwargs: Any) -> Dataset:
     return open_dataset(
         args.dataset,
         args.data_dir or args.data,
@@ -189,7 +189,7 @@ def _open_split(args: argparse.Namespace, split: str, pixels: Pixels, **kwargs: 
     )
 
 
-def _open_datasets(args: argparse.Namespace, pixels: Pixels) -> tuple[Dataset, Dataset | None]:
+def _open_datasets(args: argparse.Namespace, pixels: InputSpec) -> tuple[Dataset, Dataset | None]:
     """Open the training and the validation split; the second is None where a run without labels has none."""
     root = args.data_dir or args.data
     if pixels.num_classes == 1 and not args.bce_loss:
@@ -274,7 +274,7 @@ def _mixup_arguments(args: argparse.Namespace, num_classes: int) -> dict[str, An
 
 
 def _build_train_loader(
-    args: argparse.Namespace, dataset: Dataset, pixels: Pixels, processes: Processes, bad: BadImages
+    args: argparse.Namespace, dataset: Dataset, pixels: InputSpec, processes: Processes, bad: BadImages
 ) -> TrainLoader | StreamLoader:
     augmentation = build_augmentation(args, pixels.config)
     if args.unlabeled:
@@ -344,7 +344,7 @@ def _choice_of_sizes(args: argparse.Namespace, batch_size: int) -> dict[str, Any
 
 
 def _build_stream_loader(
-    args: argparse.Namespace, dataset: IterableDataset, pixels: Pixels, processes: Processes
+    args: argparse.Namespace, dataset: IterableDataset, pixels: InputSpec, processes: Processes
 ) -> StreamLoader:
     collate: Callable | None = None
     if mixes(args):

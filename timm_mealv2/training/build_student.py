@@ -14,13 +14,13 @@ from timm_mealv2.data.normalize import resolve_pixels
 from timm_mealv2.data.seed import Stream, counted_seed, preserved_generators, seed_cpu
 from timm_mealv2.errors import UserError, one_line
 from timm_mealv2.models.checkpoint import TrainingCheckpoint
-from timm_mealv2.training.build_data import Pixels
+from timm_mealv2.training.build_data import InputSpec
 from timm_mealv2.training.distributed import Processes
 
 _logger = logging.getLogger(__name__)
 
 
-def build_student(args: argparse.Namespace, batch_size: int, processes: Processes) -> tuple[nn.Module, Pixels]:
+def build_student(args: argparse.Namespace, batch_size: int, processes: Processes) -> tuple[nn.Module, InputSpec]:
     """Create the model to train, and decide what its pixels are.
 
     The resolved data configuration is written into the model's `pretrained_cfg`, where the task, the loaders, the
@@ -78,14 +78,14 @@ def build_student(args: argparse.Namespace, batch_size: int, processes: Processe
     model.to(device=processes.device, dtype=dtype)
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
-    _try_forward(args, model, Pixels(config, num_classes, batch_size, dtype), processes.device)
+    _try_forward(args, model, InputSpec(config, num_classes, batch_size, dtype), processes.device)
     if processes.distributed and args.sync_bn:
         model = convert_sync_batchnorm(model)
-    return model, Pixels(config, num_classes, batch_size, dtype)
+    return model, InputSpec(config, num_classes, batch_size, dtype)
 
 
 @torch.no_grad()
-def _try_forward(args: argparse.Namespace, model: nn.Module, pixels: Pixels, device: torch.device) -> None:
+def _try_forward(args: argparse.Namespace, model: nn.Module, pixels: InputSpec, device: torch.device) -> None:
     """Tell at once, not in the first step, that a model does not take images of a size or a batch of one image."""
     input_size = pixels.config['input_size']
     sizes = {'--img-size': [input_size[1:]], '--train-img-sizes': [(size, size) for size in args.train_img_sizes or ()]}

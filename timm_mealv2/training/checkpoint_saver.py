@@ -22,7 +22,7 @@ _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Progress:
+class Position:
     """Where a run stands: what is to be done next.
 
     Attributes:
@@ -51,7 +51,7 @@ class _CheckpointState:
 class RunSaver(CheckpointSaver):
     """timm's checkpoint saver whose files also hold the position in the run, and are replaced in one step.
 
-    A checkpoint has, beside timm's entries, 'progress' (see `Progress`), 'data_config' (what the pixels were),
+    A checkpoint has, beside timm's entries, 'progress' (see `Position`), 'data_config' (what the pixels were),
     'class_names', 'batches' (of an epoch), 'processes' (see `process_states`) and 'scheduler' (where it follows a
     metric).
 
@@ -98,7 +98,7 @@ class RunSaver(CheckpointSaver):
                 path.unlink()
 
     def keep(
-        self, progress: Progress, processes: list[dict[str, Any]], scheduler: dict[str, Any] | None = None
+        self, progress: Position, processes: list[dict[str, Any]], scheduler: dict[str, Any] | None = None
     ) -> None:
         """Set what the next file will hold about the position in the run."""
         self._state.extra = {'progress': asdict(progress), 'processes': processes, **self._constant}
@@ -206,13 +206,13 @@ def read_checkpoint(path: str | os.PathLike[str], *, verify: bool = True) -> dic
     return contents
 
 
-def position(checkpoint: dict[str, Any], updates_per_epoch: int) -> Progress:
+def position(checkpoint: dict[str, Any], updates_per_epoch: int) -> Position:
     """Where the run of a checkpoint is to be continued; one of timm's own continues with the next epoch."""
     if 'progress' in checkpoint:
-        progress = Progress(**checkpoint['progress'])
+        progress = Position(**checkpoint['progress'])
     else:
         epoch = checkpoint.get('epoch', -1) + 1
-        progress = Progress(epoch=epoch, update=epoch * updates_per_epoch)
+        progress = Position(epoch=epoch, update=epoch * updates_per_epoch)
     if not all(isinstance(number, int) and number >= 0 for number in asdict(progress).values()):
         raise ValueError(f'{progress} is no position in a run')
     return progress

@@ -57,7 +57,7 @@ def check_args(args: argparse.Namespace) -> None:
     if args.lr_noise is not None and (len(args.lr_noise) > 2 or args.lr_noise != sorted(args.lr_noise)):
         _refuse('lr_noise', args.lr_noise, 'must be one or two values, the smaller first')
     if args.push_to_hub is not None:
-        from timm_mealv2.hub.client import check_repo_id  # loads the Hub's client, which few runs need
+        from timm_mealv2.hub.hub_api import check_repo_id  # loads the Hub's client, which few runs need
 
         try:
             check_repo_id(args.push_to_hub, with_namespace=True)

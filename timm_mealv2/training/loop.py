@@ -19,7 +19,7 @@ from timm_mealv2.data.loader import StreamLoader, TrainLoader
 from timm_mealv2.data.seed import Stream, counted_seed, seed_torch
 from timm_mealv2.errors import UserError
 from timm_mealv2.task import MealV2Task
-from timm_mealv2.training.checkpoint_saver import Progress
+from timm_mealv2.training.checkpoint_saver import Position
 from timm_mealv2.training.metric_logging import Meters
 from timm_mealv2.training.progress import EpochLog
 from timm_mealv2.training.timing import Clock
@@ -202,7 +202,7 @@ class Schedule:
     def __init__(self, scheduler: Scheduler | None, epochs: int, updates_per_epoch: int) -> None:
         self.scheduler, self.epochs, self.updates_per_epoch = scheduler, epochs, updates_per_epoch
 
-    def go_to(self, position: Progress) -> None:
+    def go_to(self, position: Position) -> None:
         """Set the learning rate of a position. A schedule that follows a metric keeps the one that it has come to."""
         if self.scheduler is not None and not isinstance(self.scheduler, PlateauLRScheduler):
             self._step(self.scheduler, self.scheduler.step, position.epoch)
@@ -264,8 +264,8 @@ class EpochEvents:
         synchronize: Wait for the device after each step.
     """
 
-    after_update: Callable[[Progress, Tensor], None] | None = None
-    before_next: Callable[[Progress], None] | None = None
+    after_update: Callable[[Position, Tensor], None] | None = None
+    before_next: Callable[[Position], None] | None = None
     at_line: Callable[[int, Tensor], None] | None = None
     log_interval: int = 50
     log: bool = True
@@ -281,7 +281,7 @@ def updates_per_epoch(loader: TrainLoader | StreamLoader, accumulate: int) -> in
 def train_one_epoch(
     stepper: Stepper,
     loader: TrainLoader | StreamLoader,
-    start: Progress,
+    start: Position,
     meters: Meters,
     events: EpochEvents | None = None,
 ) -> dict[str, float]:
@@ -309,18 +309,18 @@ def train_one_epoch(
         clock.mark('data')
         part = batch % stepper.accumulate
         parts = min(stepper.accumulate, batches - batch + part)
-        result, made = stepper.step(images, target, update=update, part=part, parts=parts)
+        result, applied = stepper.step(images, target, update=update, part=part, parts=parts)
         results.append(({name: value.detach() for name, value in result.items() if name != 'output'}, len(images)))
         if events.synchronize and images.is_cuda:
             torch.cuda.synchronize()
-        if made is not None:
+        if applied is not None:
             for scalars, count in results:
-                meters.update(scalars, count, made)
+                meters.update(scalars, count, applied)
             results.clear()
             update += 1
-            position = Progress(start.epoch, batch + 1, update)
+            position = Position(start.epoch, batch + 1, update)
             if events.after_update is not None:
-                events.after_update(position, made)
+                events.after_update(position, applied)
             if events.before_next is not None and batch + 1 < batches:
                 events.before_next(position)
         due = log.batch(batch, len(images), meters, learning_rate(stepper.optimizer), clock)

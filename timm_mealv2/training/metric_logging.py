@@ -26,18 +26,18 @@ class Meters:
         self.sums = torch.zeros(1)  # of the values times images, and at the end the images
         self._waiting: list[tuple[dict[str, Tensor], int, Tensor]] = []  # added many at once, which takes less time
 
-    def update(self, scalars: dict[str, Tensor], images: int, made: Tensor) -> None:
-        """Add the scalars of a batch of `images` images, of an update that was made; otherwise only the names."""
-        self._waiting.append((scalars, images, made))
+    def update(self, scalars: dict[str, Tensor], images: int, applied: Tensor) -> None:
+        """Add the scalars of a batch of `images` images, of an update that was applied; otherwise only the names."""
+        self._waiting.append((scalars, images, applied))
         if len(self._waiting) == _WAITING:
             self._add()
 
     def _add(self) -> None:
-        for scalars, images, made in self._waiting:
-            values = torch.stack([*(value.float() for value in scalars.values()), made.float()])
+        for scalars, images, applied in self._waiting:
+            values = torch.stack([*(value.float() for value in scalars.values()), applied.float()])
             if tuple(scalars) != self.names:
                 self.names, self.sums = tuple(scalars), torch.zeros_like(values)
-            self.sums.add_(torch.where(made, values, 0), alpha=images)
+            self.sums.add_(torch.where(applied, values, 0), alpha=images)
         self._waiting.clear()
 
     def means(self, distributed: bool = False) -> dict[str, float]:

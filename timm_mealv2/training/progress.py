@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from timm_mealv2.errors import UserError
 from timm_mealv2.runs import TIMES
-from timm_mealv2.training.checkpoint_saver import Progress
+from timm_mealv2.training.checkpoint_saver import Position
 from timm_mealv2.training.metric_logging import Meters
 from timm_mealv2.training.timing import Clock
 
@@ -44,7 +44,7 @@ class EpochLog:
         shown: Whether this process says anything.
     """
 
-    def __init__(self, start: Progress, batches: int, *, interval: int, world_size: int, shown: bool) -> None:
+    def __init__(self, start: Position, batches: int, *, interval: int, world_size: int, shown: bool) -> None:
         self.epoch, self.batches, self.interval, self.world_size = start.epoch, batches, interval, world_size
         self.shown = shown
         self.images, self.began = 0, time.perf_counter()
@@ -125,7 +125,7 @@ class RunLog:
         metric: Metric of the best checkpoint.
     """
 
-    def __init__(self, start: Progress, epochs: int, batches: int, metric: str) -> None:
+    def __init__(self, start: Position, epochs: int, batches: int, metric: str) -> None:
         self.epochs, self.metric = epochs, metric
         self.first, self.began = start.epoch + start.batch / batches, time.perf_counter()
         self._hinted = False

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from timm_mealv2.data.loader import StreamLoader, TrainLoader
 from timm_mealv2.errors import UserError, blamed_on, one_line
-from timm_mealv2.training.checkpoint_saver import Progress, position, read_checkpoint
+from timm_mealv2.training.checkpoint_saver import Position, position, read_checkpoint
 from timm_mealv2.training.distributed import Processes, own_state
 from timm_mealv2.training.loop import Schedule, Stepper
 from timm_mealv2.training.metric_logging import Meters
@@ -127,12 +127,12 @@ def load_checkpoint(path: Path, stepper: Stepper, schedule: Schedule, resume_opt
 
 def position_to_resume(
     checkpoint: Mapping[str, Any], loader: TrainLoader | StreamLoader, updates_per_epoch: int
-) -> Progress:
+) -> Position:
     """Where the run goes on: at the beginning of the epoch where that cannot be entered in the middle."""
     start = position(dict(checkpoint), updates_per_epoch)
     if start.batch and not (loader.resumable and checkpoint.get('batches') == len(loader)):
         _logger.info('The epoch cannot be entered where it was left (streaming, or batches of another size).')
-        return Progress(start.epoch, update=start.epoch * updates_per_epoch)
+        return Position(start.epoch, update=start.epoch * updates_per_epoch)
     return start
 
 

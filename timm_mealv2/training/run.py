@@ -17,7 +17,7 @@ from timm_mealv2.training.arguments import parse_args
 from timm_mealv2.training.build import build
 from timm_mealv2.training.distributed import is_timeout, join_processes
 from timm_mealv2.training.progress import TerminalHandler, TrainLog
-from timm_mealv2.training.signals import Signals
+from timm_mealv2.training.stopping import Signals
 
 _BEGIN = """\
 mealv2-train trains an image classifier, the student, on what one or more teachers predict. It needs three options:

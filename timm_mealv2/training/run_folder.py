@@ -102,8 +102,8 @@ class RunFolder:
         try:
             # Here, as nobody else needs the card's packages.
             from timm_mealv2.hub.card import CardOptions
-            from timm_mealv2.hub.client import push_folder
             from timm_mealv2.hub.export import export_model
+            from timm_mealv2.hub.hub_api import push_folder
 
             export_model(checkpoint, folder, card=CardOptions(repo_id=repository))
             _logger.info(f'Pushed: {push_folder(folder, repository)}')

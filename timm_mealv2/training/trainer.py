@@ -18,8 +18,8 @@ from timm_mealv2.files import replacing
 from timm_mealv2.models.ensemble import EnsembleTeacher
 from timm_mealv2.runs import INITIAL
 from timm_mealv2.task import MealV2Task
-from timm_mealv2.training.build_data import Data, Pixels
-from timm_mealv2.training.checkpoint_saver import Progress, RunSaver, position
+from timm_mealv2.training.build_data import Data, InputSpec
+from timm_mealv2.training.checkpoint_saver import Position, RunSaver, position
 from timm_mealv2.training.distributed import Processes, load_buffers, process_states, share_batch_norm
 from timm_mealv2.training.dry_run import TimedBatches, measure_training, report
 from timm_mealv2.training.loop import EpochEvents, Schedule, Stepper, learning_rate, train_one_epoch
@@ -27,7 +27,7 @@ from timm_mealv2.training.metric_logging import Meters, Trackers, append_summary
 from timm_mealv2.training.progress import RunLog, TrainLog, evaluation_bar, log_evaluation
 from timm_mealv2.training.resume import load_checkpoint, load_process_state, position_to_resume
 from timm_mealv2.training.run_folder import RunFolder, find_newest
-from timm_mealv2.training.signals import EvaluationStoppedError, Guard, TooManyNonFiniteError
+from timm_mealv2.training.stopping import EvaluationStoppedError, Guard, TooManyNonFiniteError
 
 _logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class Parts:
     stepper: Stepper
     schedule: Schedule
     data: Data
-    pixels: Pixels
+    pixels: InputSpec
     teachers: EnsembleTeacher | None
     wrap: Callable[[TrainingTask], None]
 
@@ -146,15 +146,15 @@ class Trainer:
 
     # Before the first step
 
-    def _begin(self) -> Progress:
+    def _begin(self) -> Position:
         self.parts.wrap(self.task)
-        return self._first_epoch(Progress())
+        return self._first_epoch(Position())
 
-    def _first_epoch(self, start: Progress) -> Progress:
+    def _first_epoch(self, start: Position) -> Position:
         epoch = self.plan.start_epoch
-        return start if epoch is None else Progress(epoch, update=epoch * self.parts.schedule.updates_per_epoch)
+        return start if epoch is None else Position(epoch, update=epoch * self.parts.schedule.updates_per_epoch)
 
-    def _resume(self, path: Path) -> Progress:
+    def _resume(self, path: Path) -> Position:
         """Load a checkpoint; return where the run stands."""
         parts, plan = self.parts, self.plan
         buffers: list[dict[str, Tensor]] = []
@@ -235,13 +235,13 @@ class Trainer:
 
     # An epoch
 
-    def _run_epoch(self, start: Progress, log: RunLog) -> Progress:
+    def _run_epoch(self, start: Position, log: RunLog) -> Position:
         """Train from `start` to the end of its epoch, evaluate, save; return where the next one starts."""
         parts, plan, epoch = self.parts, self.plan, start.epoch
         lr = learning_rate(parts.stepper.optimizer)
         trained = self._train(start)
         self.guard.agree()
-        trained_to = Progress(epoch, len(parts.data.loader), (epoch + 1) * parts.schedule.updates_per_epoch)
+        trained_to = Position(epoch, len(parts.data.loader), (epoch + 1) * parts.schedule.updates_per_epoch)
         if start.batch < len(parts.data.loader):  # of a run resumed at the epoch's end they are shared already
             share_batch_norm(self.task, plan.dist_bn, self.processes)
         self._stop_if_needed(trained_to)
@@ -253,7 +253,7 @@ class Trainer:
         self.meters = Meters()
         metric = evaluated[plan.eval_metric] if evaluated else None
         parts.schedule.after_epoch(epoch + 1, metric)
-        end = Progress(epoch + 1, update=trained_to.update)
+        end = Position(epoch + 1, update=trained_to.update)
         self._keep(end)
         if self.saver is not None and self.trackers is not None:
             # An epoch without evaluation leaves its columns empty.
@@ -267,7 +267,7 @@ class Trainer:
                 _logger.warning(hint)
         return end
 
-    def _train(self, start: Progress) -> dict[str, float]:
+    def _train(self, start: Position) -> dict[str, float]:
         plan = self.plan
         events = EpochEvents(
             after_update=self._after_update,
@@ -285,8 +285,8 @@ class Trainer:
             text = f'The last good checkpoint is {newest}.' if newest else 'No checkpoint was written before.'
             raise UserError(f'{error} {text}') from error
 
-    def _after_update(self, position: Progress, made: Tensor) -> None:
-        self.guard.note(position.update - 1, made)
+    def _after_update(self, position: Position, applied: Tensor) -> None:
+        self.guard.note(position.update - 1, applied)
         self.guard.exchange()
         self._updates += 1
         # Asked once, and not at a learning rate of 0, which trains nothing.
@@ -306,13 +306,13 @@ class Trainer:
         if self.plan.save_images and self.processes.primary:
             save_image(images, self.folder.path / f'train-batch-{batch}.jpg', padding=0, normalize=True)
 
-    def _before_next(self, position: Progress) -> None:
+    def _before_next(self, position: Position) -> None:
         interval = self.plan.recovery_interval
         if interval and position.update % interval == 0:
             self._save_recovery(position)
         self._stop_if_needed(position)
 
-    def _stop_if_needed(self, position: Progress) -> None:
+    def _stop_if_needed(self, position: Position) -> None:
         """End the run at `position`, on all processes, if a signal has come or too many images cannot be read."""
         guard = self.guard
         if not guard.stops:
@@ -368,14 +368,14 @@ class Trainer:
 
     # Saving
 
-    def _keep(self, position: Progress) -> None:
+    def _keep(self, position: Position) -> None:
         """Gather what the next checkpoint holds of this process and the others: they all call it."""
         self.guard.settle()
         states = process_states(self.task, self.meters.state_dict(), self.processes)
         if self.saver is not None:
             self.saver.keep(position, states, self.parts.schedule.state_dict())
 
-    def _save_recovery(self, position: Progress) -> None:
+    def _save_recovery(self, position: Position) -> None:
         self._keep(position)
         if self.saver is not None:
             self.saver.save_recovery(position.epoch, position.batch)

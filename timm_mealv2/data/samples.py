@@ -32,14 +32,14 @@ class Sample(NamedTuple):
     Attributes:
         pixels: uint8 [C, H, W], contiguous; [splits, C, H, W] with `aug_splits`.
         target: Label of its image, -1 if unknown.
-        other: Label of the image that is mixed in; its own where nothing is.
-        share: Share of its own image.
+        mixed_target: Label of the image that is mixed in; its own where nothing is.
+        lam: Mixup or CutMix lambda: the weight of `target` beside `mixed_target`.
     """
 
     pixels: np.ndarray
     target: int
-    other: int
-    share: float = 1.0
+    mixed_target: int
+    lam: float = 1.0
 
 
 class Pair(NamedTuple):
@@ -54,7 +54,7 @@ class Key(NamedTuple):
     """What a worker is asked for: one sample.
 
     Attributes:
-        turn: With repeated augmentation, further counters that tell the repeats of an image apart.
+        repeat: With repeated augmentation, further counters that tell the repeats of an image apart.
         size: Number of the image size, with sizes that change from batch to batch.
         pair: The image's pair in this epoch; looked up if None.
         label: A stored record.
@@ -62,7 +62,7 @@ class Key(NamedTuple):
 
     epoch: int
     index: int  # type: ignore[assignment]  # hides the method of tuples, which nobody calls
-    turn: tuple[int, ...] = ()
+    repeat: tuple[int, ...] = ()
     size: int = 0
     pair: Pair | None = None
     label: bytes | None = None
@@ -156,7 +156,7 @@ class Samples:
     def __getitem__(self, key: Key) -> Sample:
         """Return the sample of a key; see `sample`."""
         sample = self._before_erasing(key)
-        self._erasing(sample.pixels, key.epoch, key.index, *key.turn)
+        self._erasing(sample.pixels, key.epoch, key.index, *key.repeat)
         return sample
 
     def pair(self, epoch: int, index: int) -> Pair:
@@ -170,7 +170,7 @@ class Samples:
         pair = key.pair or self.pair(key.epoch, key.index)
         if pair.second is None:
             return self._augmented(key)
-        made_from = key.epoch, pair, key.turn, key.size
+        made_from = key.epoch, pair, key.repeat, key.size
         if self._mixed is None or self._mixed[0] != made_from:
             self._mixed = made_from, self._mix(self._mixing, key, pair.number, (pair.first, pair.second))
         sample = self._mixed[1][key.index == pair.second]
@@ -178,18 +178,18 @@ class Samples:
 
     def _mix(self, mixing: FastCollateMixup, key: Key, number: int, images: tuple[int, int]) -> list[Sample]:
         first, second = (self._augmented(key._replace(index=index)) for index in images)
-        seed_cpu(counted_seed(Stream.PAIR, self.seed, key.epoch, number, *key.turn))
+        seed_cpu(counted_seed(Stream.PAIR, self.seed, key.epoch, number, *key.repeat))
         # Labels of two classes come back as the shares of the two images.
         pixels, shares = mixing([(first.pixels, 0), (second.pixels, 1)])
-        share = float(shares[0, 0])
+        lam = float(shares[0, 0])
         return [
-            Sample(pixels[0].numpy(), first.target, second.target, share),
-            Sample(pixels[1].numpy(), second.target, first.target, share),
+            Sample(pixels[0].numpy(), first.target, second.target, lam),
+            Sample(pixels[1].numpy(), second.target, first.target, lam),
         ]
 
     def _augmented(self, key: Key) -> Sample:
         image, target = self._read(key.index)
-        seed_cpu(counted_seed(Stream.AUGMENTATION, self.seed, key.epoch, key.index, *key.turn))
+        seed_cpu(counted_seed(Stream.AUGMENTATION, self.seed, key.epoch, key.index, *key.repeat))
         transform = self._transforms[key.size]
         if not self.augmentation.aug_splits:
             return Sample(transform(image), target, target)

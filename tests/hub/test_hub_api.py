@@ -17,8 +17,8 @@ from timm.models import save_for_hf
 from timm_mealv2.cli.hub import main
 from timm_mealv2.command_line import run_cli
 from timm_mealv2.errors import UserError
-from timm_mealv2.hub import client as hub_client
-from timm_mealv2.hub.client import pull_folder, push_folder
+from timm_mealv2.hub import hub_api
+from timm_mealv2.hub.hub_api import pull_folder, push_folder
 
 CARD = b'---\nlicense: apache-2.0\nlibrary_name: timm\n---\n# A model\n'
 
@@ -262,7 +262,7 @@ def test_the_wait_that_the_hub_asks_for(server: HubServer, export: Path) -> None
 
 
 def test_a_silent_connection_ends(server: HubServer, export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub_client, '_TIMEOUT', 0.3)
+    monkeypatch.setattr(hub_api, '_TIMEOUT', 0.3)
     server.fail('/commit/', stall=1)
     server.fail('/repos/create', stall=1)
     server.fail('/api/models/me/x', stall=1)

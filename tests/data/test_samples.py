@@ -15,7 +15,7 @@ from torch.utils.data import DistributedSampler
 
 from timm_mealv2.data.augmentation import Augmentation
 from timm_mealv2.data.dataset import UnreadableImage, open_dataset, read_image
-from timm_mealv2.data.deterministic import EpochSampler, Samples
+from timm_mealv2.data.samples import EpochSampler, Samples
 from timm_mealv2.data.seed import Stream, counted_seed, seed_cpu
 from timm_mealv2.errors import UserError
 
@@ -79,8 +79,8 @@ def test_pairs_are_mixed_with_each_other(image_folder: Path) -> None:
         for a, b in zip(order[::2], order[1::2], strict=False):
             own, other = plain.sample(1, a), plain.sample(1, b)
             first, second = mixed.sample(1, a), mixed.sample(1, b)
-            share = np.float32(first.share)
-            assert (first.share, first.target, first.other) == (second.share, second.other, second.target)
+            share = np.float32(first.lam)
+            assert (first.lam, first.target, first.mixed_target) == (second.lam, second.mixed_target, second.target)
             if 'cutmix' in change:
                 expected = own.pixels.astype(np.float32) * share + other.pixels.astype(np.float32) * (1 - share)
                 assert np.array_equal(first.pixels, np.rint(expected).astype(np.uint8))

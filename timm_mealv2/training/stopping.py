@@ -126,9 +126,9 @@ class Guard:
                 self.stops |= len(self.bad.found) > self.bad.limit  # at this moment the same on all processes
             self.stops |= bool(self.signal)
 
-    def note(self, update: int, made: Tensor) -> None:
+    def note(self, update: int, applied: Tensor) -> None:
         """Remember whether update number `update` was made, a scalar on the device."""
-        self._noted.append((update, made))
+        self._noted.append((update, applied))
 
     def settle(self, find_teachers: Callable[[], Sequence[str]] = list) -> None:
         """Count those of the updates noted that were skipped; waits for the device (a collective call).
@@ -141,9 +141,9 @@ class Guard:
         """
         if not self._noted:
             return
-        updates, made = zip(*self._noted, strict=True)
+        updates, applied = zip(*self._noted, strict=True)
         self._noted = []
-        skipped = self.processes.maxima((~torch.stack(made)).tolist())()
+        skipped = self.processes.maxima((~torch.stack(applied)).tolist())()
         text = 'the loss or its gradient is not finite'
         if any(skipped):
             teachers = sorted({name for names in self.processes.gather(find_teachers()) for name in names})
