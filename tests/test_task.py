@@ -194,13 +194,6 @@ def test_what_stored_labels_leave_over_is_treated_as_asked() -> None:
             assert result['similarity_loss'].item() == pytest.approx(losses[rest], rel=1e-5)
         else:
             assert result['similarity_loss'].item() > losses[rest]
-    for wrong in (
-        {'label_rest': 'drop'},
-        {'label_rest': 'renormalize'},
-        {'label_rest': 'even', 'discriminator_weight': 0},
-    ):
-        with pytest.raises(UserError, match='label_rest'):
-            make_task(cnn(), None, **wrong)
 
 
 def test_stored_labels_work_without_discriminator_and_with_hard_labels_where_known() -> None:
@@ -381,19 +374,6 @@ def test_training_brings_the_student_to_its_teachers() -> None:
 
 
 # Rejected input
-
-
-@pytest.mark.parametrize(
-    ('arguments', 'message'),
-    [
-        ({'discriminator_mode': 'both'}, 'discriminator_mode'),
-        ({'discriminator_weight': -1.0}, 'discriminator_weight'),
-        ({'hard_label_weight': float('nan')}, 'hard_label_weight'),
-    ],
-)
-def test_impossible_options_are_refused(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        make_task(**arguments)
 
 
 @pytest.mark.parametrize('as_ensemble', [True, False])
@@ -609,14 +589,6 @@ def test_scaling_without_a_discriminator_changes_nothing() -> None:
     before = copy.deepcopy(optimizer.state_dict())
     scale_discriminator_lr(optimizer, task, 0.1)
     assert optimizer.state_dict() == before
-
-
-def test_impossible_scaling_is_refused() -> None:
-    task = make_task()
-    with pytest.raises(UserError, match='0 or more'):
-        scale_discriminator_lr(create_optimizer_v2(task.get_trainable_module(), lr=0.1), task, -1)
-    with pytest.raises(UserError, match='get_trainable_module'):
-        scale_discriminator_lr(create_optimizer_v2(task.get_eval_model(), lr=0.1), task, 0.1)
 
 
 # Accumulation, clipping, EMA, mixed precision, compilation

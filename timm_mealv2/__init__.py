@@ -4,10 +4,9 @@ Importing the package registers its models with timm: the students `mealv1_*` an
 `mealv2_ensemble*`.
 """
 
-from timm_mealv2.discriminator import Discriminator
 from timm_mealv2.errors import UserError
 from timm_mealv2.evaluation import evaluate
-from timm_mealv2.losses import DiscriminatorLoss
+from timm_mealv2.losses import Discriminator, DiscriminatorLoss
 from timm_mealv2.models import mealv2_students, mealv2_teachers  # noqa: F401  (registers the models)
 from timm_mealv2.models.ensemble import EnsembleTeacher
 from timm_mealv2.models.factory import create_ensemble

@@ -7,17 +7,20 @@ from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
+from timm.models import group_parameters
+from timm.optim import auto_group_layers
 from timm.task import TrainingTask, resolve_classification_loss
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from timm_mealv2.data.normalize import channel_stats, renormalize
-from timm_mealv2.discriminator import Discriminator, GradientReversal
 from timm_mealv2.errors import UserError
 from timm_mealv2.losses import (
     LABEL_RESTS,
+    Discriminator,
     DiscriminatorLoss,
+    GradientReversal,
     at_least_float32,
     dense_log_target,
     similarity_loss,
@@ -26,13 +29,64 @@ from timm_mealv2.losses import (
 from timm_mealv2.models.ensemble import EnsembleTeacher
 from timm_mealv2.models.factory import TeacherSpec, create_ensemble
 from timm_mealv2.models.tuning import Tuning
-from timm_mealv2.trainable import MealV2TrainableModule
 
 _logger = logging.getLogger(__name__)
 
 DISCRIMINATOR_MODES = ('official', 'adversarial')
 
 Teacher = str | TeacherSpec | nn.Module
+
+
+class MealV2TrainableModule(nn.Module):
+    """Student and discriminator in one module, so that one forward pass, DDP, EMA and clipping see both.
+
+    Args:
+        student_model: The student, [B, ...] -> logits [B, C].
+        discriminator_loss: Holds the discriminator; None trains the student alone.
+        student_rows: Turns the student's logits, at least float32, into the discriminator's rows [B, C].
+    """
+
+    def __init__(
+        self,
+        student_model: nn.Module,
+        discriminator_loss: DiscriminatorLoss | None = None,
+        student_rows: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.student = student_model
+        self.discriminator_loss = discriminator_loss
+        self.student_rows = student_rows or nn.Identity()
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters without weight decay: the student's own choice, and the whole discriminator."""
+        student_names: set[str] = getattr(unwrap_model(self.student), 'no_weight_decay', set)()
+        discriminator_names = {name for name, _ in self.named_parameters() if name.startswith('discriminator_loss.')}
+        return {f'student.{name}' for name in student_names} | discriminator_names
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
+        """Layer of each parameter for layer decay: the student's layers, the discriminator in the last of them."""
+        student = unwrap_model(self.student)
+        if hasattr(student, 'group_matcher'):
+            layers = group_parameters(student, student.group_matcher(coarse=coarse), reverse=True)
+        else:
+            layers = auto_group_layers(student)
+        last = max(layers.values(), default=0)
+        return lambda name: layers.get(name.removeprefix('student.'), last)
+
+    def forward(self, input: Tensor, teacher_rows: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Run the student and, where there is one, the discriminator.
+
+        Args:
+            input: Images [B, ...].
+            teacher_rows: The discriminator's teacher rows [B, C], without gradient.
+
+        Returns:
+            Student logits [B, C], the discriminator's loss and its accuracy (None without a discriminator or rows).
+        """
+        output = self.student(input)
+        if self.discriminator_loss is None or teacher_rows is None:
+            return output, None, None
+        return output, *self.discriminator_loss.measure(self.student_rows(at_least_float32(output)), teacher_rows)
 
 
 class MealV2Task(TrainingTask):
@@ -81,8 +135,7 @@ class MealV2Task(TrainingTask):
         discriminator_reduction: Factor by which each hidden layer of the discriminator is narrower than the one before.
 
     Raises:
-        UserError: If class counts of student and teachers differ or are unknown, a teacher shares weights with the
-            student, a weight is negative, a mode is unknown, or a discriminator is to see labels without their rest.
+        UserError: If class counts of student and teachers differ, or a teacher shares weights with the student.
     """
 
     def __init__(
@@ -102,18 +155,9 @@ class MealV2Task(TrainingTask):
         parameter = next(student_model.parameters())
         super().__init__(device=device or parameter.device, dtype=dtype or parameter.dtype, verbose=verbose)
         self.after_teachers: Callable[[], None] | None = None
-        if discriminator_mode not in DISCRIMINATOR_MODES:
-            raise UserError(f'discriminator_mode must be one of {DISCRIMINATOR_MODES}, got {discriminator_mode!r}.')
-        for name, weight in (('discriminator_weight', discriminator_weight), ('hard_label_weight', hard_label_weight)):
-            if not weight >= 0:
-                raise UserError(f'{name} must be 0 or more, got {weight}; discriminator_mode sets the direction.')
-        if label_rest not in LABEL_RESTS:
-            raise UserError(f'label_rest must be one of {LABEL_RESTS}, got {label_rest!r}.')
-        if label_rest != 'uniform' and discriminator_weight:
-            raise UserError(
-                f'label_rest {label_rest!r} leaves the discriminator no whole distribution: set discriminator_weight '
-                "to 0, or label_rest to 'uniform'."
-            )
+        assert discriminator_mode in DISCRIMINATOR_MODES, discriminator_mode
+        assert label_rest in LABEL_RESTS, label_rest
+        assert label_rest == 'uniform' or not discriminator_weight, "a discriminator's rows are whole distributions"
         if criterion is not None and not hard_label_weight:
             _logger.warning('criterion is ignored: hard_label_weight is 0.')
         self.discriminator_weight = discriminator_weight
@@ -352,13 +396,8 @@ def scale_discriminator_lr(
     Args:
         optimizer_or_groups: An optimizer over `task.get_trainable_module()`, or the list of its parameter groups;
             changed in place.
-        scale: Factor on the learning rate, 0 or more.
-
-    Raises:
-        UserError: If `scale` is negative, or the discriminator's parameters are not all there.
+        scale: Factor on the learning rate.
     """
-    if not 0 <= scale < float('inf'):
-        raise UserError(f"The scale of the discriminator's learning rate must be 0 or more, got {scale}.")
     groups = optimizer_or_groups
     if isinstance(groups, torch.optim.Optimizer):
         groups = groups.param_groups
@@ -376,8 +415,7 @@ def scale_discriminator_lr(
         if 'lr' in group:
             # A timm scheduler multiplies initial_lr, where there is one, by lr_scale; without any, lr stays this.
             group['lr'] = group.setdefault('initial_lr', group['lr']) * scale
-    if found < len(wanted):
-        raise UserError('The optimizer lacks the discriminator: make it from task.get_trainable_module().')
+    assert found == len(wanted), 'the optimizer lacks the discriminator: make it from task.get_trainable_module()'
 
 
 def _discriminator_of(module: nn.Module | None) -> nn.Module | None:
