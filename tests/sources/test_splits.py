@@ -1,0 +1,150 @@
+"""Sources whose splits have one root: a stream of shards, and Hugging Face sets with a folder for their cache.
+
+The accuracy on the validation split (91.67 %) is another than that on the training split (100 %).
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from colors import STANDING, evaluate, preflight, summary, train
+from conftest import RIGHT
+
+import timm_mealv2
+from timm_mealv2 import UserError
+from timm_mealv2.cli.soft_labels import main as soft_labels
+
+PROGRAM = str(Path(timm_mealv2.__file__).parents[1] / 'train_distill.py')
+
+Source = Callable[[str], list[str]]
+
+every_kind = pytest.mark.parametrize('kind', ['wds', 'hfds', 'hfids'])
+
+
+@pytest.mark.xfail(strict=True, reason='issue 27 number 1')
+@every_kind
+def test_a_training_is_judged_on_the_validation_split(kind: str, source: Source, knowing: Path, tmp_path: Path) -> None:
+    rows = train(tmp_path / 'run', *source(kind), '--initial-checkpoint', knowing)
+    assert float(rows[0]['train_loss']) < 1e-3  # every label of the training split is the right one
+    assert float(rows[0]['eval_top1']) == pytest.approx(RIGHT['validation'])
+
+
+@pytest.mark.xfail(strict=True, reason='issue 27 number 1')
+@every_kind
+def test_an_unlabeled_training_is_judged_on_the_validation_split(
+    kind: str, source: Source, knowing: Path, tmp_path: Path
+) -> None:
+    train(tmp_path / 'run', *source(kind), '--unlabeled', '--teachers', f'test_resnet={knowing}')
+    assert preflight(tmp_path / 'run')['ensemble']['samples'] == 12
+
+
+@pytest.mark.xfail(strict=True, reason='issue 27 number 1')
+@every_kind
+def test_evaluation_of_a_split_by_its_name(kind: str, source: Source, knowing: Path, tmp_path: Path) -> None:
+    for split, count in (('train', 16), ('validation', 12)):
+        model = f'test_resnet={knowing}'
+        row = evaluate(tmp_path / 'results.json', model, *source(kind), '--split', split)[model]
+        assert row['samples'] == count
+        assert row['top1'] == pytest.approx(RIGHT[split])
+
+
+@pytest.mark.xfail(strict=True, reason='issue 27 number 1')
+@every_kind
+def test_a_resumed_training_goes_on_with_the_next_epoch(
+    kind: str, source: Source, knowing: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = [*source(kind), '--initial-checkpoint', knowing, '--resume', 'auto']
+    train(tmp_path / 'run', *options)
+    with caplog.at_level('INFO'):
+        rows = train(tmp_path / 'run', *options, '--epochs', 2)
+    assert 'epoch 1, batch 0, update 4' in caplog.text
+    assert [float(row['eval_top1']) for row in rows] == pytest.approx([RIGHT['validation']] * 2)
+
+
+@pytest.mark.xfail(strict=True, reason='issue 27 number 1')
+def test_a_training_on_labels_recorded_from_a_hugging_face_set(source: Source, knowing: Path, tmp_path: Path) -> None:
+    store, size = tmp_path / 'store', ['--img-size', '32', '--no-aug']
+    words = ['record', '--teachers', f'test_resnet={knowing}', *source('hfds'), '--epochs', 1, '--out', store, *size]
+    soft_labels([str(word) for word in (*words, '--top-k', 4, '--workers', 0, '--device', 'cpu')])
+    rows = train(tmp_path / 'run', *source('hfds'), '--initial-checkpoint', knowing, '--soft-labels', store)
+    assert float(rows[0]['train_kl']) == pytest.approx(0, abs=1e-3)  # student and teacher are one
+    assert float(rows[0]['eval_top1']) == pytest.approx(RIGHT['validation'])
+
+
+@pytest.mark.parametrize('kind', ['wds', 'hfids'])
+def test_a_stream_cannot_be_recorded(kind: str, source: Source, knowing: Path, tmp_path: Path) -> None:
+    words = ['record', '--teachers', f'test_resnet={knowing}', *source(kind), '--epochs', '1', '--device', 'cpu']
+    with pytest.raises(UserError, match='stream'):
+        soft_labels([*words, '--out', str(tmp_path / 'store')])
+    assert not (tmp_path / 'store').exists()
+
+
+@pytest.mark.xfail(strict=True, reason='issue 27 number 1')
+def test_two_processes_share_the_shards_of_both_splits(source: Source, knowing: Path, tmp_path: Path) -> None:
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', PROGRAM]
+    command += [*STANDING, *source('wds'), '--initial-checkpoint', str(knowing), '--batch-size', '2']
+    command += ['--output', str(tmp_path), '--experiment', 'run', '--validation-batch-size', '3']
+    result = subprocess.run(command, env=os.environ, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    row = summary(tmp_path / 'run')[0]
+    assert float(row['train_loss']) < 1e-3
+    assert float(row['eval_top1']) == pytest.approx(RIGHT['validation'])
+
+
+# What a stream does otherwise than numbered images
+
+
+@pytest.mark.xfail(strict=True, reason='issue 27 number 2')
+@pytest.mark.parametrize('kind', ['wds', 'hfids'])
+def test_mixing_of_a_stream_ends_where_it_is_told(kind: str, source: Source, knowing: Path, tmp_path: Path) -> None:
+    mixing = ('--mixup', 1, '--mixup-off-epoch', 1, '--epochs', 2)
+    where = source(kind) if kind == 'wds' else source(kind)[:2]
+    rows = train(tmp_path / 'run', *where, '--initial-checkpoint', knowing, *mixing)
+    first, second = (float(row['train_loss']) for row in rows)
+    assert first > 0.1
+    assert second < 1e-3  # each image is one color again
+
+
+@pytest.mark.xfail(strict=True, reason='issue 27 number 2')
+@pytest.mark.parametrize('option', ['--train-img-sizes 32 64', '--samples-per-decode 2', '--aug-repeats 3'])
+@pytest.mark.parametrize('kind', ['wds', 'hfids'])
+def test_what_needs_numbered_images_is_refused_on_a_stream(
+    kind: str, option: str, source: Source, knowing: Path, tmp_path: Path
+) -> None:
+    name, *_ = option.split()
+    where = source(kind) if kind == 'wds' else source(kind)[:2]
+    with pytest.raises(UserError, match=name):
+        train(tmp_path / 'run', *where, '--initial-checkpoint', knowing, *option.split())
+    assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.xfail(strict=True, reason='issue 27 number 6')
+def test_a_stream_with_fewer_batches_than_it_says_ends_its_last_update(
+    source: Source, knowing: Path, tmp_path: Path
+) -> None:
+    # Three workers share two shards: six batches are announced, four come. All of them are one update.
+    options = (*source('wds'), '--initial-checkpoint', knowing, '--unlabeled', '--teachers', f'test_resnet={knowing}')
+    more = ('--workers', 3, '--grad-accum-steps', 6, '--lr', 1, '--opt', 'momentum', '--discriminator-weight', 0)
+    rows = train(tmp_path / 'run', *options, *more, '--scale', 0.01, 0.02, '--no-preflight')
+    trained = timm.create_model('test_resnet', num_classes=4, checkpoint_path=str(tmp_path / 'run' / 'last.pth.tar'))
+    begun = timm.create_model('test_resnet', num_classes=4, checkpoint_path=str(knowing))
+    assert float(rows[0]['train_loss']) < 1e-3
+    assert not torch.equal(trained.fc.bias, begun.fc.bias)
+
+
+@pytest.mark.xfail(strict=True, reason='issue 27 number 6')
+def test_a_stream_with_more_batches_than_it_says(
+    source: Source, knowing: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Eight images are announced, 16 come, as of a set whose count is out of date.
+    monkeypatch.setattr(timm.data.dataset.IterableImageDataset, '__len__', lambda _: 8)
+    options = (*source('wds'), '--unlabeled', '--teachers', f'test_resnet={knowing}', '--discriminator-weight', 0)
+    more = ('--grad-accum-steps', 2, '--lr', 0.05, '--opt', 'momentum', '--epochs', 4)
+    rows = train(tmp_path / 'run', *options, *more, '--no-preflight')
+    losses = [float(row['train_loss']) for row in rows]
+    assert losses[-1] < losses[0]
