@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from timm_mealv2.training.arguments import parse_args
+from timm_mealv2.training.settings import parse_args
 
 EXAMPLES = Path(__file__).parents[1] / 'examples/cluster'
 

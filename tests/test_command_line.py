@@ -14,7 +14,7 @@ from timm_mealv2.command_line import OneLineParser, Option, add_options, flag, r
 from timm_mealv2.errors import UserError
 from timm_mealv2.option_types import OneOf, Range
 from timm_mealv2.training import run as train
-from timm_mealv2.training.arguments import parse_args
+from timm_mealv2.training.settings import parse_args
 from timm_mealv2.training.options import build_parser as build_training_parser
 from timm_mealv2.version import __version__
 
@@ -83,12 +83,17 @@ def assert_help_fits(parser: argparse.ArgumentParser, width: int = 120) -> None:
             assert action.metavar, action.dest
 
 
-def test_help_has_units_and_defaults_and_fits_its_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_help_has_units_and_defaults_and_fits_its_lines(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv('COLUMNS', '122')
-    parser = build_training_parser()
-    assert_help_fits(parser)
-    assert '(default: 128)' in parser.format_help()
-    assert '(default: 0)' in parser.format_help()
+    assert_help_fits(build_training_parser())
+    for main, words in ((train.main, ['--help']), (soft_labels.main, ['record', '--help'])):
+        with pytest.raises(SystemExit):
+            main(words)
+        shown = capsys.readouterr().out
+        assert '(default: 128)' in shown
+        assert '(default: 0.08 1.0)' in shown or '(default: [0.08, 1.0])' in shown
 
 
 def test_ends_of_a_program(capsys: pytest.CaptureFixture[str]) -> None:
@@ -124,4 +129,4 @@ def test_mealv2_train_alone_says_how_to_begin(capsys: pytest.CaptureFixture[str]
     assert max(map(len, text.splitlines())) <= 120
     assert all(option in build_training_parser()._option_string_actions for option in re.findall(r'--[\w-]+', text))
     (command,) = re.findall(r'^ +mealv2-train (.+)$', text, re.MULTILINE)
-    assert parse_args(command.split()).teachers == ['resnet50.a1_in1k', 'resnet101.a1_in1k']
+    assert list(map(str, parse_args(command.split()).teachers)) == ['resnet50.a1_in1k', 'resnet101.a1_in1k']

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from timm_mealv2.training.arguments import parse_args
+from timm_mealv2.training.settings import parse_args
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / 'examples/fashion_mnist'

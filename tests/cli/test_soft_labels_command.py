@@ -157,7 +157,7 @@ def test_the_classes_of_a_teacher_are_chosen(folder: Path, tmp_path: Path) -> No
         (('--device', 'xpu'), '--device xpu cannot be used: '),
         (('--model', 'absent'), "--model: 'absent': timm has no such model"),
         (('--model', 'local-dir:/absent'), 'cannot create --model local-dir:/absent'),
-        (('--mean', '0.1', '0.2'), '--mean 0.1 0.2: must be one value or 3'),
+        (('--mean', '0.1', '0.2'), '--mean and --std take one value or 3'),
         (('--cutmix-minmax', '0.5'), '--cutmix-minmax 0.5: must be two values'),
     ],
 )

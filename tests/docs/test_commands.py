@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from timm_mealv2.errors import UserError
-from timm_mealv2.training.arguments import parse_args
+from timm_mealv2.training.settings import parse_args
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *sorted((ROOT / 'docs').glob('*.md'))]

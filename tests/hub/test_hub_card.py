@@ -18,7 +18,7 @@ from PIL import Image
 from timm_mealv2.cli.hub import CardOptions, export_model, main
 from timm_mealv2.cli.soft_labels import main as soft_labels
 from timm_mealv2.errors import UserError
-from timm_mealv2.training.arguments import parse_args
+from timm_mealv2.training.settings import parse_args
 from timm_mealv2.training.run import main as train
 
 SMALL = (

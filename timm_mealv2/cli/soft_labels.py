@@ -38,9 +38,8 @@ from timm_mealv2.soft_labels.record import measure, record
 from timm_mealv2.soft_labels.store import SoftLabelStore
 from timm_mealv2.soft_labels.verify import changed_teachers, compare, create_teachers, draw_samples, read_all
 from timm_mealv2.training.build_data import build_augmentation
-from timm_mealv2.training.checks import check_pixels
-from timm_mealv2.training.config import parse_with_files
-from timm_mealv2.training.options import build_parser as build_training_parser
+from timm_mealv2.training.checks import check_image_settings
+from timm_mealv2.training.settings import parse_with_files
 
 _logger = logging.getLogger(__name__)
 
@@ -55,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     commands = build_parser()
     args = commands.parse_args(argv)
     if args.run in (_record, _estimate):
-        args, _ = parse_with_files(args.parser, argv[1:], build_training_parser())
+        args = parse_with_files(args.parser, argv[1:])
         if not args.teachers:
             raise UserError('--teachers: name the teachers, or a --recipe that does.')
         if not args.epochs:
@@ -251,7 +250,7 @@ def _parts(args: argparse.Namespace, device: torch.device) -> tuple[Dataset, Ens
     elif args.mixup_mode != 'pair' and (args.mixup or args.cutmix or args.cutmix_minmax):
         fault = 'a sample would depend on its batch; pair is what can be recorded'
         raise UserError(f'--mixup-mode {args.mixup_mode}: {fault}.')
-    check_pixels(args)
+    check_image_settings(args)
     teachers = create_ensemble(
         TeacherSpec.parse_all(args.teachers),
         num_classes=args.num_classes,

@@ -28,9 +28,8 @@ from torch.nn.parallel import DistributedDataParallel
 from timm_mealv2.data.bad_images import BadImages
 from timm_mealv2.errors import UserError
 from timm_mealv2.models.ensemble import EnsembleTeacher
-from timm_mealv2.models.factory import TeacherSpec, create_ensemble, read_classes
+from timm_mealv2.models.factory import create_ensemble, read_classes
 from timm_mealv2.task import MealV2Task, scale_discriminator_lr
-from timm_mealv2.training.arguments import args_text, paper_differences
 from timm_mealv2.training.build_data import Data, InputSpec, build_data
 from timm_mealv2.training.build_student import build_student
 from timm_mealv2.training.checks import mixes
@@ -38,6 +37,7 @@ from timm_mealv2.training.distributed import Processes
 from timm_mealv2.training.loop import LossScaler, Schedule, Stepper, updates_per_epoch
 from timm_mealv2.training.resume import check_changes
 from timm_mealv2.training.run_folder import RunFolder
+from timm_mealv2.training.settings import paper_differences, plain_settings, settings_text
 from timm_mealv2.training.stopping import Guard, Signals
 from timm_mealv2.training.teacher_tuning import tune_on_first_batch
 from timm_mealv2.training.trainer import Parts, Plan, Trainer
@@ -53,8 +53,7 @@ def build(args: argparse.Namespace, processes: Processes, signals: Signals) -> T
     """
     batch_size = _batch_size(args, processes)
     lr = _learning_rate(args, batch_size * processes.world_size * args.grad_accum_steps)
-    settings = {name: value for name, value in vars(args).items() if name != 'given'}
-    settings |= {'batch_size': batch_size, 'lr': lr, 'world_size': processes.world_size}
+    settings = plain_settings(args) | {'batch_size': batch_size, 'lr': lr, 'world_size': processes.world_size}
     _check_devices(args, processes)
     folder = RunFolder.choose(args.output, args.experiment, args.model)
     restarted = bool(args.experiment) and int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0
@@ -66,7 +65,7 @@ def build(args: argparse.Namespace, processes: Processes, signals: Signals) -> T
     if checkpoint is not None:
         check_changes(checkpoint, settings, args.resume_changed)
     for teacher in args.teachers:
-        TeacherSpec.parse(teacher).check()
+        teacher.check()
 
     bad = BadImages(args.max_bad_images)
     guard = Guard(signals, bad, processes, args.max_nonfinite)
@@ -101,7 +100,7 @@ def _plan(args: argparse.Namespace, settings: dict[str, Any], checkpoint: Any, e
     wandb = {'project': args.wandb_project, 'tags': args.wandb_tags, 'id': args.wandb_resume_id, 'config': settings}
     return Plan(
         settings=settings,
-        settings_text=args_text(args),
+        settings_text=settings_text(args),
         checkpoint=checkpoint,
         resume_optimizer=not args.no_resume_opt,
         start_epoch=args.start_epoch if begins else None,
@@ -126,7 +125,7 @@ def _announce(args: argparse.Namespace, parts: Parts, student: nn.Module, proces
     """Log what the run will be."""
     images = parts.pixels.batch_size * processes.world_size * args.grad_accum_steps
     if args.recipe or args.dry_run:
-        _logger.info(f'Settings other than the defaults:\n{args_text(args, changed=True)}')
+        _logger.info(f'Settings other than the defaults:\n{settings_text(args, changed=True)}')
     if parts.teachers is not None:
         config = parts.pixels.config
         for name, teacher in zip(parts.teachers.names, parts.teachers.teachers, strict=True):
@@ -189,7 +188,7 @@ def _check_devices(args: argparse.Namespace, processes: Processes) -> None:
 
 def _build_teachers(args: argparse.Namespace, pixels: InputSpec, device: torch.device) -> EnsembleTeacher:
     return create_ensemble(
-        [TeacherSpec.parse(teacher) for teacher in args.teachers],
+        args.teachers,
         num_classes=pixels.num_classes,
         in_chans=pixels.channels,
         weights=args.teacher_weights,
@@ -224,7 +223,7 @@ def _build_task(
     common['criterion'] = _build_criterion(args)
     if not args.teachers:
         return ClassificationTask(student, **common)
-    common |= {'student_model': student, 'teacher_model': args.teachers[0]}
+    common |= {'student_model': student, 'teacher_model': str(args.teachers[0])}
     common |= {'distill_loss_weight': args.distill_loss_weight, 'task_loss_weight': args.task_loss_weight}
     if args.kd_distill_type == 'feature':
         dims = {

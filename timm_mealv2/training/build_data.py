@@ -175,7 +175,7 @@ class _ChosenImages:
 def _open_split(args: argparse.Namespace, split: str, pixels: InputSpec, **kwargs: Any) -> Dataset:
     return open_dataset(
         args.dataset,
-        args.data_dir or args.data,
+        args.data_dir,
         split,
         class_map=args.class_map,
         download=args.dataset_download,
@@ -191,7 +191,7 @@ def _open_split(args: argparse.Namespace, split: str, pixels: InputSpec, **kwarg
 
 def _open_datasets(args: argparse.Namespace, pixels: InputSpec) -> tuple[Dataset, Dataset | None]:
     """Open the training and the validation split; the second is None where a run without labels has none."""
-    root = args.data_dir or args.data
+    root = args.data_dir
     if pixels.num_classes == 1 and not args.bce_loss:
         raise UserError('one class alone leaves nothing to learn: give --num-classes 2 or more, and data to match.')
     streaming = {'is_training': True, 'num_samples': args.train_num_samples, 'repeats': args.epoch_repeats}

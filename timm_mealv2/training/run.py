@@ -12,11 +12,10 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from timm_mealv2.command_line import run_cli
 from timm_mealv2.errors import UserError
-from timm_mealv2.training import recipes
-from timm_mealv2.training.arguments import parse_args
 from timm_mealv2.training.build import build
 from timm_mealv2.training.distributed import is_timeout, join_processes
 from timm_mealv2.training.progress import TerminalHandler, TrainLog
+from timm_mealv2.training.settings import parse_args, recipes
 from timm_mealv2.training.stopping import Signals
 
 _BEGIN = """\
@@ -51,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(_BEGIN, end='', file=sys.stderr)
         raise SystemExit(2)
     if argv[0] == 'recipes':  # a data set of that name is ./recipes
-        recipes.main(argv[1:])
+        recipes(argv[1:])
         return
     primary = int(os.environ.get('RANK', os.environ.get('SLURM_PROCID', 0))) == 0
     console = TerminalHandler() if sys.stderr.isatty() else logging.StreamHandler()

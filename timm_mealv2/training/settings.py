@@ -1,0 +1,267 @@
+"""Settings of a training: the command line over a YAML file over a recipe over the defaults.
+
+An entry of a file is turned into words of a command line, and argparse does the rest.
+"""
+
+import argparse
+import difflib
+import sys
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from timm_mealv2.command_line import OneLineParser
+from timm_mealv2.errors import UserError
+from timm_mealv2.models.factory import TeacherSpec
+from timm_mealv2.soft_labels.store import SoftLabelStore
+from timm_mealv2.training.checks import check_args
+from timm_mealv2.training.options import build_parser
+
+# Options that are about the command line, not about the training.
+_NOT_SETTINGS = ('help', 'version', 'config', 'recipe', 'list_recipes', 'data')
+_SAME_MEANING = (('batch_size', 'total_batch_size'), ('teachers', 'kd_model_name'), ('data_dir', 'data'))
+_PUBLISHED = 'mealv2_resnet50_224'
+_UNSET = object()
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse a command line with its recipe and YAML file, and check which settings go together.
+
+    Args:
+        argv: The command line; the process's own if None.
+
+    Returns:
+        The settings by timm's names and ours. `teachers` is a list of `TeacherSpec`, empty without any; `given` has
+        the names of the settings that were given, on the command line or in a file.
+
+    Raises:
+        UserError: If a setting of a file is not possible, or settings contradict each other.
+        SystemExit: From `--help` and `--list-recipes` (code 0), and from argparse on what it cannot parse (code 2).
+    """
+    args = parse_with_files(build_parser(), sys.argv[1:] if argv is None else argv)
+    if args.list_recipes:
+        print(recipe_table())
+        raise SystemExit(0)
+    if args.teachers and args.kd_model_name:
+        raise UserError('--teachers and --kd-model-name mean the same: give one of them.')
+    args.data_dir = args.data_dir or args.data
+    args.teachers = TeacherSpec.parse_all(args.teachers or [args.kd_model_name or ''])
+    args.kd_model_name = None
+    if args.soft_labels:
+        if 'discriminator_weight' not in args.given:
+            args.discriminator_weight = 0.0  # stored predictions have no logits for it to look at
+        asked = {name: getattr(args, name) for name in args.given} | {'teachers': [str(s) for s in args.teachers]}
+        vars(args).update(SoftLabelStore(args.soft_labels).training_settings(asked))
+    check_args(args)
+    return args
+
+
+def parse_with_files(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    """Parse a command line, with its `--recipe` and its `--config` file as defaults.
+
+    Args:
+        parser: Has the options `--recipe` and `--config`; what it lacks of the training's options is left out.
+        argv: The command line.
+
+    Returns:
+        The settings; `given` has the names of those that were given and, from a file, are not the default.
+
+    Raises:
+        UserError: If a file cannot be read, or an entry is no option or not possible.
+        SystemExit: From argparse.
+    """
+    defaults = {action.dest: action.default for action in parser._actions if action.default is not argparse.SUPPRESS}
+    args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults, _UNSET)))
+    given = {name: getattr(args, name) for name in defaults if getattr(args, name) not in (_UNSET, None)}
+    settings: dict[str, Any] = {}
+    if 'recipe' in given:
+        settings = read_settings(recipe_file(args.recipe))
+    if 'config' in given:
+        settings = _over(read_settings(Path(args.config)), settings)
+    settings = {name: value for name, value in _over(given, settings).items() if name in defaults}
+    args.given = given.keys() | {name for name, value in settings.items() if value != defaults[name]}
+    vars(args).update(defaults | settings)
+    return args
+
+
+def read_settings(path: Any) -> dict[str, Any]:
+    """Read a YAML file of settings, each as the command line would take it; null and false mean the default.
+
+    Raises:
+        UserError: Names file and key, with the nearest option where there is none of the name.
+    """
+    parser = build_parser()
+    parser.exit_on_error = False
+    actions = {action.dest: action for action in parser._actions if action.dest not in _NOT_SETTINGS}
+    settings = {}
+    for key, value in load_yaml(path).items():
+        dest = str(key).replace('-', '_')
+        dest = 'data_dir' if dest == 'data' else dest
+        if dest not in actions:
+            near = difflib.get_close_matches(dest, actions, 1, 0.5)
+            hint = f', the nearest is {near[0]!r}' if near else ''
+            raise UserError(f'{path}: there is no option {key!r}{hint} (mealv2-train --help lists them).')
+        action = actions[dest]
+        if isinstance(value, bool) and 'off' in (action.choices or ()):
+            value = 'on' if value else 'off'  # YAML takes the two words for true and false
+        if value is None or value is False or value == []:
+            settings[dest] = action.default
+            continue
+        try:
+            settings[dest] = getattr(parser.parse_args(_words(action, value)), dest)
+        except argparse.ArgumentError as error:
+            raise UserError(f'{path}: {key}: {error.message}.') from None
+    return settings
+
+
+def load_yaml(path: Any) -> dict[str, Any]:
+    """Read a YAML file of plain values, without the notes on the published training that recipes have.
+
+    Raises:
+        UserError: If it cannot be read, or is no map.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding='utf-8'))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f'cannot read {path}: {error}') from error
+    if not isinstance(content, dict):
+        raise UserError(f'{path} must map option names to values, got {type(content).__name__}.')
+    return {key: value for key, value in content.items() if key != 'recipe' or not isinstance(value, dict)}
+
+
+def settings_text(args: argparse.Namespace, changed: bool = False) -> str:
+    """Return all settings, or those that are not the default, as YAML; `-c` on that file gives them back."""
+    actions = [action for action in build_parser()._actions if action.dest not in _NOT_SETTINGS]
+    plain = plain_settings(args)
+    if changed:
+        actions = [action for action in actions if plain[action.dest] not in (action.default, [])]
+    head = f'# mealv2-train --recipe {args.recipe}\n' if args.recipe else ''
+    return head + yaml.dump({a.dest: plain[a.dest] for a in actions}, Dumper=_Dumper, sort_keys=False)
+
+
+def plain_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings as values that YAML and a checkpoint can hold."""
+    settings = {name: value for name, value in vars(args).items() if name != 'given'}
+    return settings | {'teachers': [str(spec) for spec in args.teachers]}
+
+
+def paper_differences(args: argparse.Namespace, images_per_update: int, lr: float) -> list[str]:
+    """Say which settings differ from those of the published training, a recipe."""
+    paper = parse_with_files(build_parser(), ['--recipe', _PUBLISHED])
+    names = (
+        *('opt', 'momentum', 'weight_decay', 'lr', 'sched', 'warmup_epochs', 'epochs', 'total_batch_size', 'scale'),
+        *('color_jitter', 'aa', 'reprob', 'mixup', 'cutmix', 'train_interpolation', 'hard_label_weight'),
+        *('discriminator_weight', 'discriminator_mode', 'model_ema'),
+    )
+    now = {**vars(args), 'lr': lr, 'total_batch_size': images_per_update}
+    pairs = [(name, now[name], getattr(paper, name)) for name in names]
+    return [f'{name} {value} (paper: {published})' for name, value, published in pairs if value != published]
+
+
+def _over(upper: dict[str, Any], lower: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of two layers. An alias given in `upper` removes its partner from `lower`."""
+    hidden = {other for pair in _SAME_MEANING for name, other in (pair, pair[::-1]) if name in upper}
+    return {name: value for name, value in lower.items() if name not in hidden} | upper
+
+
+def _words(action: argparse.Action, value: Any) -> list[str]:
+    """The words of a command line that give an option the value of a YAML file."""
+    option = action.option_strings[-1]
+    if isinstance(value, list | dict) and action.nargs in (None, 0, '?'):
+        raise argparse.ArgumentError(action, f'must be one value, got a {type(value).__name__}')
+    if isinstance(value, dict):
+        return [option, *(f'{name}={item!r}' for name, item in value.items())]
+    if isinstance(value, list):
+        return [option, *map(str, value)]
+    return [option] if value is True and action.nargs == 0 else [f'{option}={value}']
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes tuples, which model arguments such as widths have, as lists."""
+
+
+_Dumper.add_representer(tuple, lambda dumper, value: dumper.represent_list(list(value)))
+
+
+# Recipes
+
+
+def list_recipes() -> list[str]:
+    """Return the names of the recipes."""
+    folder = files('timm_mealv2') / 'recipes'
+    return sorted(path.name.removesuffix('.yaml') for path in folder.iterdir() if path.name.endswith('.yaml'))
+
+
+def recipe_file(name: str) -> Any:
+    """Return the file of a recipe.
+
+    Raises:
+        UserError: If there is none, with the nearest.
+    """
+    if name not in list_recipes():
+        near = difflib.get_close_matches(name, list_recipes(), 1, 0)[0]
+        raise UserError(f'there is no recipe {name}, the nearest is {near} (--list-recipes).')
+    return files('timm_mealv2') / 'recipes' / f'{name}.yaml'
+
+
+def recipe_table() -> str:
+    """Return the recipes as a table: student, initial weights, teachers, epochs, images an update, paper's top-1."""
+    rows = [('recipe', 'student', 'initial weights', 'teachers', 'epochs', 'batch', 'paper top-1')]
+    for name in list_recipes():
+        content = yaml.safe_load(recipe_file(name).read_text())
+        expected = content['recipe']['expected_top1']
+        rows.append(
+            (
+                name,
+                content['model'].split('.')[0],
+                content['recipe']['start'],
+                ' + '.join(content.get('teachers', ['-'])),
+                str(content['epochs']),
+                str(content.get('total_batch_size') or content['batch_size']),
+                f'{expected:.2f}' if expected else '-',
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return '\n'.join('  '.join(f'{cell:<{width}}' for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def build_recipes_parser() -> argparse.ArgumentParser:
+    """Return a fresh parser of what follows `mealv2-train recipes`."""
+    parser = OneLineParser(prog='mealv2-train recipes', description='The recipes; without a command, a table of them.')
+    commands = parser.add_subparsers(dest='command', metavar='COMMAND')
+    commands.add_parser('ls', help='list them')
+    show = commands.add_parser('show', help='print one')
+    show.add_argument('name', metavar='NAME', help='its name in the list')
+    copy = commands.add_parser('cp', help='copy one, to change it and train with -c FILE')
+    copy.add_argument('name', metavar='NAME', help='its name in the list')
+    copy.add_argument('file', type=Path, metavar='FILE', help='the file to write')
+    check = commands.add_parser('check', help='check every entry of a YAML file of settings')
+    check.add_argument('file', type=Path, metavar='FILE', help='the file')
+    return parser
+
+
+def recipes(argv: Sequence[str]) -> None:
+    """Run the command line after `mealv2-train recipes`.
+
+    Raises:
+        UserError: If there is no such recipe, or a file cannot be written or has an impossible entry.
+    """
+    args = build_recipes_parser().parse_args(argv)
+    if args.command == 'show':
+        print(recipe_file(args.name).read_text(), end='')
+    elif args.command == 'cp':
+        text = recipe_file(args.name).read_text()
+        try:
+            with args.file.open('x', encoding='utf-8') as file:
+                file.write(text)
+        except OSError as error:
+            raise UserError(f'cannot write {args.file}: {error.strerror}') from error
+        print(f'{args.file}: train with mealv2-train -c {args.file}')
+    elif args.command == 'check':
+        parse_args(['-c', str(args.file)])
+        print(f'{args.file}: every entry is possible')
+    else:
+        print(recipe_table())
