@@ -14,8 +14,8 @@ from timm_mealv2.command_line import OneLineParser, Option, add_options, flag, r
 from timm_mealv2.errors import UserError
 from timm_mealv2.option_types import OneOf, Range
 from timm_mealv2.training import run as train
-from timm_mealv2.training.settings import parse_args
 from timm_mealv2.training.options import build_parser as build_training_parser
+from timm_mealv2.training.settings import parse_args
 from timm_mealv2.version import __version__
 
 

@@ -18,8 +18,8 @@ from PIL import Image
 from timm_mealv2.cli.hub import CardOptions, export_model, main
 from timm_mealv2.cli.soft_labels import main as soft_labels
 from timm_mealv2.errors import UserError
-from timm_mealv2.training.settings import parse_args
 from timm_mealv2.training.run import main as train
+from timm_mealv2.training.settings import parse_args
 
 SMALL = (
     '--model test_resnet --num-classes 3 --img-size 16 --batch-size 4 --workers 0 --lr 0.05 --warmup-epochs 0 '

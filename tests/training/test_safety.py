@@ -19,8 +19,8 @@ from timm_mealv2.command_line import run_cli
 from timm_mealv2.errors import UserError
 from timm_mealv2.hub.export import export_model
 from timm_mealv2.models.factory import create_ensemble
-from timm_mealv2.training.settings import parse_args
 from timm_mealv2.training.run import main
+from timm_mealv2.training.settings import parse_args
 
 PACKAGE = Path(timm_mealv2.__file__).parent
 SMALL = '--model test_resnet --num-classes 3 --img-size 16 --epochs 1 --workers 0 --device cpu --lr 0.01'.split()

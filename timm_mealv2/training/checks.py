@@ -47,7 +47,7 @@ _RULES: tuple[Rule, ...] = (
         lambda args: args.model_dtype in ('float16', 'bfloat16'),
         'leaves nothing to mix with a --model-dtype of 16 bits; give one of them',
     ),
-    (('resume',), lambda args: args.resume == 'auto' and not args.experiment, 'needs --experiment, the run to continue'),
+    (('resume',), lambda args: args.resume == 'auto' and not args.experiment, 'needs --experiment, the run folder'),
     (('total_batch_size',), lambda args: 'batch_size' in args.given, '--batch-size is given as well; give one of them'),
     (
         ('train_batch_sizes', 'train_size_probs', 'train_batches_per_epoch'),
