@@ -1,0 +1,154 @@
+"""Trainings whose teachers, initial weights, store or checkpoint have the classes in another order than the folders."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from colors import CLASSES, picture, preflight, save_model, train, write_folder
+
+from timm_mealv2 import UserError
+from timm_mealv2.cli.hub import main as hub
+from timm_mealv2.cli.soft_labels import main as soft_labels
+
+REVERSED = CLASSES[::-1]
+TEACHERS_ALONE = ('--discriminator-weight', 0)
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp('colors')
+    write_folder(root / 'train')
+    write_folder(root / 'validation', 3)
+    return root
+
+
+@pytest.fixture(scope='module')
+def knowing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Initial weights that know the folders' classes, without their names."""
+    path = tmp_path_factory.mktemp('models') / 'knowing.pth'
+    save_model(path)
+    return path
+
+
+def contents(folder: Path) -> dict:
+    checkpoint: dict = torch.load(folder / 'last.pth.tar', weights_only=False)
+    return checkpoint
+
+
+@pytest.mark.xfail(strict=True, reason='issue 27 number 8')
+def test_a_teacher_is_mapped_by_the_names_of_its_classes(data: Path, knowing: Path, tmp_path: Path) -> None:
+    teachers = [save_model(tmp_path / f'{order[0]}.pth', order, names=order) for order in (CLASSES, REVERSED)]
+    run = tmp_path / 'run'
+    start = ('--initial-checkpoint', knowing, *TEACHERS_ALONE)
+    row = train(run, '--data-dir', data, '--teachers', *teachers, *start)[0]
+    assert preflight(run)['ensemble']['top1'] == 100
+    for name in teachers:
+        assert preflight(run)[f'teacher {name}']['top1'] == 100
+    assert float(row['train_kl']) == pytest.approx(0, abs=1e-3)  # the student's classes are the folders'
+    assert contents(run)['class_names'] == list(CLASSES)
+
+
+@pytest.mark.xfail(strict=True, reason='issue 27 number 8')
+def test_an_exported_teacher_with_more_classes_is_mapped_to_those_that_are_there(
+    data: Path, knowing: Path, tmp_path: Path
+) -> None:
+    train(tmp_path / 'of four', '--data-dir', data, '--initial-checkpoint', knowing)
+    hub(['export', str(tmp_path / 'of four' / 'last.pth.tar'), '--out', str(tmp_path / 'exported')])
+    for split in ('train', 'validation'):
+        write_folder(tmp_path / 'three' / split, classes=CLASSES[1:])
+    save_model(tmp_path / 'start.pth', CLASSES[1:])
+    options = ('--data-dir', tmp_path / 'three', '--num-classes', 3, '--initial-checkpoint', tmp_path / 'start.pth')
+    row = train(tmp_path / 'run', *options, '--teachers', f'local-dir:{tmp_path / "exported"}', *TEACHERS_ALONE)[0]
+    assert preflight(tmp_path / 'run')['ensemble']['top1'] == 100
+    assert float(row['train_kl']) == pytest.approx(0, abs=1e-3)
+
+
+@pytest.mark.xfail(strict=True, reason='issue 27 number 8')
+def test_a_teacher_of_other_classes_is_refused(data: Path, tmp_path: Path) -> None:
+    teacher = save_model(tmp_path / 't.pth', names=('apple', 'leaf', 'sea', 'moon'))
+    with pytest.raises(UserError, match='moon'):
+        train(tmp_path / 'run', '--data-dir', data, '--teachers', teacher)
+    assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.xfail(strict=True, reason='issue 27 number 8')
+def test_a_run_without_labels_has_the_classes_of_its_teachers(tmp_path: Path) -> None:
+    (tmp_path / 'data' / 'train' / 'all').mkdir(parents=True)
+    for number, name in enumerate(CLASSES * 2):
+        picture(name, number).save(tmp_path / 'data' / 'train' / 'all' / f'{number}.png')
+    teachers = [save_model(tmp_path / f'{order[0]}.pth', order, names=order) for order in (REVERSED, CLASSES)]
+    save_model(tmp_path / 'start.pth', REVERSED)
+    options = ('--unlabeled', '--data-dir', tmp_path / 'data', '--initial-checkpoint', tmp_path / 'start.pth')
+    row = train(tmp_path / 'run', *options, '--teachers', *teachers, *TEACHERS_ALONE)[0]
+    assert contents(tmp_path / 'run')['class_names'] == list(REVERSED)  # those of the first
+    assert float(row['train_kl']) == pytest.approx(0, abs=1e-3)
+
+
+@pytest.mark.xfail(strict=True, reason='issue 27 number 7')
+def test_initial_weights_are_mapped_by_the_names_of_their_classes(data: Path, tmp_path: Path) -> None:
+    save_model(tmp_path / 'start.pth', REVERSED, names=REVERSED)
+    row = train(tmp_path / 'run', '--data-dir', data, '--initial-checkpoint', tmp_path / 'start.pth')[0]
+    assert float(row['train_loss']) < 1e-3
+    assert float(row['eval_top1']) == 100
+
+
+@pytest.mark.xfail(strict=True, reason='issue 27 number 7')
+def test_initial_weights_of_other_classes_are_refused(data: Path, tmp_path: Path) -> None:
+    save_model(tmp_path / 'start.pth', names=('apple', 'leaf', 'sea', 'moon'))
+    with pytest.raises(UserError, match='moon'):
+        train(tmp_path / 'run', '--data-dir', data, '--initial-checkpoint', tmp_path / 'start.pth')
+
+
+def class_map(path: Path, classes: Sequence[str]) -> tuple[str, Path]:
+    path.write_text('\n'.join(classes))
+    return '--class-map', path
+
+
+@pytest.mark.xfail(strict=True, reason='issue 27 number 7')
+def test_a_run_is_not_resumed_with_its_classes_in_another_order(data: Path, knowing: Path, tmp_path: Path) -> None:
+    options = ('--data-dir', data, '--resume', 'auto')
+    former = class_map(tmp_path / 'map.txt', CLASSES)
+    train(tmp_path / 'run', *options, *former, '--initial-checkpoint', knowing)
+    now = class_map(tmp_path / 'map.txt', REVERSED)
+    with pytest.raises(UserError, match='class'):
+        train(tmp_path / 'run', *options, *now, '--epochs', 2)
+
+
+def record(store: Path, teacher: str, data: Path) -> None:
+    words = ('record', '--teachers', teacher, '--data-dir', data, '--img-size', 32, '--no-aug', '--epochs', 1)
+    soft_labels([str(word) for word in (*words, '--top-k', 4, '--workers', 0, '--device', 'cpu', '--out', store)])
+
+
+@pytest.mark.xfail(strict=True, reason='issue 27 number 7')
+def test_a_recording_maps_its_teachers_by_the_names_of_their_classes(data: Path, knowing: Path, tmp_path: Path) -> None:
+    record(tmp_path / 'store', save_model(tmp_path / 't.pth', REVERSED, names=REVERSED), data)
+    start = ('--initial-checkpoint', knowing, *TEACHERS_ALONE)
+    row = train(tmp_path / 'run', '--data-dir', data, '--soft-labels', tmp_path / 'store', *start)[0]
+    assert float(row['train_kl']) == pytest.approx(0, abs=1e-3)
+
+
+@pytest.mark.xfail(strict=True, reason='issue 27 number 7')
+def test_stored_labels_of_another_order_are_refused(data: Path, knowing: Path, tmp_path: Path) -> None:
+    record(tmp_path / 'store', save_model(tmp_path / 't.pth', names=CLASSES), data)
+    with pytest.raises(UserError, match='class'):
+        train(
+            tmp_path / 'run',
+            *('--data-dir', data, '--soft-labels', tmp_path / 'store', *class_map(tmp_path / 'map.txt', REVERSED)),
+        )
+    assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.xfail(strict=True, reason='issue 27 number 9')
+def test_a_training_with_hidden_folders_and_a_byte_order_mark(knowing: Path, tmp_path: Path) -> None:
+    for split in ('train', 'validation'):
+        write_folder(tmp_path / 'data' / split)
+        (tmp_path / 'data' / split / '.ipynb_checkpoints').mkdir()
+        picture('sun').save(tmp_path / 'data' / split / '.ipynb_checkpoints' / 'sun-checkpoint.png')
+    (tmp_path / 'map.txt').write_text('\n'.join(CLASSES), encoding='utf-8-sig')
+    for name, options in {'plain': (), 'mapped': ('--class-map', tmp_path / 'map.txt')}.items():
+        teachers = ('--teachers', f'test_resnet={knowing}')
+        train(tmp_path / name, '--data-dir', tmp_path / 'data', *teachers, *options)
+        assert preflight(tmp_path / name)['ensemble']['top1'] == 100
+        assert preflight(tmp_path / name)['ensemble']['samples'] == 16
+        assert contents(tmp_path / name)['class_names'] == list(CLASSES)
