@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tarfile
 from pathlib import Path
 
 os.environ['HF_HUB_OFFLINE'] = '1'  # huggingface_hub reads it when it is imported
@@ -56,6 +57,18 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_images(root / 'train', 7, seed=0)
     write_images(root / 'validation', 4, seed=1)
     return root
+
+
+@pytest.fixture(scope='session')
+def small_sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder like the quick start's data, with 20 images of each class: two batches, the second of them smaller."""
+    sample = Path(__file__).parents[1] / 'examples/fashion_mnist/data'
+    folder = tmp_path_factory.mktemp('small_sample')
+    for name in ('train.tar', 'validation.tar'):
+        with tarfile.open(sample / name) as whole, tarfile.open(folder / name, 'w') as some:
+            for member in whole.getmembers()[::10]:  # sorted by class, 200 each
+                some.addfile(member, whole.extractfile(member))
+    return folder
 
 
 @pytest.fixture

@@ -146,13 +146,18 @@ def test_gains_over_seeds_are_paired(quickstart: ModuleType) -> None:
 
 
 def test_the_experiment_runs_from_images_to_an_exported_student(
-    quickstart: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    quickstart: ModuleType,
+    small_sample: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setattr(quickstart, 'DATA', small_sample)
     out = tmp_path / 'out'
     (out / 'start').mkdir(parents=True)
     (out / 'start/args.yaml').touch()
     (out / 'start/last.pth.tar').touch()  # of an earlier run, which goes
-    quickstart.main(['--smoke', '--out', str(out)])
+    quickstart.main(['--smoke', '--out', str(out), '--val-data', str(small_sample / 'validation.tar')])
     printed = capsys.readouterr().out
     results = json.loads((out / 'results.json').read_text())
     assert list(results) == ['teachers', 'ensemble', 'start', 'control', 'logit', 'mealv2']

@@ -1,7 +1,6 @@
 """`examples/mealv2_in_one_file.py` trains the quick start's student to the package's weights, bit for bit."""
 
 import re
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -45,28 +44,17 @@ def differing(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
 
 
 @pytest.fixture(scope='module')
-def some_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every 13th image of the sample: two batches, the second of them smaller."""
-    folder = tmp_path_factory.mktemp('data')
-    for name, step in (('train.tar', 13), ('validation.tar', 100)):
-        with tarfile.open(DATA / name) as whole, tarfile.open(folder / name, 'w') as some:
-            for member in whole.getmembers()[::step]:
-                some.addfile(member, whole.extractfile(member))
-    return folder
-
-
-@pytest.fixture(scope='module')
-def start(some_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def start(small_sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A student that a few steps of cross-entropy have trained."""
     folder = tmp_path_factory.mktemp('runs')
-    return train_by_package(some_images, folder / 'start', '--epochs', '4', '--lr', '0.1')
+    return train_by_package(small_sample, folder / 'start', '--epochs', '4', '--lr', '0.1')
 
 
 @pytest.fixture(scope='module')
-def four_steps(start: Path, some_images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+def four_steps(start: Path, small_sample: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
     """What the script trains in two epochs of the few images."""
     out = tmp_path_factory.mktemp('script') / 'weights.pth'
-    return train_by_script(SCRIPT.read_text(), start, some_images, out, epochs=2)
+    return train_by_script(SCRIPT.read_text(), start, small_sample, out, epochs=2)
 
 
 def train_student_by_package(start: Path, data: Path, out: Path, epochs: int) -> dict[str, Tensor]:
@@ -85,9 +73,9 @@ def test_an_epoch_of_the_quick_start_gives_the_weights_of_the_package(start: Pat
 
 
 def test_a_second_epoch_gives_the_weights_of_the_package(
-    four_steps: dict[str, Tensor], start: Path, some_images: Path, tmp_path: Path
+    four_steps: dict[str, Tensor], start: Path, small_sample: Path, tmp_path: Path
 ) -> None:
-    package = train_student_by_package(start, some_images, tmp_path / 'package', epochs=2)
+    package = train_student_by_package(start, small_sample, tmp_path / 'package', epochs=2)
     assert differing(four_steps, package) == []
 
 
@@ -111,12 +99,12 @@ def test_a_second_epoch_gives_the_weights_of_the_package(
     ],
 )
 def test_with_one_constant_changed_the_weights_are_others(
-    altered: str, four_steps: dict[str, Tensor], start: Path, some_images: Path, tmp_path: Path
+    altered: str, four_steps: dict[str, Tensor], start: Path, small_sample: Path, tmp_path: Path
 ) -> None:
     name = altered.split(' = ')[0]
     text, count = re.subn(rf'^{name} = [^#\n]*', altered, SCRIPT.read_text(), flags=re.MULTILINE)
     assert count == 1
-    other = train_by_script(text, start, some_images, tmp_path / 'weights.pth', epochs=2)
+    other = train_by_script(text, start, small_sample, tmp_path / 'weights.pth', epochs=2)
     assert 'fc.weight' in differing(four_steps, other)
 
 

@@ -21,28 +21,25 @@ ROOT = Path(timm_mealv2.__file__).parents[1]
 SOURCES = sorted((ROOT / 'timm_mealv2').rglob('*.py'))
 
 
-def run_python(code):
-    return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=False)
-
-
 # Importing
 
 
-def test_import_is_silent_and_leaves_the_programs_alone():
-    result = run_python(
-        'import sys, warnings, timm\n'
-        'warnings.simplefilter("error")\n'
-        'import timm_mealv2\n'
-        'names = ("timm_mealv2.training", "timm_mealv2.hub", "timm_mealv2.cli", "timm_mealv2.report", "matplotlib")\n'
-        'assert not [name for name in names if name in sys.modules]\n'
-    )
-    assert (result.returncode, result.stdout, result.stderr) == (0, '', '')
-
-
-def test_import_takes_less_than_a_tenth_of_a_second_on_top_of_timm():
-    # Of the processor's time, which other work on the machine leaves nearly as it is; the best of a few.
-    code = 'import time, timm; start = time.process_time(); import timm_mealv2; print(time.process_time() - start)'
-    assert any(float(run_python(code).stdout) < 0.1 for _ in range(5))
+def test_import_is_silent_quick_and_leaves_the_programs_alone():
+    code = """
+import sys, time, warnings, timm
+warnings.simplefilter('error')
+start = time.process_time()  # which other work on the machine leaves nearly as it is
+import timm_mealv2
+print(time.process_time() - start)
+names = ('timm_mealv2.training', 'timm_mealv2.hub', 'timm_mealv2.cli', 'timm_mealv2.report', 'matplotlib')
+assert not [name for name in names if name in sys.modules]
+"""
+    seconds = []
+    while not seconds or (min(seconds) >= 0.1 and len(seconds) < 5):
+        result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=False)
+        assert (result.returncode, result.stderr) == (0, '')
+        seconds.append(float(result.stdout))
+    assert min(seconds) < 0.1
 
 
 def test_public_names_and_models_are_there():
