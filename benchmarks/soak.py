@@ -60,11 +60,11 @@ OPTIONS = (
 PUSH_AND_PULL = """
 import sys
 from timm_mealv2.command_line import run_cli
-from timm_mealv2.hub.hub_api import pull_folder, push_folder
+from timm_mealv2.hub.hub_api import pull_model, push_model
 
 def main(argv):
-    push_folder(argv[0], argv[1])
-    pull_folder(argv[1], argv[2])
+    push_model(argv[0], argv[1])
+    pull_model(argv[1], argv[2])
 
 run_cli(main, sys.argv[1:])
 """
@@ -277,7 +277,7 @@ def hub_task(server: HubServer, generator: random.Random) -> Task:
 
     def compare(whole: Path, run: Path) -> list[str]:
         """The folder that was pulled, what the repository holds, and that it came in one commit."""
-        repo = server.repos['model', f'me/{run.name}']
+        repo = server.repos[f'me/{run.name}']
         pushed = {path.name: path.read_bytes() for path in export.iterdir()}
         found = byte_differences(export, whole) + byte_differences(whole, run)
         return found + ['the repository'] * (repo.files() != pushed) + ['commits'] * (len(repo.log()) != 2)

@@ -26,17 +26,11 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import huggingface_hub
 import pytest
-import yaml
 from huggingface_hub import constants
 
-from timm_mealv2.hub import hub_api
-
-WRITE_TOKEN, READ_TOKEN, OTHER_TOKEN = 'hf_secretOfMeToWrite', 'hf_secretOfMeToRead', 'hf_secretOfYouToWrite'
-TOKENS = {WRITE_TOKEN: ('me', 'write'), READ_TOKEN: ('me', 'read'), OTHER_TOKEN: ('you', 'write')}
+WRITE_TOKEN, READ_TOKEN = 'hf_secretOfMeToWrite', 'hf_secretOfMeToRead'
+TOKENS = {WRITE_TOKEN: ('me', 'write'), READ_TOKEN: ('me', 'read')}
 LFS_SUFFIXES = ('.safetensors', '.png', '.bin', '.pth')
-
-_TYPES = {'models': 'model', 'datasets': 'dataset', 'spaces': 'space'}
-_DATE = '2026-01-01T00:00:00.000Z'
 
 
 def git_oid(content: bytes) -> str:
@@ -56,19 +50,17 @@ class Commit:
 
 @dataclass
 class Repo:
-    """A repository: each ref's last commit, and the pull requests."""
+    """A model repository: the last commit of each ref, of which `refs/pr/N` are pull requests."""
 
     id: str
-    type: str = 'model'
     private: bool = False
     refs: dict[str, Commit] = field(default_factory=dict)
-    pull_requests: list[dict[str, Any]] = field(default_factory=list)
 
     def commit(self, ref: str, title: str, files: dict[str, bytes]) -> Commit:
         """Put a commit with these files, and no others, on `ref`."""
         parent = self.refs.get(ref)
         number = sum(len(self.log(name)) for name in self.refs)
-        oid = hashlib.sha1(f'{self.type}{self.id}{ref}{number}{title}'.encode()).hexdigest()
+        oid = hashlib.sha1(f'{self.id}{ref}{number}{title}'.encode()).hexdigest()
         self.refs[ref] = Commit(oid, title, files, parent)
         return self.refs[ref]
 
@@ -99,8 +91,6 @@ class Fault:
     method: str | None
     times: int
     when: str
-    headers: dict[str, str]
-    body: bytes
     stall: float
 
 
@@ -110,7 +100,6 @@ class Request:
 
     method: str
     path: str
-    authorization: str | None
     headers: dict[str, str]
 
 
@@ -134,13 +123,13 @@ class HubServer:
 
     Attributes:
         url: For HF_ENDPOINT.
-        repos: By (type, id), type being model, dataset or space.
+        repos: By id.
         requests: All that came in, also those that ended in an error.
         faults: How many errors were made, and files sent damaged.
     """
 
     def __init__(self) -> None:
-        self.repos: dict[tuple[str, str], Repo] = {}
+        self.repos: dict[str, Repo] = {}
         self.requests: list[Request] = []
         self.faults = 0
         self._lfs: dict[str, bytes] = {}
@@ -160,11 +149,9 @@ class HubServer:
         self._http.shutdown()
         self._http.server_close()
 
-    def add_repo(
-        self, repo_id: str, files: dict[str, bytes] | None = None, private: bool = False, type: str = 'model'
-    ) -> Repo:
+    def add_repo(self, repo_id: str, files: dict[str, bytes] | None = None, private: bool = False) -> Repo:
         """Make a repository with one commit."""
-        repo = self.repos[type, repo_id] = Repo(repo_id, type, private)
+        repo = self.repos[repo_id] = Repo(repo_id, private)
         repo.commit('main', 'initial commit', {'.gitattributes': b'*.safetensors filter=lfs\n', **(files or {})})
         return repo
 
@@ -176,8 +163,6 @@ class HubServer:
         method: str | None = None,
         times: int = 1,
         when: str = 'before',
-        headers: dict[str, str] | None = None,
-        body: bytes = b'{"error": "on demand"}',
         stall: float = 0.0,
     ) -> None:
         """Let the next `times` requests whose path `pattern` (a regular expression) matches end in an error.
@@ -188,11 +173,9 @@ class HubServer:
             method: Only requests of this method.
             times: How many requests.
             when: 'before': nothing happens on the server. 'after': the request is handled and its response is lost.
-            headers: Of the response, such as Retry-After.
-            body: Of the response. `{authorization}` in it becomes the request's own header.
-            stall: Seconds without an response before it.
+            stall: Seconds without a response before it.
         """
-        self._faults.append(Fault(pattern, status, method, times, when, headers or {}, body, stall))
+        self._faults.append(Fault(pattern, status, method, times, when, stall))
 
     def clear_faults(self) -> None:
         """Let no further request end in an error."""
@@ -249,7 +232,6 @@ def connected(monkeypatch: pytest.MonkeyPatch, home: Path) -> Iterator[HubServer
         }.items():
             monkeypatch.setattr(constants, name, value)
         monkeypatch.setenv('HF_TOKEN', WRITE_TOKEN)
-        monkeypatch.setattr(hub_api, '_RETRY_DELAYS', (0.01, 0.01, 0.01))
         clock = SimpleNamespace(**{**vars(time), 'sleep': lambda seconds: None})
         monkeypatch.setattr('huggingface_hub.utils._http.time', clock)
         monkeypatch.setattr('huggingface_hub.file_download.time', clock)
@@ -270,8 +252,8 @@ class _Context:
     def json(self) -> Any:
         return json.loads(self.body)
 
-    def repo(self, kind: str, repo_id: str) -> Repo:
-        repo = self.hub.repos.get((_TYPES[kind], repo_id))
+    def repo(self, repo_id: str) -> Repo:
+        repo = self.hub.repos.get(repo_id)
         if repo is None or (repo.private and repo_id.split('/')[0] != self.user):
             raise Response(404 if self.user else 401, 'Repository not found', code='RepoNotFound')
         return repo
@@ -300,34 +282,28 @@ def _create(context: _Context) -> Response:
     wanted = context.json()
     namespace = wanted['organization'] or context.user
     context.check_write(namespace)
-    repo_id, kind = f'{namespace}/{wanted["name"]}', wanted.get('type', 'model')
+    repo_id = f'{namespace}/{wanted["name"]}'
     url = f'{context.hub.url}/{repo_id}'
-    if (kind, repo_id) in context.hub.repos:
+    if repo_id in context.hub.repos:
         return Response(409, {'error': 'You already created this model repo', 'url': url})
-    context.hub.add_repo(repo_id, private=wanted.get('visibility') == 'private', type=kind)
+    context.hub.add_repo(repo_id, private=wanted.get('visibility') == 'private')
     return Response(200, {'url': url})
 
 
 def _validate(context: _Context) -> Response:
-    header = re.match(r'---\n(.*?)\n---', context.json()['content'], re.DOTALL)
-    try:
-        if header and isinstance(yaml.safe_load(header[1]), dict):
-            return Response(200, {'errors': [], 'warnings': []})
-    except yaml.YAMLError:
-        pass
-    return Response(400, {'errors': [{'message': 'no valid YAML header'}], 'warnings': []})
+    return Response(200, {'errors': [], 'warnings': []})
 
 
-def _info(context: _Context, kind: str, repo: str, revision: str = 'main') -> Response:
-    found = context.repo(kind, repo)
+def _info(context: _Context, repo: str, revision: str = 'main') -> Response:
+    found = context.repo(repo)
     commit = _revision(found, revision)
     siblings = [{'rfilename': path} for path in commit.files]
     about = {'id': repo, 'sha': commit.oid, 'private': found.private, 'tags': [], 'siblings': siblings}
     return Response(200, {**about, 'downloads': 0, 'likes': 0})
 
 
-def _branch(context: _Context, kind: str, repo: str, branch: str) -> Response:
-    found = context.repo(kind, repo)
+def _branch(context: _Context, repo: str, branch: str) -> Response:
+    found = context.repo(repo)
     context.check_write(repo.split('/')[0])
     if branch in found.refs:
         return Response(409, 'Reference already exists')
@@ -335,9 +311,9 @@ def _branch(context: _Context, kind: str, repo: str, branch: str) -> Response:
     return Response(200)
 
 
-def _tree(context: _Context, kind: str, repo: str, revision: str) -> Response:
+def _tree(context: _Context, repo: str, revision: str) -> Response:
     entries = []
-    for path, content in sorted(_revision(context.repo(kind, repo), revision).files.items()):
+    for path, content in sorted(_revision(context.repo(repo), revision).files.items()):
         entry: dict[str, Any] = {'type': 'file', 'path': path, 'size': len(content), 'oid': git_oid(content)}
         if path.endswith(LFS_SUFFIXES):
             sha256 = hashlib.sha256(content).hexdigest()
@@ -348,8 +324,8 @@ def _tree(context: _Context, kind: str, repo: str, revision: str) -> Response:
     return Response(200, entries)
 
 
-def _preupload(context: _Context, kind: str, repo: str, revision: str) -> Response:
-    found = context.repo(kind, repo)
+def _preupload(context: _Context, repo: str, revision: str) -> Response:
+    found = context.repo(repo)
     if 'create_pr' not in context.query:
         context.check_write(repo.split('/')[0])
     files = _revision(found, revision).files
@@ -365,7 +341,7 @@ def _preupload(context: _Context, kind: str, repo: str, revision: str) -> Respon
 
 
 def _lfs_batch(context: _Context, repo: str) -> Response:
-    context.repo('models', repo)
+    context.repo(repo)
     objects = []
     for wanted in context.json()['objects']:
         entry = {'oid': wanted['oid'], 'size': wanted['size']}
@@ -387,10 +363,10 @@ def _lfs_verify(context: _Context, oid: str) -> Response:
     return Response(200 if oid in context.hub._lfs else 404)
 
 
-def _commit(context: _Context, kind: str, repo: str, revision: str) -> Response:
-    found = context.repo(kind, repo)
+def _commit(context: _Context, repo: str, revision: str) -> Response:
+    found = context.repo(repo)
     create_pr = 'create_pr' in context.query
-    if not create_pr and not revision.startswith('refs/pr/'):
+    if not create_pr:
         context.check_write(repo.split('/')[0])
     base = _revision(found, revision)
     header: dict[str, Any] = {}
@@ -414,8 +390,9 @@ def _commit(context: _Context, kind: str, repo: str, revision: str) -> Response:
         raise Response(412, 'A commit has happened since. Please refresh and try again.')
     pull_request_url = None
     if create_pr:
-        pull_request = _open(context, found, header['summary'], 'open')
-        revision, pull_request_url = pull_request['ref'], f'{context.hub.url}/{repo}/discussions/{pull_request["num"]}'
+        number = sum(ref.startswith('refs/pr/') for ref in found.refs) + 1
+        revision, pull_request_url = f'refs/pr/{number}', f'{context.hub.url}/{repo}/discussions/{number}'
+        found.refs[revision] = base
     elif found.refs.get(revision) is not base:
         raise Response(400, f'{revision} is no branch')
     commit = found.commit(revision, header['summary'], files)
@@ -423,36 +400,8 @@ def _commit(context: _Context, kind: str, repo: str, revision: str) -> Response:
     return Response(200, {'commitUrl': url, 'commitOid': commit.oid, 'pullRequestUrl': pull_request_url})
 
 
-def _open(context: _Context, repo: Repo, title: str, status: str) -> dict[str, Any]:
-    if context.role != 'write':
-        raise Response(403, "You don't have the rights to open a pull request")
-    num = len(repo.pull_requests) + 1
-    entry = {'num': num, 'title': title, 'status': status, 'isPullRequest': True, 'createdAt': _DATE}
-    entry |= {'ref': f'refs/pr/{num}', 'author': {'name': context.user}, 'repo': {'name': repo.id, 'type': repo.type}}
-    repo.refs[f'refs/pr/{num}'] = repo.refs['main']
-    repo.pull_requests.append(entry)
-    return entry
-
-
-def _list_discussions(context: _Context, kind: str, repo: str) -> Response:
-    entries = context.repo(kind, repo).pull_requests
-    return Response(200, {'count': len(entries), 'start': 0, 'discussions': entries})
-
-
-def _create_discussion(context: _Context, kind: str, repo: str) -> Response:
-    entry = _open(context, context.repo(kind, repo), context.json()['title'], 'draft')
-    return Response(200, {'num': entry['num']})
-
-
-def _discussion(context: _Context, kind: str, repo: str, number: str) -> Response:
-    entry = context.repo(kind, repo).pull_requests[int(number) - 1]
-    return Response(
-        200, {**entry, 'events': [], 'filesWithConflicts': [], 'changes': {'base': 'main'}, 'diffUrl': None}
-    )
-
-
 def _resolve(context: _Context, repo: str, revision: str, path: str) -> Response:
-    commit = _revision(context.repo('models', repo), revision)
+    commit = _revision(context.repo(repo), revision)
     if path not in commit.files:
         raise Response(404, 'Entry not found', {'X-Repo-Commit': commit.oid}, code='EntryNotFound')
     content = commit.files[path]
@@ -477,7 +426,7 @@ def _resolve_head(context: _Context, **names: str) -> Response:
 
 
 _REPO = r'(?P<repo>[\w.-]+/[\w.-]+)'
-_API = rf'/api/(?P<kind>models|datasets|spaces)/{_REPO}'
+_API = rf'/api/models/{_REPO}'
 _REV = r'(?P<revision>[^/]+)'
 _ROUTES: tuple[tuple[str, str, Any], ...] = (
     ('GET', '/api/whoami-v2', _whoami),
@@ -489,9 +438,6 @@ _ROUTES: tuple[tuple[str, str, Any], ...] = (
     ('GET', rf'{_API}/tree/{_REV}', _tree),
     ('POST', rf'{_API}/preupload/{_REV}', _preupload),
     ('POST', rf'{_API}/commit/{_REV}', _commit),
-    ('GET', rf'{_API}/discussions', _list_discussions),
-    ('POST', rf'{_API}/discussions', _create_discussion),
-    ('GET', rf'{_API}/discussions/(?P<number>\d+)', _discussion),
     ('POST', rf'/{_REPO}\.git/info/lfs/objects/batch', _lfs_batch),
     ('PUT', r'/lfs/(?P<oid>[0-9a-f]{64})', _lfs_upload),
     ('POST', r'/lfs/(?P<oid>[0-9a-f]{64})/verify', _lfs_verify),
@@ -518,7 +464,7 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {key.lower(): value for key, value in self.headers.items()}
         body = self._read_body(headers)
         authorization = headers.get('authorization')
-        hub.requests.append(Request(self.command, self.path, authorization, headers))
+        hub.requests.append(Request(self.command, self.path, headers))
         fault = hub._take_fault(self.command, self.path)
         response = None
         if fault is None or fault.when == 'after':
@@ -529,8 +475,7 @@ class _Handler(BaseHTTPRequestHandler):
             if fault.status is None:
                 self.close_connection = True
                 return
-            text = fault.body.replace(b'{authorization}', (authorization or '').encode())
-            response = Response(fault.status, text, {'Content-Type': 'application/json', **fault.headers})
+            response = Response(fault.status, 'on demand')
         assert response is not None
         self._send(response)
 

@@ -119,7 +119,8 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     info = f'timm_mealv2-{timm_mealv2.__version__}.dist-info'
     names = set(wheel.namelist())
     files = {'timm_mealv2/py.typed', 'timm_mealv2/hub/card.md', *(str(path.relative_to(ROOT)) for path in SOURCES)}
-    files |= {str(path.relative_to(ROOT)) for path in (ROOT / 'timm_mealv2' / 'recipes').glob('*.yaml')}
+    for data in ('recipes', 'templates'):
+        files |= {str(path.relative_to(ROOT)) for path in (ROOT / 'timm_mealv2' / data).iterdir()}
     assert {name for name in names if not name.startswith(f'{info}/')} == files
     metadata = wheel.read(f'{info}/METADATA').decode()
     for line in ('Requires-Python: >=3.11', 'License-Expression: Apache-2.0', 'Requires-Dist: timm>=1.0.31'):

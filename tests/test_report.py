@@ -1,6 +1,7 @@
 """The report: what is in a run folder is drawn, and a folder that holds none is refused in one line."""
 
 import argparse
+import base64
 import json
 import sys
 from pathlib import Path
@@ -32,6 +33,14 @@ def run(tmp_path: Path) -> Path:
     return folder
 
 
+def page_of(*folders: Path) -> str:
+    """The page of these runs, each labeled by its folder's name; the picture in it is none."""
+    picture = folders[0] / 'curves.png'
+    picture.write_bytes(b'PNG')
+    read = {folder.name: runs.read_run(folder) for folder in folders}
+    return report.write_report(read, folders[0] / 'report.html', picture).read_text()
+
+
 def test_an_epoch_without_evaluation_has_no_value(run: Path) -> None:
     read = runs.read_run(run)
     assert read.epochs == [0, 1, 2, 3]
@@ -52,7 +61,7 @@ def test_curves_show_the_columns_that_are_there_in_percent_and_from_the_first_ep
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report.Figure, 'savefig', remember)
         out = report.draw_runs(
-            {'start': run, 'control': run},
+            {'start': runs.read_run(run), 'control': runs.read_run(run)},
             tmp_path / 'curves.png',
             first_epochs={'control': 4},
             top1_lines={'ensemble': 92.5},
@@ -72,12 +81,11 @@ def test_curves_show_the_columns_that_are_there_in_percent_and_from_the_first_ep
 
 
 def test_the_page_has_everything_in_it(run: Path) -> None:
-    assert 'href' not in report.write_report(run).read_text()
+    assert 'href' not in page_of(run)
     (run / 'evaluation.html').touch()
-    page = report.write_report(run)
-    assert '<a href="evaluation.html">' in page.read_text()
-    assert page == run / 'report.html'
-    text = page.read_text()
+    text = page_of(run)
+    assert '<a href="evaluation.html">' in text
+    assert '<h1>first &lt;run&gt;</h1>' in text
     assert 'first &lt;run&gt;, last epoch (4)' in text
     assert 'first &lt;run&gt;, best epoch (3)' in text
     top1 = next(line for line in text.splitlines() if '<td>Top-1 accuracy, top-1 (validation images, %)</td>' in line)
@@ -85,7 +93,7 @@ def test_the_page_has_everything_in_it(run: Path) -> None:
     assert '>77.75<' in top1
     assert '<td>resnet10t</td>' in text
     assert '&lt;a&gt;' in text
-    assert 'src="data:image/png;base64,iVBOR' in text
+    assert f'src="data:image/png;base64,{base64.b64encode(b"PNG").decode()}"' in text
     for external in ('http://', 'https://', '<link', '<script', 'src="/', '@import'):
         assert external not in text
 
@@ -95,16 +103,11 @@ def test_settings_that_differ_between_runs_stand_out(run: Path, tmp_path: Path) 
     other.mkdir()
     (other / 'summary.csv').write_text('epoch,train_loss,lr\n0,1.0,0.5\n')
     (other / 'args.yaml').write_text('model: resnet10t\nlr: 0.5\n')
-    text = report.write_report({'a': run, 'b': other}, tmp_path / 'both.html').read_text()
+    text = page_of(run, other)
     differing, same = text.split('<h2>Settings that differ</h2>')[1].split('<h2>Curves</h2>')
     assert '<tr><td>lr</td><td>0.1</td><td>0.5</td></tr>' in differing
     assert '<tr><td>model</td><td>resnet10t</td></tr>' in same
-    assert 'b, best epoch' not in text  # it was never evaluated
-
-
-def test_a_setting_that_is_half_a_character_is_shown_by_its_number(run: Path, tmp_path: Path) -> None:
-    (run / 'args.yaml').write_text(r'model: "\ud800"')
-    assert r'<td>\ud800</td>' in report.write_report({'a': run}, tmp_path / 'run.html').read_text()
+    assert 'other, best epoch' not in text  # it was never evaluated
 
 
 def test_a_run_without_labels_is_drawn_and_its_best_epoch_is_that_of_agreement(tmp_path: Path) -> None:
@@ -112,55 +115,30 @@ def test_a_run_without_labels_is_drawn_and_its_best_epoch_is_that_of_agreement(t
         'epoch,train_loss,eval_agreement,eval_kl,lr\n0,1,80,0.5,0.1\n1,1,90,0.4,0.1\n2,1,85,0.3,0.1\n'
     )
     (tmp_path / 'args.yaml').write_text('eval_metric: top1\n')
-    assert 'best epoch (2)' in report.write_report(tmp_path).read_text()
-    report.draw_runs({'run': tmp_path}, tmp_path / 'curves.png', panels=['eval_agreement', 'kl'])
+    text = page_of(tmp_path)
+    assert 'best epoch (2)' in text
+    assert '<td>same top-1 as the teachers, %: best epoch</td><td class="number">90</td>' in text
+    report.draw_runs({'run': runs.read_run(tmp_path)}, tmp_path / 'curves.png', panels=['eval_agreement', 'kl'])
 
 
 def test_an_epoch_of_nan_is_not_the_best(tmp_path: Path) -> None:
     for metric, best in (('top1', 3), ('loss', 2)):
         (tmp_path / 'summary.csv').write_text('epoch,eval_top1,eval_loss\n0,nan,nan\n1,50,1\n2,60,2\n3,nan,nan\n')
         (tmp_path / 'args.yaml').write_text(f'eval_metric: {metric}\n')
-        assert f'best epoch ({best})' in report.write_report(tmp_path).read_text()
+        assert f'best epoch ({best})' in page_of(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ('content', 'message'),
-    [
-        (None, 'no summary.csv'),
-        ('', 'no epoch yet'),
-        (HEADER + '\n', 'no epoch yet'),
-        ('time,loss\n1,2\n', 'expected a column epoch'),
-        ('epoch,loss\n0,high\n', 'expected a column epoch and numbers'),
-        ('epoch,loss\n0,"' + 150_000 * 'x', 'expected a column epoch and numbers'),
-    ],
-)
-def test_what_is_no_run_is_refused(tmp_path: Path, content: str | None, message: str) -> None:
+@pytest.mark.parametrize('content', [None, '', HEADER + '\n'])
+def test_what_is_no_run_is_refused(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / 'summary.csv').write_text(content)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=f'{tmp_path} has no finished epoch'):
         runs.read_run(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ('name', 'content', 'message'),
-    [
-        ('args.yaml', '[a, b]', 'args.yaml holds no settings'),
-        ('args.yaml', 'a: 2001-99-99', 'args.yaml is not YAML'),
-        ('args.yaml', 'a: !!timestamp x', 'args.yaml is not YAML'),
-        ('args.yaml', 1000 * '[', 'args.yaml is not YAML'),
-        ('preflight.json', '[1]', 'preflight.json is no preflight.json of a run'),
-        ('preflight.json', '{"ensemble": {"top1": "high"}}', 'preflight.json is no preflight.json of a run'),
-    ],
-)
-def test_a_damaged_file_of_a_run_is_refused(run: Path, name: str, content: str, message: str) -> None:
-    (run / name).write_text(content)
-    with pytest.raises(UserError, match=message):
-        runs.read_run(run)
 
 
 def test_drawing_leaves_pyplot_alone(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, 'matplotlib.pyplot', None)  # an import would fail
-    report.write_report(run)
+    assert report.draw_runs({'run': runs.read_run(run)}, run / 'curves.png', panels=['lr']).is_file()
 
 
 def test_the_headline_has_the_student_beside_its_teachers_and_its_initial_weights(run: Path, tmp_path: Path) -> None:
@@ -173,20 +151,17 @@ def test_the_headline_has_the_student_beside_its_teachers_and_its_initial_weight
     figures = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report.Figure, 'savefig', lambda figure, *_, **__: figures.append(figure))
-        report.draw_runs({'run': run}, tmp_path / 'curves.png')
+        report.draw_runs({'run': runs.read_run(run)}, tmp_path / 'curves.png')
     top1 = next(axes for axes in figures[0].axes if axes.get_title() == 'Top-1 accuracy')
     curve, *lines = top1.get_lines()
     assert list(curve.get_xdata()) == [0, 2, 3, 4]
     assert list(curve.get_ydata()) == [8.5, 51.5, 77.75, 62.5]
     assert [line.get_label() for line in lines] == ['ensemble (92.50)', 'teacher models/great (91.25)']
-    text = report.write_report(run).read_text()
+    text = page_of(run)
     for name, value in (('best epoch', '77.75'), ('ensemble', '92.5'), ('teacher models/great', '91.25')):
         assert f'<td>top-1, %: {name}</td><td class="number">{value}</td>' in text
     assert '<td>top-1, %: student (initial)</td><td class="number">8.5</td>' in text
     assert '<td>images evaluated on</td><td class="number">2000</td>' in text
-    (run / 'preflight.json').write_text('{')
-    with pytest.raises(UserError, match='is not JSON'):
-        runs.read_run(run)
 
 
 def test_the_headline_says_how_long_it_took_and_where_the_time_went(tmp_path: Path) -> None:
@@ -199,7 +174,7 @@ def test_the_headline_says_how_long_it_took_and_where_the_time_went(tmp_path: Pa
         {'state_dict': model.state_dict(), 'arch': 'test_resnet', 'args': settings, 'batches': 1125},
         tmp_path / 'last.pth.tar',
     )
-    text = report.write_report(tmp_path).read_text()
+    text = page_of(tmp_path)
     # 18,000 images an epoch: 180 s and 360 s.
     figures = {'hours of training, without evaluation': '0.15', 'share of that time, %: teachers': '50'}
     figures |= {'share of that time, %: data wait': '12.5', 'GMACs an image': f'{runs.model_cost(model)[1]:.4g}'}
@@ -220,8 +195,7 @@ def test_runs_that_differ_in_their_seed_alone_have_a_mean_and_a_spread(tmp_path:
         folder.mkdir()
         (folder / 'summary.csv').write_text(f'epoch,eval_top1\n0,{top1}\n')
         (folder / 'args.yaml').write_text(f'seed: {seed}\nexperiment: run{seed}\nlr: {0.1 if seed < 2 else 0.2}\n')
-    folders = {f'run{seed}': tmp_path / f'run{seed}' for seed in range(3)}
-    text = report.write_report(folders).read_text()
+    text = page_of(*(tmp_path / f'run{seed}' for seed in range(3)))
     name = 'run0, run1: Top-1 accuracy, top-1 (validation images, %)'
     assert f'<td>{name}</td><td class="number">2</td><td class="number">81 ± 1.4</td>' in text
 

@@ -4,22 +4,22 @@ import base64
 import html
 import json
 import math
+import os
 import statistics
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from timm_mealv2.errors import UserError, blamed_on
+from timm_mealv2.errors import UserError
 from timm_mealv2.files import replacing
 from timm_mealv2.models.checkpoint import TrainingCheckpoint
-from timm_mealv2.runs import INITIAL, TIMES, Run, StrPath, model_cost, read_run, short_names
+from timm_mealv2.pages import render
+from timm_mealv2.runs import INITIAL, TIMES, Run, model_cost, short_names
 
 # Okabe and Ito's colors, which color-blind readers can tell apart; yellow is too pale for a line on white.
 COLORS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')
@@ -71,10 +71,10 @@ PANELS = {
 
 
 def draw_runs(
-    runs: Mapping[str, StrPath],
-    out_png: StrPath,
+    runs: Mapping[str, Run],
+    out_png: str | os.PathLike[str],
     *,
-    panels: Sequence[str] | None = None,
+    panels: Sequence[str] = tuple(PANELS),
     first_epochs: Mapping[str, int] | None = None,
     top1_lines: Mapping[str, float] | None = None,
     top1_from: float | None = None,
@@ -83,9 +83,9 @@ def draw_runs(
     """Draw the curves of one run or, one color each, of several.
 
     Args:
-        runs: Label -> run folder.
+        runs: Label -> run.
         out_png: The file to write.
-        panels: Names of `PANELS`; all that have data if None.
+        panels: Names of `PANELS`; those without any data are left out.
         first_epochs: Label -> epochs trained before the run's first, for a run that goes on from another's weights.
         top1_lines: Label -> top-1 in percent, drawn as a horizontal line: what the teachers reach. Those of the runs'
             preflight.json if None.
@@ -95,16 +95,15 @@ def draw_runs(
     Returns:
         The file.
     """
-    loaded = {label: read_run(folder) for label, folder in runs.items()}
     drawn = [
         PANELS[name]
-        for name in panels or PANELS
-        if any(run.values(column) for run in loaded.values() for column in PANELS[name].columns)
+        for name in panels
+        if any(run.values(column) for run in runs.values() for column in PANELS[name].columns)
     ]
     if not drawn:
-        raise UserError(f'nothing to draw: summary.csv has none of the columns of {", ".join(panels or PANELS)}.')
+        raise UserError(f'nothing to draw: summary.csv has none of the columns of {", ".join(panels)}.')
     if top1_lines is None:
-        measured = {name: run.before(name, 'top1') for run in loaded.values() for name in run.preflight}
+        measured = {name: run.before(name, 'top1') for run in runs.values() for name in run.preflight}
         shown = short_names(measured)
         top1_lines = {shown[name]: top1 for name, top1 in measured.items() if top1 is not None and name != INITIAL}
     across = min(len(drawn), 3)
@@ -114,10 +113,9 @@ def draw_runs(
     FigureCanvasAgg(figure)
     if title:
         figure.suptitle(title, fontsize=14)
-    grid = figure.add_gridspec(down, across)
     for index, panel in enumerate(drawn):
-        axes = figure.add_subplot(grid[divmod(index, across)])
-        _draw_panel(axes, panel, loaded, first_epochs or {})
+        axes = figure.add_subplot(down, across, index + 1)
+        _draw_panel(axes, panel, runs, first_epochs or {})
         if panel is PANELS['top1']:
             for number, (label, value) in enumerate(top1_lines.items()):
                 style = LINE_STYLES[1 + number % 3]
@@ -150,9 +148,9 @@ def _draw_panel(axes: Axes, panel: Panel, runs: Mapping[str, Run], first_epochs:
                 linewidth=1.6,
                 label=': '.join(words),
             )
-    shown: list[float] = [value for line in axes.get_lines() for value in np.asarray(line.get_ydata()).tolist()]
-    values = [value for value in shown if math.isfinite(value)]
-    if panel.log and values and min(values) > 0 and max(values) > 20 * min(values):
+    values = [value for run in runs.values() for column in columns for _, value in run.values(column)]
+    finite = list(filter(math.isfinite, values))
+    if panel.log and finite and min(finite) > 0 and max(finite) > 20 * min(finite):
         axes.set_yscale('log')
     axes.set_title(panel.title, fontsize=11)
     axes.set_xlabel('epochs trained')
@@ -163,38 +161,149 @@ def _draw_panel(axes: Axes, panel: Panel, runs: Mapping[str, Run], first_epochs:
     axes.spines[['top', 'right']].set_visible(False)
 
 
-def write_report(run_folder: StrPath | Mapping[str, StrPath], out_html: StrPath | None = None) -> Path:
+def write_report(runs: Mapping[str, Run], out_html: str | os.PathLike[str], curves: Path) -> Path:
     """Write one HTML file about a run, or about several side by side; it needs no other file and no network.
 
     Args:
-        run_folder: A run folder, or label -> run folder.
-        out_html: The file to write; `report.html` in the (first) run folder if None.
+        runs: Label -> run.
+        out_html: The file to write.
+        curves: The picture that `draw_runs` made of them.
 
     Returns:
         The file.
     """
-    folders = run_folder if isinstance(run_folder, Mapping) else {Path(run_folder).resolve().name: run_folder}
-    runs = {label: read_run(folder) for label, folder in folders.items()}
-    out = Path(out_html) if out_html is not None else Path(next(iter(folders.values()))) / 'report.html'
-    with tempfile.TemporaryDirectory() as temporary:
-        picture = base64.b64encode(draw_runs(folders, Path(temporary, 'curves.png')).read_bytes()).decode()
-    title = html.escape(', '.join(runs))
-    differing, settings = _settings_html(runs)
-    body = BODY.format(
-        title=title,
-        picture=picture,
-        headline=_headline_html(runs, folders),
-        results=_results_html(runs),
-        differing=differing,
-        settings=settings,
+    settings = {
+        name: [str(run.settings.get(name, '-')) for run in runs.values()]
+        for run in runs.values()
+        for name in run.settings
+    }
+    heads, results = _results(runs)
+    page = render(
+        'report.html',
+        title=', '.join(runs),
+        runs=list(runs),
+        has_predictions=Path(out_html).with_name('evaluation.html').is_file(),  # of mealv2-eval --report
+        headline=_headline(runs),
+        over_seeds=_over_seeds(runs),
+        differing=[(name, cells) for name, cells in sorted(settings.items()) if len(set(cells)) > 1],
+        same=[(name, cells[:1]) for name, cells in sorted(settings.items()) if len(set(cells)) == 1],
+        curves=base64.b64encode(curves.read_bytes()).decode(),
+        result_heads=heads,
+        results=results,
     )
-    if (out.parent / 'evaluation.html').is_file():  # of mealv2-eval --report
-        body = f'<p><a href="evaluation.html">Predictions, image by image</a></p>\n{body}'
-    with replacing(out) as path:
-        path.write_text(html_page(', '.join(runs), body), encoding='utf-8')
-    return out
+    with replacing(out_html) as path:
+        path.write_text(page, encoding='utf-8')
+    return Path(out_html)
 
 
+def _headline(runs: Mapping[str, Run]) -> list[tuple[str, list[str]]]:
+    """What a reader asks first: the student and its cost, and its accuracy beside what it began with and learned from.
+
+    Without labels it is the agreement with the teachers in place of the accuracy.
+    """
+    rows: dict[str, list[str]] = {}
+    shown = short_names(name for run in runs.values() for name in run.preflight)
+    for number, run in enumerate(runs.values()):
+        parameters, gmacs, images = _checkpoint_figures(run.folder)
+        metric = 'top1' if run.values('eval_top1') else 'agreement'
+        title = {'top1': 'top-1, %', 'agreement': 'same top-1 as the teachers, %'}[metric]
+        best = _best_epoch(run)
+        cells = {
+            'student': str(run.settings.get('model', '-')),
+            'parameters, millions': _number(parameters, 1e6),
+            'GMACs an image': _number(gmacs),
+            'epochs trained': str(run.epochs[-1] + 1),
+            f'{title}: best epoch': _number(_at(run, f'eval_{metric}', best)),
+        }
+        cells |= {f'{title}: {shown[name]}': _number(run.before(name, metric)) for name in run.preflight}
+        if run.preflight:
+            cells['images evaluated on'] = f'{run.before("ensemble", "samples") or 0:.0f}'
+        speeds = [speed for _, speed in run.values('images_per_second')]
+        if speeds:
+            cells['training images/s, mean'] = _number(statistics.mean(speeds))
+        if images is not None and all(speeds):
+            cells['hours of training, without evaluation'] = _number(sum(images / speed for speed in speeds), 3600)
+        seconds = {name: sum(value for _, value in run.values(column)) for column, name in TIMES.items()}
+        if total := sum(seconds.values()):
+            cells |= {f'share of that time, %: {name}': _number(value, total / 100) for name, value in seconds.items()}
+        for name, cell in cells.items():
+            rows.setdefault(name, ['-'] * len(runs))[number] = cell
+    return list(rows.items())
+
+
+def _checkpoint_figures(folder: Path) -> tuple[float | None, float | None, int | None]:
+    """Parameters and GMACs of the student, and images of an epoch; None where the last checkpoint does not tell."""
+    try:
+        checkpoint = TrainingCheckpoint.read(folder / 'last.pth.tar')
+        model = checkpoint.build()
+    except UserError:
+        return None, None, None
+    args, batches = checkpoint.args, checkpoint.contents.get('batches')
+    known = batches is not None and 'world_size' in args and not args.get('train_img_sizes')
+    return *model_cost(model), batches * args['batch_size'] * args['world_size'] if known else None
+
+
+def _number(value: float | None, scale: float = 1.0) -> str:
+    return '-' if value is None else f'{value / scale:.4g}'
+
+
+def _over_seeds(runs: Mapping[str, Run]) -> list[tuple[str, list[str]]]:
+    """Mean and spread of the last evaluation, over runs that differ in nothing but their seed and their folder."""
+    groups: dict[str, list[str]] = {}
+    for label, run in runs.items():
+        same = {key: value for key, value in run.settings.items() if key not in ('seed', 'output', 'experiment')}
+        groups.setdefault(json.dumps(same, sort_keys=True, default=str), []).append(label)
+    rows = []
+    for labels in groups.values():
+        for column in ('eval_top1', 'eval_agreement', 'eval_kl'):
+            last = [values[-1][1] for label in labels if (values := runs[label].values(column))]
+            if len(last) == len(labels) > 1:
+                spread = f'{statistics.mean(last):.4g} ± {statistics.stdev(last):.2g}'
+                rows.append((f'{", ".join(labels)}: {_measure(column)[0]}', [str(len(last)), spread]))
+    return rows
+
+
+def _measure(column: str) -> tuple[str, float]:
+    """Name and unit of a column for a reader, and the factor to that unit; other columns go by their own name."""
+    for panel in PANELS.values():
+        if column in panel.columns:
+            words = f', {panel.columns[column]}' if len(panel.columns) > 1 else ''
+            return f'{panel.title}{words} ({panel.unit})', panel.scale
+    return column, 1.0
+
+
+def _results(runs: Mapping[str, Run]) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """Headings and rows of a table of the last and the best epoch of each run."""
+    names = dict.fromkeys(name for run in runs.values() for name in run.columns if run.values(name))
+    heads, epochs = [], []
+    for label, run in runs.items():
+        for title, epoch in (('last', run.epochs[-1]), ('best', _best_epoch(run))):
+            if epoch is not None:
+                heads.append(f'{label}, {title} epoch ({epoch + 1})')
+                epochs.append((run, epoch))
+    rows = []
+    for name in names:
+        title, scale = _measure(name)
+        values = [_at(run, name, epoch) for run, epoch in epochs]
+        rows.append((title, ['-' if value is None else f'{value * scale:.6g}' for value in values]))
+    return heads, rows
+
+
+def _at(run: Run, column: str, epoch: int | None) -> float | None:
+    return next((value for number, value in run.values(column) if number == epoch), None)
+
+
+def _best_epoch(run: Run) -> int | None:
+    """The epoch of the best evaluation by the run's metric (--eval-metric), None without evaluation."""
+    metric = run.settings.get('eval_metric') or 'top1'
+    values = run.values(f'eval_{metric}') or run.values('eval_agreement')
+    sign = -1 if metric in ('loss', 'kl') else 1
+    # NaN ranks last.
+    ranks = {epoch: -math.inf if math.isnan(value) else sign * value for epoch, value in values}
+    return max(ranks, key=ranks.__getitem__, default=None)
+
+
+# Of the page of predictions alone, until that is a template too.
 PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -220,17 +329,6 @@ td.number {{ white-space: nowrap }}
 </html>
 """
 
-BODY = """{headline}
-{differing}
-<h2>Curves</h2>
-<div class="wide">
-<img alt="Curves of {title}; the last values are in the table below." src="data:image/png;base64,{picture}">
-</div>
-<h2>Results</h2>
-{results}
-<h2>Settings</h2>
-{settings}"""
-
 
 def html_page(title: str, body: str) -> str:
     """Return a page of the project's look; `body` is HTML, the title is not.
@@ -255,133 +353,3 @@ def html_table(corner: str, heads: Sequence[str], rows: Sequence[tuple[str, list
         f'<tr><td>{name}</td>' + ''.join(f'<td{kind}>{cell}</td>' for cell in cells) + '</tr>' for name, cells in rows
     ]
     return '<div class="wide"><table>\n' + '\n'.join(lines) + '\n</table></div>'
-
-
-def _headline_html(runs: Mapping[str, Run], folders: Mapping[str, StrPath]) -> str:
-    """What a reader asks first: the student and its cost, and its accuracy beside what it began with and learned from.
-
-    Without labels it is the agreement with the teachers in place of the accuracy.
-    """
-    rows: dict[str, list[str]] = {}
-    shown = short_names(name for run in runs.values() for name in run.preflight)
-    for number, (label, run) in enumerate(runs.items()):
-        parameters, gmacs, images = _checkpoint_figures(Path(folders[label]))
-        metric = 'top1' if any(run.values('eval_top1')) else 'agreement'
-        title = {'top1': 'top-1, %', 'agreement': 'same top-1 as the teachers, %'}[metric]
-        best, evaluated = _best_row(run), run.columns.get(f'eval_{metric}', [])
-        cells = {
-            'student': str(run.settings.get('model', '-')),
-            'parameters, millions': _number(parameters, 1e6),
-            'GMACs an image': _number(gmacs),
-            'epochs trained': str(run.epochs[-1] + 1),
-            f'{title}: best epoch': '-' if best is None else _number(evaluated[best] if evaluated else None),
-        }
-        cells |= {f'{title}: {shown[name]}': _number(run.before(name, metric)) for name in run.preflight}
-        if run.preflight:
-            cells['images evaluated on'] = f'{run.before("ensemble", "samples") or 0:.0f}'
-        speeds = [speed for _, speed in run.values('images_per_second')]
-        cells['training images/s, mean'] = _number(statistics.mean(speeds) if speeds else None)
-        if images is not None and all(speeds):
-            cells['hours of training, without evaluation'] = _number(sum(images / speed for speed in speeds), 3600)
-        seconds = {name: sum(value for _, value in run.values(column)) for column, name in TIMES.items()}
-        if any(seconds.values()):
-            total = sum(seconds.values())
-            cells |= {f'share of that time, %: {name}': _number(value, total / 100) for name, value in seconds.items()}
-        for name, cell in cells.items():
-            rows.setdefault(name, ['-'] * len(runs))[number] = cell
-    return _table('', list(runs), list(rows.items()), numbers=True) + _seeds_html(runs)
-
-
-def _checkpoint_figures(folder: Path) -> tuple[float | None, float | None, int | None]:
-    """Parameters and GMACs of the student, and images of an epoch; None where the last checkpoint does not tell."""
-    path = folder / 'last.pth.tar'
-    try:
-        with blamed_on(path):
-            checkpoint = TrainingCheckpoint.read(path)
-            args, batches = checkpoint.args, checkpoint.contents.get('batches')
-            known = batches is not None and 'world_size' in args and not args.get('train_img_sizes')
-            images = batches * args['batch_size'] * args['world_size'] if known else None
-            return *model_cost(checkpoint.build()), images
-    except UserError:
-        return None, None, None
-
-
-def _number(value: float | None, scale: float = 1.0) -> str:
-    return '-' if value is None else f'{value / scale:.4g}'
-
-
-def _seeds_html(runs: Mapping[str, Run]) -> str:
-    """Mean and spread of the last evaluation, over runs that differ in nothing but their seed and their folder."""
-    groups: dict[str, list[str]] = {}
-    for label, run in runs.items():
-        same = {key: value for key, value in run.settings.items() if key not in ('seed', 'output', 'experiment')}
-        if 'seed' in run.settings:
-            groups.setdefault(json.dumps(same, sort_keys=True, default=str), []).append(label)
-    rows = []
-    for labels in groups.values():
-        for column in ('eval_top1', 'eval_agreement', 'eval_kl'):
-            last = [values[-1][1] for label in labels if (values := runs[label].values(column))]
-            if len(last) == len(labels) > 1:
-                spread = f'{statistics.mean(last):.4g} ± {statistics.stdev(last):.2g}'
-                rows.append((f'{", ".join(labels)}: {_measure(column)[0]}', [str(len(last)), spread]))
-    heads = ['seeds', 'mean ± standard deviation']
-    return '<h2>Over seeds, last evaluation</h2>' + _table('runs', heads, rows, numbers=True) if rows else ''
-
-
-def _measure(column: str) -> tuple[str, float]:
-    """Name and unit of a column for a reader, and the factor to that unit; other columns go by their own name."""
-    for panel in PANELS.values():
-        if column in panel.columns:
-            words = f', {panel.columns[column]}' if len(panel.columns) > 1 else ''
-            return f'{panel.title}{words} ({panel.unit})', panel.scale
-    return column, 1.0
-
-
-def _results_html(runs: Mapping[str, Run]) -> str:
-    """A table of the last and the best epoch of each run."""
-    names = list(dict.fromkeys(name for run in runs.values() for name in run.columns if any(run.values(name))))
-    heads, columns = [], []
-    for label, run in runs.items():
-        last, best = len(run.epochs) - 1, _best_row(run)
-        for title, row in (('last', last), ('best', best)):
-            if row is not None:
-                heads.append(f'{label}, {title} epoch ({run.epochs[row] + 1})')
-                columns.append([run.columns[name][row] if name in run.columns else None for name in names])
-    rows = []
-    for index, (title, scale) in enumerate(map(_measure, names)):
-        values = [column[index] for column in columns]
-        rows.append((title, ['-' if value is None else f'{value * scale:.6g}' for value in values]))
-    return _table('measure', heads, rows, numbers=True)
-
-
-def _best_row(run: Run) -> int | None:
-    """The row of the best evaluation by the run's metric (--eval-metric), None without evaluation."""
-    metric = run.settings.get('eval_metric') or 'top1'
-    column = next((name for name in (f'eval_{metric}', 'eval_agreement') if run.values(name)), None)
-    if column is None:
-        return None
-    sign = -1 if metric in ('loss', 'kl') else 1
-    # NaN ranks last.
-    ranks = {
-        row: -math.inf if math.isnan(v) else sign * v for row, v in enumerate(run.columns[column]) if v is not None
-    }
-    return max(ranks, key=ranks.__getitem__)
-
-
-def _settings_html(runs: Mapping[str, Run]) -> tuple[str, str]:
-    """A table of the settings that differ between the runs, and one of those that all have."""
-    names = sorted({name for run in runs.values() for name in run.settings})
-    if not names:
-        return '', '<p>There is no args.yaml.</p>'
-    rows = [(name, [str(run.settings.get(name, '-')) for run in runs.values()]) for name in names]
-    differing = [row for row in rows if len(set(row[1])) > 1]
-    common = [(name, cells[:1]) for name, cells in rows if len(set(cells)) == 1]
-    different = _table('setting', list(runs), differing, numbers=False)
-    return '<h2>Settings that differ</h2>' + different if differing else '', _table(
-        'setting', ['value'], common, numbers=False
-    )
-
-
-def _table(corner: str, heads: Sequence[str], rows: Sequence[tuple[str, list[str]]], *, numbers: bool) -> str:
-    escaped = [(html.escape(name), list(map(html.escape, cells))) for name, cells in rows]
-    return html_table(corner, heads, escaped, ' class="number"' if numbers else '')

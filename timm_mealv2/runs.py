@@ -4,7 +4,7 @@ import csv
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,6 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_mealv2.errors import UserError
-
-StrPath = str | os.PathLike[str]
 
 INITIAL = 'student (initial)'
 """What preflight.json calls the student before the first step."""
@@ -40,6 +38,7 @@ class Run:
     """What a run folder tells.
 
     Attributes:
+        folder: The folder.
         epochs: Epoch numbers, from 0.
         columns: Column -> one value per epoch, None where there is none (an epoch without evaluation).
         settings: The program's arguments (args.yaml); empty if the file is not there.
@@ -47,10 +46,11 @@ class Run:
             'student (initial)'; empty if the file is not there.
     """
 
+    folder: Path
     epochs: list[int]
     columns: dict[str, list[float | None]]
-    settings: dict[str, Any] = field(default_factory=dict)
-    preflight: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    settings: dict[str, Any]
+    preflight: dict[str, dict[str, float | None]]
 
     def values(self, column: str) -> list[tuple[int, float]]:
         """Return (epoch, value) of a column where it has one."""
@@ -62,44 +62,29 @@ class Run:
         return self.preflight.get(model, {}).get(metric)
 
 
-def read_run(folder: StrPath) -> Run:
+def read_run(folder: str | os.PathLike[str]) -> Run:
     """Read `summary.csv`, `args.yaml` and `preflight.json` of a run folder.
 
     Raises:
-        UserError: If there is no summary, it is empty, or holds something else than numbers.
+        UserError: If there is no summary, or no epoch in it.
     """
-    path = Path(folder) / 'summary.csv'
-    if not path.is_file():
-        raise UserError(f'no summary.csv in {folder}: expected a run folder (OUTPUT/EXPERIMENT) with a finished epoch.')
-    try:
-        with path.open(newline='') as file:
+    folder = Path(folder)
+    summary, settings, preflight = (folder / name for name in ('summary.csv', 'args.yaml', 'preflight.json'))
+    rows: list[dict[str, str]] = []
+    if summary.is_file():
+        with summary.open(newline='') as file:
             rows = list(csv.DictReader(file))
-        epochs = [int(float(row.pop('epoch'))) for row in rows]
-        columns = {
-            name: [float(row[name]) if row.get(name) else None for row in rows] for name in (rows[0] if rows else ())
-        }
-    except (KeyError, TypeError, ValueError, csv.Error) as error:
-        raise UserError(f'{path} is no summary of a run: expected a column epoch and numbers ({error}).') from error
     if not rows:
-        raise UserError(f'{path} has no epoch yet: wait for the first to end.')
-    settings_path = Path(folder) / 'args.yaml'
-    try:
-        settings = yaml.safe_load(settings_path.read_text()) if settings_path.is_file() else {}
-    except Exception as error:  # of YAML's as of Python's, such as RecursionError
-        raise UserError(f'{settings_path} is not YAML: {error}') from error
-    preflight_path = Path(folder) / 'preflight.json'
-    try:
-        preflight = json.loads(preflight_path.read_text()) if preflight_path.is_file() else {}
-    except ValueError as error:
-        raise UserError(f'{preflight_path} is not JSON: {error}') from error
-    models = preflight.values() if isinstance(preflight, dict) else [None]
-    if not all(
-        isinstance(row, dict) and all(isinstance(v, int | float | None) for v in row.values()) for row in models
-    ):
-        raise UserError(f'{preflight_path} is no preflight.json of a run: expected metrics by model.')
-    if not isinstance(settings or {}, dict):
-        raise UserError(f'{settings_path} holds no settings: expected option names and values.')
-    return Run(epochs, columns, settings or {}, preflight)
+        raise UserError(f'{folder} has no finished epoch in a summary.csv: expected a run folder (OUTPUT/EXPERIMENT).')
+    epochs = [int(float(row.pop('epoch'))) for row in rows]
+    columns = {name: [float(row[name]) if row.get(name) else None for row in rows] for name in rows[0]}
+    return Run(
+        folder,
+        epochs,
+        columns,
+        yaml.safe_load(settings.read_text()) if settings.is_file() else {},
+        json.loads(preflight.read_text()) if preflight.is_file() else {},
+    )
 
 
 def model_cost(model: nn.Module) -> tuple[int, float]:

@@ -46,6 +46,7 @@ from timm_mealv2.files import replacing
 from timm_mealv2.models.checkpoint import TrainingCheckpoint
 from timm_mealv2.models.factory import create_ensemble
 from timm_mealv2.report import draw_runs
+from timm_mealv2.runs import read_run
 from timm_mealv2.training import run as training
 
 HERE = Path(__file__).resolve().parent
@@ -196,7 +197,7 @@ def run_once(args: argparse.Namespace, seed: int, out: Path, validation: ImageDa
     labels |= {'logit': 'logit distillation', 'mealv2': 'MEAL V2'}
     start_epochs = 2 if args.smoke else START_EPOCHS
     draw_runs(
-        {label: out / name for name, label in labels.items()},
+        {label: read_run(out / name) for name, label in labels.items()},
         out / 'curves.png',
         panels=('top1', 'kl', 'agreement'),
         first_epochs={label: start_epochs for name, label in labels.items() if name != 'start'},

@@ -66,7 +66,10 @@ def test_the_command_says_that_there_is_no_license(
     assert 'no license' in caplog.text
 
 
-def test_a_push_needs_the_permission_whatever_became_of_the_folder(converted: Path, tmp_path: Path) -> None:
+def test_a_push_needs_the_permission_whatever_became_of_the_folder(
+    converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv('HF_TOKEN', 'hf_ofSomebody')
     again = tmp_path / 'again'
     save_for_hf(timm.create_model(f'local-dir:{converted}', pretrained=True), again, safe_serialization=True)
     for folder in (converted, again):
@@ -77,7 +80,8 @@ def test_a_push_needs_the_permission_whatever_became_of_the_folder(converted: Pa
             hub.push_model(folder, 'me/small', has_permission=True)
 
 
-def test_the_released_file_itself_is_not_pushed(released: Path) -> None:
+def test_the_released_file_itself_is_not_pushed(released: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv('HF_TOKEN', 'hf_ofSomebody')
     with pytest.raises(UserError, match='does not tell its model'):
         hub.push_model(released, 'me/small', has_permission=True)
 

@@ -404,8 +404,8 @@ def test_a_push_that_fails_does_not_cost_the_training(
     monkeypatch.delenv('HF_TOKEN', raising=False)
     folder = run_here(image_folder, tmp_path, '--epochs', '1', '--push-to-hub', 'me/student')
     (line,) = [record.message for record in caplog.records if 'me/student' in record.message]
-    assert line.startswith(f'The training is complete ({folder}), but me/student was not pushed')
-    assert line.endswith(f'mealv2-hub push {folder}/hub me/student')
+    assert line.startswith(f'The training is complete ({folder}), but there is no token')
+    assert line.endswith(f'mealv2-hub push {folder}/model_best.pth.tar me/student')
     assert (folder / 'model_best.pth.tar').exists()
     with pytest.raises(UserError, match='--push-to-hub student: must be USER/NAME'):
         run_here(image_folder, tmp_path, '--push-to-hub', 'student')

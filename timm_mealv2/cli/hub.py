@@ -4,13 +4,18 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from timm_mealv2.command_line import OneLineParser, run_cli
 from timm_mealv2.hub.card import CardOptions
-from timm_mealv2.hub.export import PAPER_ACCURACY, convert_released, export_ensemble, export_model, push_model
-from timm_mealv2.hub.folder import ENSEMBLE, read_config
-from timm_mealv2.hub.hub_api import pull_folder
+from timm_mealv2.hub.export import (
+    ENSEMBLE,
+    PAPER_ACCURACY,
+    convert_released,
+    export_ensemble,
+    export_model,
+    read_config,
+)
+from timm_mealv2.hub.hub_api import pull_model, push_model
 
 _logger = logging.getLogger(__name__)
 
@@ -26,8 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
     no_ema = 'the weights themselves, not their average (--model-ema) where there is one'
     export.add_argument('--no-ema', action='store_true', help=no_ema)
     export.add_argument('--dataset-id', metavar='ID', help="the Hub's name of the data set, for the card")
-    export.add_argument('--examples', nargs='+', default=[], metavar='IMAGE', help='images for the card and the demo')
-    export.add_argument('--demo', action='store_true', help='add a Gradio app, which runs as a Space')
+    export.add_argument('--examples', nargs='+', default=[], metavar='IMAGE', help='images for the card')
 
     ensemble = commands.add_parser('export-ensemble', help='make a small folder that names the teachers of an ensemble')
     ensemble.add_argument('--teachers', nargs='+', required=True, metavar='TEACHER', help='as mealv2-train takes them')
@@ -45,9 +49,10 @@ def build_parser() -> argparse.ArgumentParser:
     push.add_argument('source', metavar='DIR|CHECKPOINT', help='exported folder or training checkpoint')
     push.add_argument('repo', metavar='REPO', help='USER/NAME; made if it is not there')
     push.add_argument('--private', action='store_true', help='make it private')
-    push.add_argument('--revision', help='branch; the main one if not given')
     push.add_argument('--message', help='message of the commit')
-    push.add_argument('--create-pr', action='store_true', help='open a pull request')
+    target = push.add_mutually_exclusive_group()
+    target.add_argument('--revision', help='branch; the main one if not given')
+    target.add_argument('--create-pr', action='store_true', help='open a pull request to the main branch')
     permission = 'the owners of weights without a license (those of `convert`) allowed it'
     push.add_argument('--i-have-permission', action='store_true', help=permission)
 
@@ -77,30 +82,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(push_model(args.source, args.repo, has_permission=args.i_have_permission, **options))
         return
     if args.command == 'pull':
-        folder = pull_folder(args.repo, args.out, revision=args.revision)
+        folder = pull_model(args.repo, args.out, revision=args.revision)
     else:
-        folder = _make_folder(args)
-    first = 'import timm_mealv2 and ' if read_config(folder).get('architecture') == ENSEMBLE else ''
+        given = {name: getattr(args, name, None) for name in ('repo_id', 'license', 'dataset_id')}
+        card = CardOptions(template=args.card, **given)
+        if args.command == 'export':
+            if not card.license:
+                _logger.info(
+                    'The card names no license, and others may then not use the model: --license ID names one.'
+                )
+            options = {'use_ema': not args.no_ema, 'examples': args.examples}
+            folder = export_model(args.checkpoint, args.out, card=card, **options)
+        elif args.command == 'export-ensemble':
+            options = {'weights': args.teacher_weights, 'img_sizes': args.teacher_img_size}
+            folder = export_ensemble(args.teachers, args.out, num_classes=args.num_classes, card=card, **options)
+        else:
+            folder = convert_released(args.file, args.student, args.out, card=card)
+            _logger.warning('The authors gave this file no license: to push the folder needs their permission.')
+    first = 'import timm_mealv2 and ' if read_config(folder)['architecture'] == ENSEMBLE else ''
     print(f"{folder}: {first}load it with timm.create_model('local-dir:{folder}', pretrained=True)")
-
-
-def _make_folder(args: argparse.Namespace) -> Path:
-    names = {name: getattr(args, name, None) for name in ('repo_id', 'license', 'dataset_id')}
-    card = CardOptions(template=args.card, **names)
-    if args.command == 'export-ensemble':
-        sizes, count = args.teacher_img_size, args.num_classes
-        return export_ensemble(
-            args.teachers, args.out, weights=args.teacher_weights, num_classes=count, img_sizes=sizes, card=card
-        )
-    if args.command == 'convert':
-        folder = convert_released(args.file, args.student, args.out, card=card)
-        _logger.warning('The authors gave this file no license: to push the folder needs their permission.')
-        return folder
-    if not card.license:
-        _logger.info('The card names no license, and others may then not use the model: --license ID names one.')
-    return export_model(
-        args.checkpoint, args.out, use_ema=not args.no_ema, card=card, demo=args.demo, examples=args.examples
-    )
 
 
 def cli() -> None:

@@ -26,12 +26,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     folders = [Path(run).resolve() for run in dict.fromkeys(args.runs)]
     out = args.out or Path(os.path.commonpath(folders))
     common = Path(os.path.commonpath([folder.parent for folder in folders]))
-    runs = {str(folder.relative_to(common)): folder for folder in folders}
-    for folder in folders:
-        read_run(folder)  # before anything is written
+    runs = {str(folder.relative_to(common)): read_run(folder) for folder in folders}  # before anything is written
     out.mkdir(parents=True, exist_ok=True)
-    print(draw_runs(runs, out / 'curves.png'))
-    print(write_report(runs, out / 'report.html'))
+    curves = draw_runs(runs, out / 'curves.png')
+    print(curves)
+    print(write_report(runs, out / 'report.html', curves))
 
 
 def cli() -> None:

@@ -6,6 +6,7 @@ The sentences are those of the template, card.md.
 import logging
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -14,19 +15,20 @@ from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.repocard import REGEX_YAML_BLOCK
-from jinja2 import StrictUndefined, TemplateError
+from jinja2 import StrictUndefined, TemplateError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from timm.models import get_pretrained_cfg
+from torch import nn
 
-from timm_mealv2.errors import UserError
-from timm_mealv2.hub.folder import CARD_FILE, CURVES_FILE, read_config
+from timm_mealv2.errors import UserError, one_line
 from timm_mealv2.models.checkpoint import TrainingCheckpoint
 from timm_mealv2.models.factory import TeacherSpec
 from timm_mealv2.runs import Run, model_cost, read_run
 from timm_mealv2.soft_labels.store import StoreMeta
 
 _logger = logging.getLogger(__name__)
+
+CARD_FILE, CURVES_FILE = 'README.md', 'curves.png'
 
 METRICS = {
     'top1': 'top-1 accuracy, %',
@@ -37,17 +39,11 @@ METRICS = {
 }
 """Metrics of a card in their order, and what they are called there."""
 
-# Variables of the template that are empty where they are not known.
-_LISTS = ('teachers', 'results', 'examples', 'claims')
-_OF_ONE_KIND = (
-    *('method', 'stored', 'hard_label_weight', 'dataset', 'split', 'epochs', 'ema_decay', 'start', 'own_weights'),
-    *('curves', 'recipe', 'program', 'settings', 'student', 'sha256', 'parameters', 'gmacs', 'measured_on'),
-)
 _PREPROCESSING = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
-# Settings about the machine or an account there, not about the training.
-_PRIVATE = ('output', 'experiment', 'resume', 'wandb_')
-# Settings of timm's tasks, which say nothing under mealv2, and of NaFlex, which is refused.
-_UNUSED = ('kd_temperature', 'kd_loss_type', 'kd_token_', 'naflex_')
+# Settings about the machine or an account there, not about the training, and of NaFlex, which is refused.
+_NOT_SHOWN = ('output', 'experiment', 'resume', 'wandb_', 'naflex_')
+# The folders of an absolute path: at the start, behind `NAME=` or `local-dir:`, or behind the kind in `hfds//PATH`.
+_FOLDERS = re.compile(r'(^|[=:]|^\w+/)(?!//)(~[^/=]*)?/([^=]*/)?')
 
 
 @dataclass(frozen=True)
@@ -66,65 +62,72 @@ class CardOptions:
     dataset_id: str | None = None
     template: str | os.PathLike[str] | None = None
 
-    def model_name(self, folder: str) -> str:
-        """Return the name of the model in the folder of that name."""
-        return self.repo_id.rpartition('/')[2] if self.repo_id else folder
-
 
 def write_card(
     folder: Path,
-    name: str,
     options: CardOptions,
     *,
+    name: str,
+    config: Mapping[str, Any],
     tags: Sequence[str] = (),
     header: Mapping[str, Any] | None = None,
     **variables: Any,
 ) -> None:
-    """Write the card of an exported folder, which has its config.json.
+    """Write the card of an exported folder.
 
     Args:
-        name: Name of the model where `options` names no repository.
         options: What the user says.
+        name: Name of the model where `options` names no repository.
+        config: What the folder's config.json holds.
         tags: Tags beside those of every card.
         header: Further entries of the YAML header; None leaves one out.
-        **variables: Variables of the template, for those that it does not have empty by itself.
+        **variables: Variables of the template; the others are empty.
 
     Raises:
         UserError: If `options.template` is no template of a card.
     """
-    config = read_config(folder)
     cfg = config['pretrained_cfg']
     data = ModelCardData(
         license=options.license,
         library_name='timm',
         pipeline_tag='image-classification',
         tags=['image-classification', 'timm', *tags],
-        **(header or {}),
+        **{'datasets': [options.dataset_id] if options.dataset_id else None, **(header or {})},
     )
-    everything: dict[str, Any] = {
-        'name': options.model_name(name),
-        'source': f'hf-hub:{options.repo_id}' if options.repo_id else f'local-dir:{name}',
-        'architecture': config['architecture'],
-        'num_classes': config['num_classes'],
-        'image_mode': 'L' if cfg['input_size'][0] == 1 else 'RGB',
-        'pixels': {key: cfg[key] for key in _PREPROCESSING if cfg.get(key) is not None},
-        'origin_url': cfg.get('origin_url', ''),
-        **{key: [] for key in _LISTS},
-        **dict.fromkeys(_OF_ONE_KIND, ''),
-        **variables,
-    }
-    _render(data, everything, options.template).save(folder / CARD_FILE)
+    own = files('timm_mealv2') / 'hub' / 'card.md'
+    environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+    empty = dict.fromkeys(meta.find_undeclared_variables(environment.parse(own.read_text(encoding='utf-8'))), '')
+    try:
+        template = Path(options.template) if options.template else own
+        text = environment.from_string(template.read_text(encoding='utf-8')).render(
+            {
+                **empty,
+                'card_data': data.to_yaml(),
+                'name': _model_name(options, name),
+                'source': f'hf-hub:{options.repo_id}' if options.repo_id else f'local-dir:{name}',
+                'architecture': config['architecture'],
+                'num_classes': config['num_classes'],
+                'image_mode': 'L' if cfg['input_size'][0] == 1 else 'RGB',
+                'pixels': {key: cfg[key] for key in _PREPROCESSING if cfg.get(key) is not None},
+                'origin_url': cfg.get('origin_url', ''),
+                **variables,
+            }
+        )
+    except (OSError, TemplateError) as error:
+        raise UserError(f'{options.template} is no template of a model card: {one_line(error)}') from error
+    ModelCard(text).save(folder / CARD_FILE)
 
 
 def write_trained_card(
     folder: Path,
-    name: str,
-    checkpoint: TrainingCheckpoint,
     options: CardOptions,
     *,
+    name: str,
+    config: Mapping[str, Any],
+    checkpoint: TrainingCheckpoint,
+    model: nn.Module,
     averaged: bool,
-    predictions: Mapping[str, Mapping[str, float]] | None = None,
-    app: bool = False,
+    examples: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Write the card and, where the run folder has a summary, the picture of its curves into an exported folder.
 
@@ -133,22 +136,21 @@ def write_trained_card(
     exported (or the reverse), or in another run (the metric differs from the checkpoint's).
 
     Args:
-        name: Name of the model where `options` names no repository.
+        options, name, config: As of `write_card`.
         checkpoint: The training checkpoint; `summary.csv` and `args.yaml` lie beside it if its folder is a run's.
-        options: What the user says; errors are those of `write_card`.
+        model: Its model, as exported.
         averaged: The average (EMA) was exported.
-        predictions: Image's file name in `folder` -> the exported model's probability of each class.
-        app: The folder has an app.py that a Space can run.
+        examples: Images in the folder: 'file' and 'classes', the likeliest with their probabilities.
     """
     args = checkpoint.args
     run = _draw_run(checkpoint.path.resolve().parent, name, folder / CURVES_FILE)
     measured = _measured(checkpoint, run, averaged) if run else {}
-    if read_config(folder)['num_classes'] <= 5:
+    if config['num_classes'] <= 5:
         measured.pop('top5', None)  # always 100
     teachers = _teachers(args)
     for text, row in zip(args.get('teachers') or (), teachers, strict=False):
         row['top1'] = run.before(f'teacher {text}', 'top1') if run else None
-    parameters, gmacs = model_cost(checkpoint.build(ema=averaged))
+    parameters, gmacs = model_cost(model)
     stored = bool(args.get('soft_labels'))
     method = args.get('kd_distill_type') or 'logit' if teachers or stored else ''
     hub_dataset, own_name = _dataset_names(args)
@@ -156,14 +158,32 @@ def write_trained_card(
     dataset = dataset_id or own_name
     own_weights = args.get('initial_checkpoint') or args.get('pretrained_path')
     start = weights_row(args['model']) if args.get('pretrained') and not own_weights else None
-    header = _evaluation_header(measured, options.model_name(name), dataset_id, dataset, args.get('val_split'))
-    header['base_model'] = start['hub_id'] if start and start['hub_id'] else None
-    if app:  # what a Space reads in its README.md
-        header |= {'title': options.model_name(name), 'sdk': 'gradio', 'app_file': 'app.py'}
+    accuracies = [
+        EvalResult(
+            task_type='image-classification',
+            task_name='Image Classification',
+            dataset_type=dataset_id or 'imagefolder',
+            dataset_name=dataset or 'imagefolder',
+            dataset_split=args.get('val_split'),
+            metric_type='accuracy',
+            metric_name=METRICS[key],
+            metric_value=measured[key],
+        )
+        for key in ('top1', 'top5')
+        if key in measured
+    ]
+    header = {
+        'model_name': _model_name(options, name) if accuracies else None,
+        'datasets': [dataset_id] if dataset_id else None,
+        'metrics': ['accuracy'] if accuracies else None,
+        'eval_results': accuracies or None,
+        'base_model': start['hub_id'] or None if start else None,
+    }
     write_card(
         folder,
-        name,
         options,
+        name=name,
+        config=config,
         tags=['knowledge-distillation'] if method else [],
         header=header,
         kind='trained',
@@ -175,13 +195,10 @@ def write_trained_card(
         epochs=(checkpoint.contents.get('epoch') or 0) + 1,
         ema_decay=args.get('model_ema_decay') if averaged else '',
         start=start,
-        own_weights=_without_folders(own_weights) if own_weights else '',
+        own_weights=_without_folders(own_weights or ''),
         teachers=teachers,
         results=[{'metric': METRICS[key], 'value': measured[key]} for key in METRICS if key in measured],
-        examples=[
-            {'file': file, 'classes': sorted(classes.items(), key=lambda item: -item[1])[:3]}
-            for file, classes in (predictions or {}).items()
-        ],
+        examples=examples,
         curves=CURVES_FILE if run else '',
         recipe=args.get('recipe') or '',
         program='mealv2-train' if 'discriminator_mode' in args else 'python train.py',
@@ -192,44 +209,13 @@ def write_trained_card(
     )
 
 
-def _evaluation_header(
-    measured: Mapping[str, float], model_name: str, dataset_id: str | None, dataset: str, split: str | None
-) -> dict[str, Any]:
-    """What the Hub reads of accuracy and data set in a card's header."""
-    results = [
-        EvalResult(
-            task_type='image-classification',
-            task_name='Image Classification',
-            dataset_type=dataset_id or 'imagefolder',
-            dataset_name=dataset or 'imagefolder',
-            dataset_split=split,
-            metric_type='accuracy',
-            metric_name=METRICS[key],
-            metric_value=measured[key],
-        )
-        for key in ('top1', 'top5')
-        if key in measured
-    ]
-    return {
-        'model_name': model_name if results else None,
-        'datasets': [dataset_id] if dataset_id else None,
-        'metrics': ['accuracy'] if 'top1' in measured else None,
-        'eval_results': results or None,
-    }
-
-
 def weights_row(text: str, weight: float = 1.0) -> dict[str, Any]:
     """Return what is known of weights, such as a teacher's: name, weight in the ensemble, license, url, hub_id.
 
     Only of its own pretrained weights does timm know the license.
     """
     spec = TeacherSpec.parse(text)
-    cfg = None
-    if spec.kind == 'timm':
-        try:
-            cfg = get_pretrained_cfg(text, allow_unregistered=True)
-        except RuntimeError:  # a tag that this timm does not have
-            cfg = None
+    cfg = get_pretrained_cfg(text, allow_unregistered=True) if spec.kind == 'timm' else None
     if cfg is None or not cfg.has_weights:
         hub_id = spec.name.partition('@')[0] if spec.kind == 'hf-hub' else None
         name, license, url = _without_folders(text), '', ''
@@ -241,7 +227,8 @@ def weights_row(text: str, weight: float = 1.0) -> dict[str, Any]:
     return {'name': name, 'weight': weight, 'license': license, 'url': url, 'hub_id': hub_id}
 
 
-# What the checkpoint and its run tell
+def _model_name(options: CardOptions, folder: str) -> str:
+    return options.repo_id.rpartition('/')[2] if options.repo_id else folder
 
 
 def _draw_run(run_folder: Path, name: str, picture: Path) -> Run | None:
@@ -250,7 +237,7 @@ def _draw_run(run_folder: Path, name: str, picture: Path) -> Run | None:
 
     try:
         run = read_run(run_folder)
-        draw_runs({name: run_folder}, picture)
+        draw_runs({name: run}, picture)
     except UserError as error:
         _logger.warning(f'{CARD_FILE} has no accuracy: {error}')
         return None
@@ -260,15 +247,14 @@ def _draw_run(run_folder: Path, name: str, picture: Path) -> Run | None:
 def _measured(checkpoint: TrainingCheckpoint, run: Run, averaged: bool) -> dict[str, float]:
     """The metrics that summary.csv has of exactly the exported weights; none, with a warning, if it has none."""
     saved = checkpoint.contents
-    epoch, metric = saved.get('epoch'), saved.get('metric')
+    metric = saved.get('metric')
     average_measured = bool(saved.get('state_dict_ema')) and not checkpoint.args.get('model_ema_force_cpu')
-    values: dict[str, float] = {}
-    if epoch in run.epochs:
-        row = run.epochs.index(epoch)
-        for name, column in run.columns.items():
-            value = column[row]
-            if name.startswith('eval_') and value is not None and not math.isnan(value):
-                values[name.removeprefix('eval_')] = value
+    values = {
+        name.removeprefix('eval_'): value
+        for name in run.columns
+        for epoch, value in run.values(name)
+        if name.startswith('eval_') and epoch == saved.get('epoch') and not math.isnan(value)
+    }
     if metric is None or not values:
         reason = 'these weights were not evaluated'
     elif averaged != average_measured:
@@ -299,57 +285,32 @@ def _dataset_names(args: Mapping[str, Any]) -> tuple[str | None, str]:
     """The Hub's name of a data set that timm read from there, and what it is called on this machine; '' if unknown."""
     if args.get('dataset'):
         kind, _, name = args['dataset'].partition('/')
-        return name if kind in ('hfds', 'hfids') else None, args['dataset'].rpartition('/')[2]
+        from_hub = kind.lower() in ('hfds', 'hfids') and re.fullmatch(r'[\w.-]+/[\w.-]+', name)
+        return name if from_hub and not Path(name).exists() else None, Path(name or kind).name
     path = args.get('data_dir') or args.get('data')
     return None, Path(path).resolve().name if path else ''
 
 
 def _settings(args: Mapping[str, Any], written: Mapping[str, Any]) -> str:
     """The options in the run folder's args.yaml, with the checkpoint's own values, as YAML; '' without that file."""
-    unused = _PRIVATE + (_UNUSED if args.get('kd_distill_type') == 'mealv2' else ())
-    values = {key: args.get(key, value) for key, value in written.items() if not key.startswith(unused)}
+    # Settings of timm's tasks say nothing under mealv2.
+    hidden = _NOT_SHOWN + (
+        ('kd_temperature', 'kd_loss_type', 'kd_token_') if args.get('kd_distill_type') == 'mealv2' else ()
+    )
+    values = {key: args.get(key, value) for key, value in written.items() if not key.startswith(hidden)}
     # Every option that can be off is so by default, but for --dist-bn.
     kept = {
-        key: _plain(value)
+        key: _without_folders(value)
         for key, value in values.items()
         if key == 'dist_bn' or not (value is None or value is False or value in ('', [], {}))
     }
     return yaml.safe_dump(kept, sort_keys=False).strip() if kept else ''
 
 
-def _plain(value: Any) -> Any:
-    """A setting as YAML can hold it, without the folders of this machine."""
+def _without_folders(value: Any) -> Any:
+    """A setting without the folders in its absolute paths, which tell of the user's machine alone."""
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: _without_folders(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return _without_folders(value) if isinstance(value, str) else value
-
-
-def _without_folders(text: str) -> str:
-    """`text` with an absolute path shortened to its last part: the rest tells of the user's machine alone."""
-    head = ''
-    for separator in ('local-dir:', '='):
-        before, found, after = text.partition(separator)
-        if found:
-            head, text = before + found, after
-            break
-    shown = os.path.basename(text.rstrip('/')) if os.path.isabs(text) or text.startswith('~') else text
-    return head + shown
-
-
-def _render(data: ModelCardData, variables: Mapping[str, Any], template: str | os.PathLike[str] | None) -> ModelCard:
-    """Fill the template, as `ModelCard.from_template` does, but in Jinja's sandbox and with misspelt names an error."""
-    source = Path(template) if template else files('timm_mealv2') / 'hub' / 'card.md'
-    try:
-        text = source.read_text(encoding='utf-8')
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f'cannot read the template {source}: {error}') from error
-    environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
-    try:
-        content = environment.from_string(text).render(card_data=data.to_yaml(), **{**data.to_dict(), **variables})
-        if not REGEX_YAML_BLOCK.match(content):
-            raise ValueError('a card begins with the lines ---, {{ card_data }} and ---')
-        return ModelCard(content)
-    except (TemplateError, TypeError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f'{source} is no template of a model card: {error}') from error
+        return [_without_folders(item) for item in value]
+    return _FOLDERS.sub(r'\1', value.rstrip('/')) if isinstance(value, str) else value

@@ -11,38 +11,40 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
-from importlib import resources
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from PIL import Image
-from timm.data import ImageNetInfo, resolve_model_data_config
+from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
 from timm.models import get_pretrained_cfg, save_for_hf
 from torch import nn
 
-from timm_mealv2.errors import UserError, blamed_on
-from timm_mealv2.hub.card import METRICS, CardOptions, weights_row, write_card, write_trained_card
-from timm_mealv2.hub.demo import Classifier
-from timm_mealv2.hub.folder import (
-    APP_FILE,
-    CONFIG_FILE,
-    ENSEMBLE,
-    EXAMPLES_FOLDER,
-    REQUIREMENTS_FILE,
-    WEIGHTS_FILE,
-    is_export,
-    read_config,
-    replacing_export,
+from timm_mealv2.errors import UserError
+from timm_mealv2.hub.card import (
+    CARD_FILE,
+    CURVES_FILE,
+    METRICS,
+    CardOptions,
+    weights_row,
+    write_card,
+    write_trained_card,
 )
-from timm_mealv2.hub.hub_api import push_folder
-from timm_mealv2.models.checkpoint import TrainingCheckpoint
+from timm_mealv2.models.checkpoint import TrainingCheckpoint, architecture_arguments
 from timm_mealv2.models.factory import TeacherSpec, create_ensemble
 from timm_mealv2.models.mealv2_students import VANILLA_ARCHITECTURE
 
 _logger = logging.getLogger(__name__)
+
+WEIGHTS_FILE, CONFIG_FILE, EXAMPLES_FOLDER = 'model.safetensors', 'config.json', 'examples'
+FILES = [WEIGHTS_FILE, CONFIG_FILE, CARD_FILE, CURVES_FILE, f'{EXAMPLES_FOLDER}/*']
+"""The files of an export, as patterns."""
+
+ENSEMBLE = 'mealv2_ensemble'
+"""Architecture of an ensemble's folder, which names teachers and has no weights."""
 
 # What an architecture's config says about the architecture; its other entries are about weights that are not these.
 _ARCHITECTURE_KEYS = ('architecture', 'first_conv', 'classifier', 'fixed_input_size', 'min_input_size')
@@ -69,7 +71,6 @@ def export_model(
     *,
     use_ema: bool = True,
     card: CardOptions | None = None,
-    demo: bool = False,
     examples: Sequence[str | os.PathLike[str]] = (),
 ) -> Path:
     """Export the model of a training checkpoint as a folder that plain timm loads, without this package.
@@ -82,8 +83,7 @@ def export_model(
         checkpoint: A `.pth.tar` of a run folder, or one of timm's train.py.
         out: The folder to make, which is returned.
         use_ema: Take the averaged weights where the checkpoint has them.
-        demo: Add a Gradio app, which runs as a Space.
-        examples: Images for the card and the app.
+        examples: Images for the card.
 
     Raises:
         UserError: If the checkpoint cannot be read or does not tell its model, or `out` is something else.
@@ -96,16 +96,19 @@ def export_model(
     data_config = resolve_model_data_config(model)
     _describe(model, data_config)
     names = trained.class_names  # the folders' names, which tell no class where there are no labels
+    labels = _labels(names) if len(names) == model.num_classes else {}
     with replacing_export(out) as folder:
-        _save(model, folder, _labels(names) if len(names) == model.num_classes else {}, data_config)
-        if demo:
-            app = resources.files('timm_mealv2') / 'hub' / 'demo.py'
-            (folder / APP_FILE).write_bytes(app.read_bytes())
-            (folder / REQUIREMENTS_FILE).write_text(f'gradio\ntimm>={timm.__version__}\n')
-        predictions = _add_examples(folder, examples)
-        name, options = out.resolve().name, card or CardOptions()
-        with blamed_on(checkpoint):
-            write_trained_card(folder, name, trained, options, averaged=averaged, predictions=predictions, app=demo)
+        config = _save(model, folder, labels, data_config)
+        write_trained_card(
+            folder,
+            card or CardOptions(),
+            name=out.resolve().name,
+            config=config,
+            checkpoint=trained,
+            model=model,
+            averaged=averaged,
+            examples=_add_examples(folder, examples, model, labels),
+        )
     kind = 'the weights, not their moving average' if has_average else 'the weights'
     _logger.info(f'{checkpoint}: exported {"the moving average of the weights (EMA)" if averaged else kind}.')
     return out
@@ -136,13 +139,20 @@ def export_ensemble(
     arguments |= {key: list(value) for key, value in (('weights', weights), ('img_sizes', img_sizes)) if value}
     ensemble = create_ensemble(**arguments, num_classes=num_classes)
     data_config = resolve_model_data_config(ensemble)
-    config = {'architecture': ENSEMBLE, 'num_classes': ensemble.num_classes, 'model_args': arguments}
-    config['pretrained_cfg'] = data_config
+    config = {
+        'architecture': ENSEMBLE,
+        'num_classes': ensemble.num_classes,
+        'model_args': arguments,
+        'pretrained_cfg': data_config,
+    }
     with replacing_export(out) as folder:
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2))
         _check_equal(ensemble, data_config, timm.create_model(f'local-dir:{folder}', pretrained=True))
         rows = [weights_row(name, weight) for name, weight in zip(ensemble.names, ensemble.weights, strict=True)]
-        write_card(folder, out.resolve().name, card or CardOptions(), tags=['ensemble'], kind='ensemble', teachers=rows)
+        options = card or CardOptions()
+        write_card(
+            folder, options, name=out.resolve().name, config=config, tags=['ensemble'], kind='ensemble', teachers=rows
+        )
     return out
 
 
@@ -172,60 +182,68 @@ def convert_released(
     _describe(model, data_config, license=NO_LICENSE, **about)
     with file.open('rb') as opened:
         digest = hashlib.file_digest(opened, 'sha256').hexdigest()
-    options = card or CardOptions()
+    claims = zip(('top1', 'top5'), PAPER_ACCURACY[tagged], strict=True)
     with replacing_export(out) as folder:
-        _save(model, folder, _labels(ImageNetInfo().label_names()), data_config)
+        config = _save(model, folder, _labels(ImageNetInfo().label_names()), data_config)
         write_card(
             folder,
-            out.resolve().name,
-            options,
+            card or CardOptions(),
+            name=out.resolve().name,
+            config=config,
             tags=['knowledge-distillation'],
-            header={'datasets': [options.dataset_id]} if options.dataset_id else None,
             kind='released',
             student=tagged,
             sha256=digest,
-            claims=[
-                {'metric': METRICS[key], 'value': value}
-                for key, value in zip(('top1', 'top5'), PAPER_ACCURACY[tagged], strict=True)
-            ],
+            claims=[{'metric': METRICS[key], 'value': value} for key, value in claims],
         )
     return out
 
 
-def push_model(source: str | os.PathLike[str], repo_id: str, *, has_permission: bool = False, **options: Any) -> str:
-    """Push an exported folder, or the export of a training checkpoint, to the Hugging Face Hub in one commit.
+def read_config(folder: Path, source: str | None = None) -> dict[str, Any]:
+    """Return what the `config.json` of an exported folder holds.
 
     Args:
-        source: The folder or the checkpoint.
-        repo_id: USER/NAME; the repository is made if it is not there.
-        has_permission: The owners of weights without a license allowed it.
-        **options: 'private', 'revision', 'message' and 'create_pr' of `push_folder`.
-
-    Returns:
-        URL of the commit or the pull request.
+        source: What an error calls the folder, if not by its path.
 
     Raises:
-        UserError: If `source` is neither, its weights have no license, others cannot reach its teachers, or the Hub
-            does not take it.
+        UserError: If it is no exported folder, or says which weights to fetch: only arguments of an architecture may
+            come from a file.
     """
-    source = Path(source)
-    if source.is_file():
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = export_model(source, Path(temporary, 'export'), card=CardOptions(repo_id=repo_id))
-            return push_folder(folder, repo_id, source=source, **options)
-    if not is_export(source):
-        raise UserError(f'{source} is neither a checkpoint nor an exported folder: make one with `mealv2-hub export`.')
-    config = read_config(source)
-    if config.get('pretrained_cfg', {}).get('license') == NO_LICENSE and not has_permission:
+    path = folder / CONFIG_FILE
+    config: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    if not config or not ((folder / WEIGHTS_FILE).is_file() or config['architecture'] == ENSEMBLE):
         raise UserError(
-            f'the weights in {source} are of others, who gave them no license: get their permission, then push with '
-            '--i-have-permission.'
+            f'{source or folder} is no exported model, with a {CONFIG_FILE} and weights: `mealv2-hub export` makes one.'
         )
-    for teacher in TeacherSpec.parse_all(config.get('model_args', {}).get('teachers', ())):
-        if teacher.path is not None:
-            remedy = 'push it, then export the ensemble with its hf-hub:USER/REPO'
-            raise UserError(f'{teacher} is on this machine alone: {remedy}.')
-    return push_folder(source, repo_id, **options)
+    model_args = config.get('model_args') or {}
+    if refused := sorted(model_args.keys() - architecture_arguments(model_args).keys() - {'teachers'}):
+        raise UserError(
+            f'{source or folder} is refused: the model_args in {CONFIG_FILE} ({", ".join(refused)}) say where weights '
+            'come from, which is not for a file to say.'
+        )
+    return config
+
+
+@contextmanager
+def replacing_export(path: Path) -> Iterator[Path]:
+    """Yield a new folder beside `path`; give it that name when the block ends without an error.
+
+    Raises:
+        UserError: If there is something at `path` that is neither empty nor an earlier export and nothing else.
+    """
+    if path.exists():
+        names = {entry.name for entry in path.iterdir()} if path.is_dir() else {''}
+        others = names - {Path(pattern).parts[0] for pattern in FILES}
+        if others or (names and CONFIG_FILE not in names):
+            raise UserError(f'{path} holds something else than an earlier export: name another folder.')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f'.{path.name}-', dir=path.parent) as temporary:
+        folder = Path(temporary, 'new')
+        folder.mkdir()
+        yield folder
+        if path.exists():  # a folder with files in it cannot be replaced in one step
+            path.rename(Path(temporary, 'former'))
+        folder.rename(path)
 
 
 def _describe(model: Any, data_config: Mapping[str, Any], **about: Any) -> None:
@@ -244,41 +262,49 @@ def _labels(names: Sequence[str]) -> dict[str, Any]:
     return {'label_names': list(names), **descriptions}
 
 
-def _save(model: nn.Module, folder: Path, model_config: dict[str, Any], data_config: Mapping[str, Any]) -> None:
-    """Write weights and config.json, and check that plain timm loads the same again."""
-    save_for_hf(model, folder, model_config=model_config, safe_serialization=True, data_config=data_config)
+def _save(model: nn.Module, folder: Path, labels: dict[str, Any], data_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Write weights and config.json, check that plain timm loads the same again, and return the config."""
+    save_for_hf(model, folder, model_config=labels, safe_serialization=True, data_config=data_config)
     # safetensors makes its file readable by the owner alone, whatever the umask.
     (folder / WEIGHTS_FILE).chmod((folder / CONFIG_FILE).stat().st_mode)
     _check_equal(model, data_config, timm.create_model(f'local-dir:{folder}', pretrained=True))
+    config: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text())
+    return config
 
 
 def _check_equal(model: nn.Module, data_config: Mapping[str, Any], loaded: nn.Module) -> None:
     weights, loaded_weights = model.state_dict(), loaded.state_dict()
-    if weights.keys() != loaded_weights.keys():
-        raise RuntimeError(f'the export has other weights: {sorted(weights.keys() ^ loaded_weights.keys())}')
-    if differing := [name for name, tensor in weights.items() if not torch.equal(tensor, loaded_weights[name])]:
-        raise RuntimeError(f'these weights differ after loading the export: {differing}')
+    if weights.keys() != loaded_weights.keys() or not all(torch.equal(weights[k], loaded_weights[k]) for k in weights):
+        raise RuntimeError('the weights are not the same after loading the export')
     expected, received = (
-        {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
-        for config in (data_config, resolve_model_data_config(loaded))
+        json.dumps(config, sort_keys=True) for config in (data_config, resolve_model_data_config(loaded))
     )
     if expected != received:
         raise RuntimeError(f'the data configuration was {expected} and is {received} after loading the export')
 
 
-def _add_examples(folder: Path, images: Sequence[str | os.PathLike[str]]) -> dict[str, dict[str, float]]:
-    """Copy images into the folder; return the probabilities that its model gives by their names there."""
-    predictions: dict[str, dict[str, float]] = {}
-    if not images:
-        return predictions
-    (folder / EXAMPLES_FOLDER).mkdir()
-    classify = Classifier(folder)
+def _add_examples(
+    folder: Path, images: Sequence[str | os.PathLike[str]], model: Any, labels: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Copy images into the folder; return each one's file name there and its three most likely classes."""
+    names = labels.get('label_names') or [str(index) for index in range(model.num_classes)]
+    descriptions = labels.get('label_descriptions', {})
+    config = resolve_model_data_config(model)
+    transform = create_transform(**config, is_training=False)
+    examples = []
     for number, path in enumerate(map(Path, images), 1):
-        name = f'{EXAMPLES_FOLDER}/{number:02}{path.suffix.lower()}'
         try:
-            shutil.copyfile(path, folder / name)
-            with Image.open(path) as image:
-                predictions[name] = classify(image)
+            image = Image.open(path).convert('L' if config['input_size'][0] == 1 else 'RGB')
         except OSError as error:
             raise UserError(f'{path} is no readable image: {error}') from error
-    return predictions
+        (folder / EXAMPLES_FOLDER).mkdir(exist_ok=True)
+        file = f'{EXAMPLES_FOLDER}/{number:02}{path.suffix.lower()}'
+        shutil.copyfile(path, folder / file)
+        with torch.inference_mode():
+            top = model.eval()(transform(image)[None]).softmax(dim=1)[0].topk(min(3, len(names)))
+        classes = [
+            (descriptions.get(names[index], names[index]), probability)
+            for probability, index in zip(*(values.tolist() for values in top), strict=True)
+        ]
+        examples.append({'file': file, 'classes': classes})
+    return examples

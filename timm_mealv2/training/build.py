@@ -53,7 +53,8 @@ def build(args: argparse.Namespace, processes: Processes, signals: Signals) -> T
     """
     batch_size = _batch_size(args, processes)
     lr = _learning_rate(args, batch_size * processes.world_size * args.grad_accum_steps)
-    settings = plain_settings(args) | {'batch_size': batch_size, 'lr': lr, 'world_size': processes.world_size}
+    resolved = {'batch_size': batch_size, 'lr': lr, 'world_size': processes.world_size, 'device': processes.device.type}
+    settings = plain_settings(args) | resolved
     _check_devices(args, processes)
     folder = RunFolder.choose(args.output, args.experiment, args.model)
     restarted = bool(args.experiment) and int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0

@@ -140,7 +140,7 @@ def check_args(args: argparse.Namespace) -> None:
     if args.push_to_hub is not None:
         from timm_mealv2.hub.hub_api import check_repo_id  # loads the Hub's client, which few runs need
 
-        check_repo_id(args.push_to_hub, with_namespace=True)
+        check_repo_id(args.push_to_hub)
     if args.model_dtype == 'float16':
         _logger.warning('--model-dtype float16: such weights lose small updates; --amp or bfloat16 trains better.')
     for name in ('bce_loss', 'smoothing'):

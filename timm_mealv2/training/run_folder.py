@@ -103,14 +103,12 @@ class RunFolder:
             # Here, as nobody else needs the card's packages.
             from timm_mealv2.hub.card import CardOptions
             from timm_mealv2.hub.export import export_model
-            from timm_mealv2.hub.hub_api import push_folder
+            from timm_mealv2.hub.hub_api import push_model
 
             export_model(checkpoint, folder, card=CardOptions(repo_id=repository))
-            _logger.info(f'Pushed: {push_folder(folder, repository)}')
+            _logger.info(f'Pushed: {push_model(folder, repository)}')
         except Exception as error:
-            text = ' '.join(str(error).split())
-            if 'mealv2-hub push' not in text:
-                text += f' Push later: mealv2-hub push {checkpoint} {repository}'
+            text = f'{" ".join(str(error).split())} Push later: mealv2-hub push {checkpoint} {repository}'
             _logger.warning(f'The training is complete ({self.path}), but {text}')
 
 
