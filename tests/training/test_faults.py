@@ -407,5 +407,5 @@ def test_a_push_that_fails_does_not_cost_the_training(
     assert line.startswith(f'The training is complete ({folder}), but there is no token')
     assert line.endswith(f'mealv2-hub push {folder}/model_best.pth.tar me/student')
     assert (folder / 'model_best.pth.tar').exists()
-    with pytest.raises(UserError, match='--push-to-hub student: must be USER/NAME'):
+    with pytest.raises(UserError, match="'student' names no repository: expected USER/NAME"):
         run_here(image_folder, tmp_path, '--push-to-hub', 'student')
