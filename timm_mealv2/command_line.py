@@ -186,7 +186,12 @@ DATA = (
     Option('--dataset', None, 'NAME', 'kind and name: torch/cifar10, hfds/NAME, ...; else a folder', ''),
     flag('--dataset-download', help='download the data set, where its kind allows that'),
     Option('--class-map', str, 'FILE', 'class names in the order of their indices', ''),
-    Option('--input-img-mode', str, 'MODE', "Pillow's image mode; RGB, or L for one channel"),
+    Option(
+        '--input-img-mode',
+        OneOf('L', 'LA', 'RGB', 'RGBA', 'CMYK', 'YCbCr', 'HSV', 'LAB'),
+        'MODE',
+        "Pillow's image mode; RGB, or L for one channel",
+    ),
     Option('--input-key', str, 'KEY', 'key of the images in a sample'),
     Option('--target-key', str, 'KEY', 'key of the labels in a sample'),
     flag('--dataset-trust-remote-code', help="run a Hugging Face data set's own code"),

@@ -2,6 +2,9 @@
 
 import dataclasses
 import pickle
+import signal
+import subprocess
+import time
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
@@ -13,10 +16,10 @@ from timm.data import create_loader
 from torch import Tensor
 
 from timm_mealv2.data.augmentation import Augmentation, Erasing
-from timm_mealv2.data.bad_images import BadImages
 from timm_mealv2.data.dataset import open_dataset, unlabeled
 from timm_mealv2.data.loader import CollateMixed, CollatePairs, TrainLoader, collate_labels, eval_loader
-from timm_mealv2.data.samples import EpochSampler, Samples
+from timm_mealv2.data.samples import EpochSampler, Key, Sample, Samples
+from timm_mealv2.data.unreadable import BadImages
 from timm_mealv2.errors import UserError
 
 AUGMENTATION = Augmentation((3, 16, 16), scale=(0.3, 1.0), mean=(0.5,) * 3, std=(0.5,) * 3)
@@ -215,13 +218,6 @@ def test_evaluation_sees_the_whole_split_in_order(image_folder: Path, prefetch: 
     assert torch.equal(torch.cat([images for images, _ in batches]), torch.cat([images for images, _ in theirs]))
 
 
-@pytest.mark.parametrize(('name', 'value'), [('interpolation', 'x'), ('crop_pct', 'all')])
-def test_a_config_that_says_nothing_of_how_images_are_cut_is_refused(image_folder: Path, name: str, value: Any) -> None:
-    dataset = open_dataset('', str(image_folder), 'validation')
-    with pytest.raises(UserError, match='the images cannot be cut as'):
-        eval_loader(dataset, {**EVALUATED, name: value}, batch_size=5, device=torch.device('cpu'))
-
-
 @pytest.mark.parametrize('workers', [0, 1])
 def test_evaluation_leaves_an_unreadable_image_out(spoilt: Path, workers: int) -> None:
     options: dict[str, Any] = {'batch_size': 3, 'device': torch.device('cpu'), 'num_workers': workers}
@@ -304,9 +300,58 @@ def test_a_label_beyond_the_classes_is_named_with_its_image(image_folder: Path, 
     assert 'Traceback' not in str(error.value)
 
 
-def test_memory_is_used_again_when_nothing_refers_to_its_batch(image_folder: Path) -> None:
-    once = [images.clone() for images, _ in make(image_folder).batches(0)]
-    kept = [images[1:] for images, _ in make(image_folder).batches(0)]
-    assert all(torch.equal(part, images[1:]) for part, images in zip(kept, once, strict=True))
-    places = {images.data_ptr() for images, _ in make(image_folder).batches(0) if len(images) == 4}
-    assert len(places) <= 3 < len(once)
+class Slow:
+    """Images of a worker that is in the middle of one when it is told to end."""
+
+    def __init__(self, samples: Samples) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, key: Key) -> Sample:
+        time.sleep(0.5)
+        return self.samples[key]
+
+
+def _load_until_killed(folder: Path, found: Any, fails: bool) -> None:
+    samples: Any = make(folder).loader.loader.loader.dataset.samples  # type: ignore[attr-defined]
+    order = EpochSampler(21, 2, seed=7)
+    loader: Any = TrainLoader(Slow(samples), order, normalization=((0.5,) * 3, (0.5,) * 3), workers=2)
+    batches = loader.batches(0)
+    next(batches)
+    workers = [worker.pid for worker in loader.loader.loader.loader._iterator._workers]
+    for worker in workers:  # not from the main process
+        subprocess.run(['kill', '-INT', str(worker)], check=True)
+        subprocess.run(['kill', '-TERM', str(worker)], check=True)
+    next(batches)
+    found.put(workers)
+    if not fails:
+        signal.pause()
+    raise SystemExit  # with workers that something still refers to
+
+
+def _gone(pid: int) -> bool:
+    try:
+        return Path(f'/proc/{pid}/stat').read_text().split()[2] == 'Z'
+    except FileNotFoundError:
+        return True
+
+
+@pytest.mark.skipif(not Path('/proc').exists(), reason='asks Linux for a process')
+@pytest.mark.parametrize('fails', [False, True])
+def test_workers_ignore_signals_and_end_with_the_main_process(image_folder: Path, fails: bool) -> None:
+    context = torch.multiprocessing.get_context('fork')
+    found: Any = context.Queue()
+    main: Any = context.Process(target=_load_until_killed, args=(image_folder, found, fails))
+    main.start()
+    workers = found.get(timeout=60)
+    if not fails:
+        assert not any(map(_gone, workers))
+        main.kill()
+    main.join(timeout=20)
+    assert main.exitcode == (0 if fails else -signal.SIGKILL)
+    end = time.monotonic() + 20
+    while not all(map(_gone, workers)):
+        assert time.monotonic() < end
+        time.sleep(0.1)

@@ -194,5 +194,5 @@ def test_several_samples_of_each_decoded_image(count: int, world_size: int, per_
 
 @pytest.mark.parametrize('other', [{'pairs': True}, {'repeats': 3}, {'sizes': {'batch_sizes': [4]}}])
 def test_several_samples_a_decode_exclude_other_orders(other: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match='--samples-per-decode 2 cannot go with'):
+    with pytest.raises(UserError, match='--samples-per-decode cannot go with'):
         EpochSampler(20, 4, samples_per_decode=2, **other)

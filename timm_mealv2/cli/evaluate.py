@@ -14,10 +14,10 @@ from torch.utils.data import IterableDataset
 from tqdm import tqdm
 
 from timm_mealv2.command_line import DATA, DEVICE, FLOAT_TYPES, TEACHERS, OneLineParser, add_options, run_cli
-from timm_mealv2.data.bad_images import BadImages
 from timm_mealv2.data.dataset import class_names, dataset_root, image_mode, image_names, open_dataset, unlabeled
 from timm_mealv2.data.loader import eval_loader
 from timm_mealv2.data.normalize import channel_stats
+from timm_mealv2.data.unreadable import BadImages
 from timm_mealv2.errors import UserError
 from timm_mealv2.evaluation import Metrics, evaluate, member_names, metrics_as_json
 from timm_mealv2.files import replacing

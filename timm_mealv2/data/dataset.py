@@ -15,6 +15,7 @@ from timm.data import ImageDataset, create_dataset
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch.utils.data import Dataset, IterableDataset
 
+from timm_mealv2.data.unreadable import UnreadableImage
 from timm_mealv2.errors import UserError, one_line
 
 RETRY_AFTER = (0.1, 0.5, 2.0)
@@ -33,13 +34,13 @@ def open_dataset(name: str, root: str | None, split: str, **kwargs: Any) -> Data
         raise UserError(f'no data set at {root!r}: give a folder or a .tar file with --data-dir.')
     try:
         dataset = create_dataset(name, root=root, split=split, **kwargs)
-    except Exception as error:  # folders, archives and class maps are the user's, whatever timm's readers raise
+    except (AssertionError, ImportError, OSError, RuntimeError, ValueError) as error:  # timm's way to say what is wrong
         raise UserError(f'cannot open split {split!r} of {name or root!r}: {error}') from error
+    if not isinstance(dataset, IterableDataset) and not len(dataset):
+        raise UserError(f'split {split!r} of {name or root!r} holds no images.')
     reader = getattr(dataset, 'reader', None)
     if isinstance(reader, ReaderImageFolder):
         reader.samples = PathsAndTargets(reader.samples)
-    if hasattr(dataset, '__len__') and not len(dataset) and not isinstance(dataset, IterableDataset):
-        raise UserError(f'split {split!r} of {name or root!r} holds no images.')
     return dataset
 
 
@@ -127,27 +128,13 @@ def image_mode(asked: str | None, channels: int) -> str:
     """Return Pillow's mode of images for a model of so many channels: the one that is asked for, else RGB or L.
 
     Raises:
-        UserError: If Pillow has no such mode of 8 bits, or it has other channels.
+        UserError: If the mode has another number of channels.
     """
-    if not asked:
-        return 'L' if channels == 1 else 'RGB'
-    try:
-        mode = ImageMode.getmode(asked)
-    except KeyError:
-        raise UserError(f'--input-img-mode {asked}: Pillow has no such mode.') from None
-    if mode.typestr != '|u1':
-        raise UserError(f'--input-img-mode {asked}: must be a mode of 8 bits a channel, such as RGB or L.')
-    if len(mode.bands) != channels:
-        raise UserError(f'--input-img-mode {asked} has {len(mode.bands)} channels, the model takes {channels}.')
-    return asked
-
-
-class UnreadableImage(Exception):
-    """An image that cannot be read: the message names it and says why, `index` is its place in the data set."""
-
-    def __init__(self, message: str, index: int = -1) -> None:
-        super().__init__(message)
-        self.index = index
+    mode = asked or ('L' if channels == 1 else 'RGB')
+    bands = len(ImageMode.getmode(mode).bands)
+    if bands != channels:
+        raise UserError(f'--input-img-mode {mode} has {bands} channels, the model takes {channels}.')
+    return mode
 
 
 def image_names(dataset: Dataset) -> list[str]:
@@ -156,11 +143,8 @@ def image_names(dataset: Dataset) -> list[str]:
         samples, root = getattr(dataset.reader, 'samples', None), getattr(dataset.reader, 'root', '')
         if isinstance(samples, PathsAndTargets) and root == os.path.normpath(root):
             return samples.names(root)  # what follows takes 10 s for a million files
-        try:
-            names = [str(name) for name in dataset.filenames()]
-        except (AssertionError, KeyError, TypeError, ValueError):  # a reader that does not know
-            names = []
-        if names and len(set(names)) == len(names):
+        names = [str(name) for name in dataset.filenames()]
+        if len(set(names)) == len(names):
             return names
     return [f'#{index}' for index in range(len(dataset))]  # type: ignore[arg-type]
 
@@ -168,8 +152,8 @@ def image_names(dataset: Dataset) -> list[str]:
 def read_image(dataset: Dataset, index: int, img_mode: str | None = None) -> tuple[Image.Image, int]:
     """Return an image of a data set, fully decoded and without its transform, and its label.
 
-    timm's own access would give the next image in place of one that cannot be read. An error of the file system, which
-    may be that of a network disk that is away for a moment, is met with a few more attempts (`RETRY_AFTER`).
+    timm's own access would give the next image in place of one that cannot be read. After an error of the file system,
+    such as a network disk that is away for a moment, it tries again (`RETRY_AFTER`).
 
     Args:
         dataset: timm's `ImageDataset`, or one whose items are (image, label) with its transform unset.
@@ -181,7 +165,6 @@ def read_image(dataset: Dataset, index: int, img_mode: str | None = None) -> tup
 
     Raises:
         UnreadableImage: If the image is missing, cut off or no image.
-        UserError: If its label is no number.
     """
     for pause in (*RETRY_AFTER, None):
         try:
@@ -192,15 +175,11 @@ def read_image(dataset: Dataset, index: int, img_mode: str | None = None) -> tup
         except Exception as error:  # Pillow's decoders raise many kinds
             # Pillow's own OSErrors, of files that are cut off or no image, have no number.
             if pause is None or getattr(error, 'errno', None) is None:
-                text = one_line(error)
-                raise UnreadableImage(f'{image_name(dataset, index)}: {text}', index) from error
+                raise UnreadableImage(f'{image_name(dataset, index)}: {one_line(error)}', index) from error
             time.sleep(pause)
     if img_mode not in (None, image.mode):
         image = image.convert(img_mode)
-    try:
-        return image, -1 if target is None else int(target)
-    except (TypeError, ValueError) as error:
-        raise UserError(f'the label of image {image_name(dataset, index)} is no class index: {error}.') from error
+    return image, -1 if target is None else int(target)
 
 
 def _decode(dataset: Dataset, index: int) -> tuple[Image.Image, Any]:
@@ -231,8 +210,6 @@ def keeping_no_file_open(dataset: Dataset) -> Dataset:
 
 
 def image_name(dataset: Dataset, index: int) -> str:
-    """Path of an image, for messages."""
-    try:
-        return str(dataset.filename(index, absolute=True))  # type: ignore[attr-defined]
-    except Exception:  # of a reader without names
-        return f'#{index}'
+    """Path of an image, for messages; its number where the data set keeps no files."""
+    name = dataset.filename(index, absolute=True) if isinstance(dataset, ImageDataset) else None
+    return str(name) if name else f'#{index}'

@@ -3,14 +3,15 @@
 What a batch holds is decided by the keys that the sampler hands to the worker processes, so neither their number nor
 the point at which a run was resumed changes a pixel.
 
-An image that cannot be read is left out of its batch and named; which ones are is a function of the data alone.
+An image that cannot be read is left out of its batch, named and counted; timm's own access would take the next image
+in its place and tell nobody. Which images are left out is a function of the data alone.
 """
 
-import weakref
-from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator
-from functools import partial
-from typing import Any
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -22,13 +23,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from timm_mealv2.data.augmentation import Erasing, pixels_of
-from timm_mealv2.data.bad_images import BadImages, Batch, Collate, ReadableBatches, ReportingLoader, SampleSource
 from timm_mealv2.data.dataset import read_image
 from timm_mealv2.data.normalize import Stats
 from timm_mealv2.data.samples import EpochSampler, Key, KeyBatch, Sample
-from timm_mealv2.data.seed import Stream, counted_seed, seed_cpu
-from timm_mealv2.data.workers import check_sockets, ignore_signals, keep_signals_from_workers
+from timm_mealv2.data.seed import Stream, counted_seed, preserved_generators, seed_cpu
+from timm_mealv2.data.unreadable import BadImages, UnreadableImage
 from timm_mealv2.errors import UserError
+
+Batch = tuple[Tensor, Tensor]
+
+Collate = Callable[[KeyBatch, list[Sample]], Batch]
+"""Makes a batch of the samples that could be read; the keys are those of the samples."""
 
 
 def stack_pixels(samples: list[Sample]) -> Tensor:
@@ -64,9 +69,9 @@ class CollatePairs:
         if (labels < 0).all():
             return images, labels
         others = torch.tensor([sample.mixed_target for sample in samples])
-        shares = torch.tensor([[sample.lam] for sample in samples])
+        lam = torch.tensor([[sample.lam] for sample in samples])
         own, other = (one_hot(classes, self.num_classes, **self.values) for classes in (labels, others))
-        return images, own * shares + other * (1 - shares)
+        return images, own * lam + other * (1 - lam)
 
 
 class CollateMixed:
@@ -104,29 +109,123 @@ class CollateMixed:
         return images, target
 
 
-class _InUsedMemory(ReportingLoader):
-    """Batches with images as float32, in the memory of former batches that nothing refers to any more.
+class SampleSource(Protocol):
+    """Makes samples from keys; the keys' images are numbered from 0."""
 
-    Fresh memory for a large batch takes longer than normalizing it: the system hands it out page by page, all zeros.
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, key: Key) -> Sample: ...
+
+
+class _Fetched(NamedTuple):
+    """A batch, None if none of its images can be read, and what could not be read (index -> path and reason)."""
+
+    batch: Batch | None
+    unreadable: dict[int, str]
+
+
+class _ReadableBatches(Dataset):
+    """Makes whole batches, in a worker: what cannot be read is left out.
+
+    Args:
+        fill: Fill up a batch of which less than two images are left: every process has something to train on, and
+            batch norm a variance. The next images of the data set take the place, or, where the labels are stored,
+            copies of what is left.
+        limit: Images that may be unreadable: beyond that the batch is given up, as a folder that is gone takes long to
+            search to its end.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.free: dict[torch.Size, deque[np.ndarray]] = defaultdict(partial(deque, maxlen=3))
+    def __init__(self, samples: SampleSource, collate: Collate, *, limit: int, fill: bool = False) -> None:
+        self.samples, self.collate, self.fill, self.limit = samples, collate, fill, limit
+
+    def __getitem__(self, batch: KeyBatch) -> _Fetched | UserError:
+        read: list[tuple[Key, Sample]] = []
+        unreadable: dict[int, str] = {}
+        try:
+            with preserved_generators():
+                for key in batch.keys:
+                    if len(unreadable) <= self.limit:
+                        self._add(key, read, unreadable)
+                if self.fill and len(read) < min(2, len(batch.keys)):
+                    self._fill_up(batch.keys, read, unreadable)
+                if not read:
+                    return _Fetched(None, unreadable)
+                keys, samples = zip(*read, strict=True)
+                return _Fetched(self.collate(batch._replace(keys=list(keys)), list(samples)), unreadable)
+        except UserError as error:  # returned, not raised: DataLoader would add the worker's traceback to its text
+            return error
+
+    def _add(self, key: Key, read: list[tuple[Key, Sample]], unreadable: dict[int, str]) -> None:
+        try:
+            read.append((key, self.samples[key]))
+        except UnreadableImage as error:
+            unreadable[error.index] = str(error)
+
+    def _fill_up(self, keys: list[Key], read: list[tuple[Key, Sample]], unreadable: dict[int, str]) -> None:
+        if keys[-1].label is not None:
+            read += read[:1]
+            return
+        asked = {key.index for key in keys}
+        for step in range(1, len(self.samples)):
+            index = (keys[-1].index + step) % len(self.samples)
+            if index not in asked:
+                self._add(keys[-1]._replace(index=index, pair=None), read, unreadable)
+            if len(read) >= min(2, len(keys)) or len(unreadable) > self.limit:
+                return
+
+
+class _ReportingLoader:
+    """The batches alone, as timm's `PrefetchLoader` takes them; what could not be read is reported."""
+
+    def __init__(self, loader: DataLoader, bad: BadImages, split: str) -> None:
+        self.loader, self.bad, self.split = loader, bad, split
+
+    def __len__(self) -> int:
+        return len(self.loader)
 
     def __iter__(self) -> Iterator[Batch]:
-        for images, target in super().__iter__():
-            free = self.free[images.shape]
-            memory = free.pop() if free else np.empty(images.shape, np.float32)
-            lent = memory.view()  # dies with the last tensor that has this memory, which then is free again
-            weakref.finalize(lent, free.append, memory)
-            images = torch.from_numpy(lent).copy_(images)
-            del lent
-            yield images, target
+        for fetched in self.loader:
+            if isinstance(fetched, UserError):
+                raise fetched
+            self.bad.report(self.split, fetched.unreadable)
+            if fetched.batch is not None:
+                yield fetched.batch
+            elif self.split == 'train':  # the other processes wait for a batch of this one
+                self.bad.check()
+                raise UserError('no image of the training split can be read: look at the log for the reasons.')
+
+
+def ignore_signals(worker: int) -> None:
+    """Let a worker process leave Ctrl-C and a cluster's SIGTERM, which reach every process, to the main process.
+
+    SIGTERM cannot just be ignored: multiprocessing ends workers with one at exit, and waits for them. Where the sender
+    of a signal is not told (macOS), any SIGTERM ends the worker.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, 'sigwaitinfo'):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_leave_when_told, daemon=True).start()
+
+
+def _leave_when_told() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
+
+
+def _seed_of_worker(info: Any) -> int:
+    """A `worker_seeding` of timm's loader: the seed that torch has given the worker."""
+    ignore_signals(info.id)
+    return int(info.seed)
+
+
+def unchanged(fetched: Any) -> Any:
+    """Collate function of a `DataLoader` whose data set makes whole batches."""
+    return fetched
 
 
 def _load_batches(
-    batches: ReadableBatches,
+    batches: _ReadableBatches,
     sampler: Sampler[KeyBatch],
     bad: BadImages,
     split: str,
@@ -145,10 +244,8 @@ def _load_batches(
         generator=torch.Generator(),  # the workers' own seed, which nothing uses, comes out of no shared generator
         **workers,
     )
-    check_sockets(loader.num_workers)
-    kind = _InUsedMemory if device.type == 'cpu' and dtype == torch.float32 else ReportingLoader
-    reporting = kind(loader, bad, split, skip_empty=not batches.fill)
     mean, std = normalization
+    reporting = _ReportingLoader(loader, bad, split)
     return PrefetchLoader(reporting, mean=mean, std=std, channels=len(mean), device=device, img_dtype=dtype)
 
 
@@ -182,7 +279,7 @@ class TrainLoader:
     ) -> None:
         self.sampler, self.device = sampler, device or torch.device('cpu')
         bad = bad or BadImages()
-        batches = ReadableBatches(samples, collate, fill=True, limit=bad.limit)
+        batches = _ReadableBatches(samples, collate, fill=True, limit=bad.limit)
         where = self.device if prefetch else torch.device('cpu')
         options = {'num_workers': workers, 'pin_memory': pin_memory, 'persistent_workers': workers > 0}
         self.loader = _load_batches(batches, sampler, bad, 'train', normalization, where, dtype, **options)
@@ -198,11 +295,6 @@ class TrainLoader:
             yield images.to(self.device), target.to(self.device)
 
 
-def unchanged(fetched: Any) -> Any:
-    """Collate function of a `DataLoader` whose data set makes whole batches."""
-    return fetched
-
-
 class StreamLoader:
     """Training batches of a streaming data set (wds/, tfds/, hfids/), through timm's own loader.
 
@@ -216,8 +308,8 @@ class StreamLoader:
 
     def __init__(self, dataset: IterableDataset, *, seed: int, rank: int, device: torch.device, **loader: Any) -> None:
         self.dataset, self.seed, self.rank, self.device = dataset, seed, rank, device
-        self.loader = create_loader(dataset, is_training=True, device=device, persistent_workers=False, **loader)
-        keep_signals_from_workers(self.loader)
+        loader |= {'device': device, 'persistent_workers': False, 'worker_seeding': _seed_of_worker}
+        self.loader = create_loader(dataset, is_training=True, **loader)
 
     def __len__(self) -> int:
         """Batches an epoch on every process, by the data set's own count."""
@@ -258,21 +350,16 @@ def eval_loader(
     config = {name: data_config[name] for name in names}
     if isinstance(dataset, IterableDataset):
         kwargs |= {'batch_size': batch_size, 'device': device, 'distributed': distributed}
-        loader = create_loader(dataset, is_training=False, **config, **kwargs)
-        keep_signals_from_workers(loader)
-        return loader
+        return create_loader(dataset, is_training=False, worker_seeding=_seed_of_worker, **config, **kwargs)
     prefetch = kwargs.pop('use_prefetcher', True)
     dtype = kwargs.pop('img_dtype', torch.float32)
     bad = bad or BadImages()
-    try:
-        transform = create_transform(**config, is_training=False, use_prefetcher=True)
-    except (KeyError, TypeError, ValueError) as error:  # a model's config.json may say anything
-        raise UserError(f'the images cannot be cut as {config} says: {error!r}') from error
+    transform = create_transform(**config, is_training=False, use_prefetcher=True)
     transform.transforms[-1] = pixels_of
     samples = _EvalSamples(dataset, transform)
     rank, processes = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
     sampler = _EvalBatches(range(rank, len(samples), processes), batch_size)
-    batches = ReadableBatches(samples, collate_labels, limit=bad.limit)
+    batches = _ReadableBatches(samples, collate_labels, limit=bad.limit)
     normalization = tuple(config['mean']), tuple(config['std'])
     where = device if prefetch else torch.device('cpu')
     return _load_batches(batches, sampler, bad, 'validation', normalization, where, dtype, **kwargs)

@@ -33,7 +33,7 @@ class Sample(NamedTuple):
         pixels: uint8 [C, H, W], contiguous; [splits, C, H, W] with `aug_splits`.
         target: Label of its image, -1 if unknown.
         mixed_target: Label of the image that is mixed in; its own where nothing is.
-        lam: Mixup or CutMix lambda: the weight of `target` beside `mixed_target`.
+        lam: Mixup/CutMix lambda of the sample's own label.
     """
 
     pixels: np.ndarray
@@ -179,9 +179,9 @@ class Samples:
     def _mix(self, mixing: FastCollateMixup, key: Key, number: int, images: tuple[int, int]) -> list[Sample]:
         first, second = (self._augmented(key._replace(index=index)) for index in images)
         seed_cpu(counted_seed(Stream.PAIR, self.seed, key.epoch, number, *key.repeat))
-        # Labels of two classes come back as the shares of the two images.
-        pixels, shares = mixing([(first.pixels, 0), (second.pixels, 1)])
-        lam = float(shares[0, 0])
+        # As the labels are two classes, what comes back for the first is lambda and 1 - lambda.
+        pixels, targets = mixing([(first.pixels, 0), (second.pixels, 1)])
+        lam = float(targets[0, 0])
         return [
             Sample(pixels[0].numpy(), first.target, second.target, lam),
             Sample(pixels[1].numpy(), second.target, first.target, lam),
@@ -237,7 +237,7 @@ class EpochSampler(Sampler[KeyBatch]):
         sizes: Arguments of timm's `ScheduledBatchSampler`, for batches of changing image size; None for one size.
 
     Raises:
-        UserError: If the settings exclude each other, or no batch is left.
+        UserError: If the settings exclude each other.
     """
 
     def __init__(
@@ -253,10 +253,10 @@ class EpochSampler(Sampler[KeyBatch]):
         repeats: float = 0,
         sizes: dict[str, Any] | None = None,
     ) -> None:
-        if samples_per_decode > 1:
-            for name, used in (('--mixup-mode pair', pairs), ('--aug-repeats', repeats), ('--train-img-sizes', sizes)):
-                if used:
-                    raise UserError(f'--samples-per-decode {samples_per_decode} cannot go with {name}.')
+        if samples_per_decode > 1 and (pairs or repeats or sizes):
+            raise UserError(
+                '--samples-per-decode cannot go with --mixup-mode pair, --aug-repeats or --train-img-sizes.'
+            )
         self.count, self.batch_size, self.seed = count, batch_size, seed
         self.rank, self.world_size = rank, world_size
         self.samples_per_decode, self.pairs = samples_per_decode, pairs
@@ -269,11 +269,8 @@ class EpochSampler(Sampler[KeyBatch]):
             self._length = len(self._repeated)
         elif pairs and world_size > 1:
             self._length = 2 * math.ceil(math.ceil(count / 2) / world_size)
-        if sizes:
-            try:  # drop_last: what is left over would be a small batch in the middle of the epoch
-                self._scheduled = ScheduledBatchSampler(range(self._length), seed=seed, drop_last=True, **sizes)
-            except ValueError as error:
-                raise UserError(f'--train-img-sizes: {error}') from error
+        if sizes:  # drop_last: what is left over would be a small batch in the middle of the epoch
+            self._scheduled = ScheduledBatchSampler(range(self._length), seed=seed, drop_last=True, **sizes)
 
     def __len__(self) -> int:
         """Batches an epoch on every process."""

@@ -23,7 +23,6 @@ from timm_mealv2.data.dataset import UnreadableImage, image_names, keeping_no_fi
 from timm_mealv2.data.loader import unchanged
 from timm_mealv2.data.normalize import channel_stats
 from timm_mealv2.data.samples import Key, Samples
-from timm_mealv2.data.workers import check_sockets
 from timm_mealv2.errors import UserError
 from timm_mealv2.files import replacing
 from timm_mealv2.models.ensemble import EnsembleTeacher
@@ -138,7 +137,6 @@ class _SampleBatches(Dataset):
 
 
 def _sample_loader(samples: Samples, batches: Iterable[list[Key]], workers: int, device: torch.device) -> DataLoader:
-    check_sockets(workers)
     return DataLoader(
         _SampleBatches(samples),
         batch_sampler=batches,

@@ -25,7 +25,7 @@ from timm.task import (
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from timm_mealv2.data.bad_images import BadImages
+from timm_mealv2.data.unreadable import BadImages
 from timm_mealv2.errors import UserError
 from timm_mealv2.models.ensemble import EnsembleTeacher
 from timm_mealv2.models.factory import create_ensemble, read_classes

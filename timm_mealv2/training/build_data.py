@@ -14,17 +14,19 @@ from timm.data import FastCollateMixup, ImageDataset
 from torch.utils.data import Dataset, IterableDataset, Subset
 
 from timm_mealv2.data.augmentation import Augmentation, Erasing
-from timm_mealv2.data.bad_images import BadImages, Collate, SampleSource
 from timm_mealv2.data.dataset import check_classes, class_names, dataset_root, image_mode, open_dataset, unlabeled
 from timm_mealv2.data.loader import (
+    Collate,
     CollateMixed,
     CollatePairs,
+    SampleSource,
     StreamLoader,
     TrainLoader,
     collate_labels,
     eval_loader,
 )
 from timm_mealv2.data.samples import EpochSampler, Samples
+from timm_mealv2.data.unreadable import BadImages
 from timm_mealv2.errors import UserError
 from timm_mealv2.soft_labels.replay import replay
 from timm_mealv2.soft_labels.store import SoftLabelStore
@@ -91,13 +93,11 @@ class Data:
         loader: Gives the training batches.
         validation: What a model is judged by, None for nothing.
         class_names: Names of the classes, None where the data set does not tell.
-        splits: The data sets by the names under which unreadable images are reported.
     """
 
     loader: TrainLoader | StreamLoader
     validation: Validation | None
     class_names: list[str] | None
-    splits: dict[str, Dataset]
 
 
 def build_data(
@@ -117,7 +117,7 @@ def build_data(
     by_agreement = args.unlabeled and (validation is None or len(class_names(validation) or ()) != pixels.num_classes)
     if by_agreement and not live_teachers:
         _logger.info('No validation split with labels, and no live teachers to agree with: there is no evaluation.')
-        return Data(loader, None, class_names(train), {'train': train})
+        return Data(loader, None, class_names(train))
     if validation is None:
         validation = _open_split(args, args.train_split, pixels)
         count = len(validation)  # type: ignore[arg-type]
@@ -141,8 +141,7 @@ def build_data(
         use_prefetcher=not args.no_prefetcher,
         img_dtype=pixels.dtype,
     )
-    splits = {'train': train, 'validation': validation}
-    return Data(loader, Validation(evaluated, by_agreement), class_names(train), splits)
+    return Data(loader, Validation(evaluated, by_agreement), class_names(train))
 
 
 def sample_of(dataset: Dataset, count: int, seed: int) -> Dataset:

@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         logging.getLogger(name).setLevel(logging.WARNING if primary else logging.ERROR)
     if not primary:  # the first process says what all have to say; unreadable images are each one's own
         logging.getLogger().setLevel(logging.ERROR)
-        logging.getLogger('timm_mealv2.data.bad_images').setLevel(logging.WARNING)
+        logging.getLogger('timm_mealv2.data.unreadable').setLevel(logging.WARNING)
         warnings.simplefilter('ignore')
     args = parse_args(argv)
     with TrainLog() as log, Signals(log=primary) as signals:

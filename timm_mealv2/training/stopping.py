@@ -15,7 +15,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from timm_mealv2.data.bad_images import BadImages
+from timm_mealv2.data.unreadable import BadImages
 from timm_mealv2.errors import UserError
 from timm_mealv2.training.distributed import Processes
 
@@ -95,8 +95,7 @@ class Guard:
     Attributes:
         signal: The signal that has come to any process, 0 if none has.
         stops: Whether the run is to stop after the present update, on all processes.
-        state: For a checkpoint: 'bad_images' (see `BadImages.found`), 'skipped' updates of the run, and those skipped
-            'in_a_row'.
+        state: For a checkpoint: 'skipped' updates of the run, and those skipped 'in_a_row'.
     """
 
     def __init__(self, signals: Signals, bad: BadImages, processes: Processes, max_nonfinite: int = 10) -> None:
@@ -105,7 +104,7 @@ class Guard:
         self.stops = False
         self._told: Callable[[], list[int]] | None = None  # the news of all processes, at the last update
         self._noted: list[tuple[int, Tensor]] = []
-        self.state: dict[str, Any] = {'bad_images': bad.found, 'skipped': 0, 'in_a_row': 0}
+        self.state: dict[str, Any] = {'skipped': 0, 'in_a_row': 0}
 
     def exchange(self) -> None:
         """Take in what the processes told each other at the last call, and tell the news (a collective call)."""

@@ -165,7 +165,6 @@ class Trainer:
                 buffers = load_process_state(checkpoint, self.processes, self.meters)
             if 'faults' in checkpoint:
                 faults = checkpoint['faults']
-                self.guard.bad.restore(faults['bad_images'], parts.data.splits)
                 self.guard.state |= {'skipped': int(faults['skipped']), 'in_a_row': int(faults['in_a_row'])}
         parts.wrap(self.task)
         with blamed_on(path):
