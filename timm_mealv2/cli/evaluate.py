@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 from tqdm import tqdm
 
+from timm_mealv2.arguments import build_ensemble, choose_device, open_split
 from timm_mealv2.command_line import DATA, DEVICE, FLOAT_TYPES, TEACHERS, OneLineParser, add_options, run_cli
-from timm_mealv2.data.dataset import class_names, dataset_root, image_mode, image_names, open_dataset, unlabeled
+from timm_mealv2.data.dataset import class_names, dataset_root, image_mode, image_names, unlabeled
 from timm_mealv2.data.loader import eval_loader
 from timm_mealv2.data.normalize import channel_stats
 from timm_mealv2.data.unreadable import BadImages
@@ -22,7 +23,7 @@ from timm_mealv2.errors import UserError
 from timm_mealv2.evaluation import Metrics, evaluate, member_names, metrics_as_json
 from timm_mealv2.files import replacing
 from timm_mealv2.models.ensemble import EnsembleTeacher
-from timm_mealv2.models.factory import TeacherSpec, create_ensemble, read_classes
+from timm_mealv2.models.factory import TeacherSpec, create_ensemble
 from timm_mealv2.option_types import PIXELS
 from timm_mealv2.predictions import Predictions, write_page, write_predictions
 
@@ -91,9 +92,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         UserError: If a model cannot be had, the data cannot be read, or the options do not go together.
     """
     args = build_parser().parse_args(argv)
-    device = _checked_device(args)
+    _check_args(args)
+    device = choose_device(args.device)
     specs = [TeacherSpec.parse(name) for name in args.models]
-    for spec in (*specs, *TeacherSpec.parse_all(args.teachers or ())):
+    args.teachers = TeacherSpec.parse_all(args.teachers or ())
+    for spec in (*specs, *args.teachers):
         spec.check()
     data = _open_data(args)
     # An ensemble of one is the model, made from whatever names a teacher, with pixels of the size that it must have.
@@ -101,15 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options: dict[str, Any] = {'autocast_dtype': getattr(torch, args.amp_dtype) if args.amp else None, 'device': device}
     models = {str(spec): create_ensemble(spec, img_sizes=sizes, **options) for spec in specs}
     if args.teachers:
-        if args.teacher_dtype:
-            options['autocast_dtype'] = getattr(torch, args.teacher_dtype)
-        models[ENSEMBLE] = create_ensemble(
-            args.teachers,
-            weights=args.teacher_weights,
-            img_sizes=args.teacher_img_size,
-            classes=read_classes(args.teacher_classes or ()),
-            **options,
-        )
+        models[ENSEMBLE] = build_ensemble(args, **options)
 
     configs: dict[str, dict[str, Any]] = {}
     for name, model in models.items():
@@ -149,8 +144,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             path.write_text(metrics_as_json(results))
 
 
-def _checked_device(args: argparse.Namespace) -> torch.device:
-    """Refuse options that do not go together; return the device."""
+def _check_args(args: argparse.Namespace) -> None:
+    """Refuse options that do not go together, and files that cannot be written."""
     for name in ('teacher_weights', 'teacher_classes', 'teacher_dtype', 'teacher_img_size'):
         if getattr(args, name) and not args.teachers:
             raise UserError(f'--{name.replace("_", "-")} needs --teachers: name them.')
@@ -166,28 +161,12 @@ def _checked_device(args: argparse.Namespace) -> torch.device:
             raise UserError(
                 f'--{name} {path} is a {"file: name a folder" if path.is_file() else "folder: name a file"}.'
             )
-    try:
-        device = torch.device(args.device or ('cuda' if torch.cuda.is_available() else 'cpu'))
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f'--device {args.device} cannot be used: {str(error).splitlines()[0]}') from error
-    return device
 
 
 def _open_data(args: argparse.Namespace) -> Any:
     # timm numbers the folders that are there in their order; those of ImageNet-V2 say their number.
-    class_map = {str(index): index for index in range(1000)} if args.imagenet_v2 else args.class_map
-    data: Any = open_dataset(
-        args.dataset,
-        args.data_dir,
-        args.split or 'validation',
-        class_map=class_map,
-        download=args.dataset_download,
-        batch_size=args.batch_size,
-        input_key=args.input_key,
-        target_key=args.target_key,
-        trust_remote_code=args.dataset_trust_remote_code,
-    )
+    numbered = {'class_map': {str(index): index for index in range(1000)}} if args.imagenet_v2 else {}
+    data: Any = open_split(args, args.split or 'validation', batch_size=args.batch_size, **numbered)
     if args.split and args.data_dir is not None and dataset_root(data) == Path(args.data_dir):
         # timm would take the whole data folder
         raise UserError(f'--split {args.split}: there is no such folder in {args.data_dir}.')

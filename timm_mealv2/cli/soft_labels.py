@@ -14,6 +14,7 @@ import torch
 from timm.utils.distributed import world_info_from_env
 from torch.utils.data import Dataset
 
+from timm_mealv2.arguments import build_ensemble, choose_device, open_split
 from timm_mealv2.command_line import (
     AUGMENTATION,
     DATA,
@@ -27,11 +28,11 @@ from timm_mealv2.command_line import (
     run_cli,
 )
 from timm_mealv2.data.augmentation import Augmentation
-from timm_mealv2.data.dataset import class_names, open_dataset
+from timm_mealv2.data.dataset import class_names
 from timm_mealv2.data.normalize import resolve_pixels
 from timm_mealv2.errors import UserError, one_line
 from timm_mealv2.models.ensemble import EnsembleTeacher
-from timm_mealv2.models.factory import TeacherSpec, create_ensemble, read_classes
+from timm_mealv2.models.factory import TeacherSpec
 from timm_mealv2.option_types import COUNT, POSITIVE, PROBABILITY, SEED, model_text
 from timm_mealv2.soft_labels.meta import StoreMeta, describe
 from timm_mealv2.soft_labels.record import measure, record
@@ -141,7 +142,7 @@ def _record(args: argparse.Namespace) -> None:
     local_rank, rank, _ = world_info_from_env()  # torchrun and SLURM number the processes of a host
     if rank:
         logging.getLogger().setLevel(logging.WARNING)
-    device = _device(args, local_rank)
+    device = choose_device(args.device, local_rank)
     dataset, teachers, meta = _parts(args, device)
     options = _running(args, device)
     store = record(args.out, dataset, teachers, meta, args.epochs, progress=not rank, **options)
@@ -155,7 +156,7 @@ def _running(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
 
 
 def _estimate(args: argparse.Namespace) -> None:
-    device = _device(args, 0)
+    device = choose_device(args.device)
     dataset, teachers, meta = _parts(args, device)
     rate = measure(dataset, teachers, meta, seconds=args.seconds, **_running(args, device))
     images = args.images or meta.images
@@ -200,8 +201,9 @@ def _verify(args: argparse.Namespace) -> None:
     unreadable = read_all(store)
     total = store.meta.images * store.meta.epochs
     print(f'read                 {total:,} records, {unreadable:,} of them of images that could not be read')
-    device = _device(args, 0)
-    samples, rows = store.samples(_open(args, store.meta.augmentation.input_img_mode))
+    device = choose_device(args.device)
+    images = open_split(args, args.train_split, input_img_mode=store.meta.augmentation.input_img_mode)
+    samples, rows = store.samples(images)
     here = np.arange(store.meta.images) if rows is None else rows
     texts = [str(spec) for spec in TeacherSpec.parse_all(args.teachers)] if args.teachers else None
     teachers = create_teachers(store.meta, texts, device)
@@ -233,7 +235,8 @@ def _show(args: argparse.Namespace) -> None:
         row = int(args.image)
     else:
         raise UserError(f'{args.store} has no image {args.image}, but {names[0]} for one (or its number, 0).')
-    samples, rows = store.samples(_open(args, store.meta.augmentation.input_img_mode))
+    images = open_split(args, args.train_split, input_img_mode=store.meta.augmentation.input_img_mode)
+    samples, rows = store.samples(images)
     if rows is not None and row not in rows:
         raise UserError(f'{names[row]} is not in the data set.')
     classes = class_names(samples.dataset)
@@ -251,16 +254,9 @@ def _parts(args: argparse.Namespace, device: torch.device) -> tuple[Dataset, Ens
         fault = 'a sample would depend on its batch; pair is what can be recorded'
         raise UserError(f'--mixup-mode {args.mixup_mode}: {fault}.')
     check_image_settings(args)
-    teachers = create_ensemble(
-        TeacherSpec.parse_all(args.teachers),
-        num_classes=args.num_classes,
-        in_chans=args.in_chans or (args.input_size[0] if args.input_size else None),
-        weights=args.teacher_weights,
-        img_sizes=args.teacher_img_size,
-        classes=read_classes(args.teacher_classes or ()),
-        autocast_dtype=getattr(torch, args.teacher_dtype) if args.teacher_dtype else None,
-        device=device,
-    )
+    args.teachers = TeacherSpec.parse_all(args.teachers)
+    in_chans = args.in_chans or (args.input_size[0] if args.input_size else None)
+    teachers = build_ensemble(args, num_classes=args.num_classes, in_chans=in_chans, device=device)
     # A model of random weights tells the pixels that a student of this name expects.
     try:
         cfg = timm.create_model(args.model).pretrained_cfg if args.model else teachers.pretrained_cfg
@@ -269,37 +265,10 @@ def _parts(args: argparse.Namespace, device: torch.device) -> tuple[Dataset, Ens
     pixels = {name: getattr(args, name) for name in ('input_size', 'img_size', 'mean', 'std')}
     config = resolve_pixels(pixels, cfg, teachers.in_chans)
     augmentation = build_augmentation(args, config)
-    dataset = _open(args, augmentation.input_img_mode)
+    dataset = open_split(args, args.train_split, input_img_mode=augmentation.input_img_mode)
     top_k = args.top_k or min(10, teachers.num_classes)
     meta = describe(dataset, teachers, augmentation, seed=args.seed, top_k=top_k, batch_size=args.batch_size)
     return dataset, teachers, meta
-
-
-def _open(args: argparse.Namespace, img_mode: str) -> Dataset:
-    return open_dataset(
-        args.dataset,
-        args.data_dir,
-        args.train_split,
-        class_map=args.class_map,
-        download=args.dataset_download,
-        input_img_mode=img_mode,
-        input_key=args.input_key,
-        target_key=args.target_key,
-        trust_remote_code=args.dataset_trust_remote_code,
-    )
-
-
-def _device(args: argparse.Namespace, local_rank: int) -> torch.device:
-    available = torch.cuda.is_available()
-    name = args.device or ('cuda' if available else 'cpu')
-    if name.startswith('cuda') and not available:
-        raise UserError(f'--device {name}: this torch sees no CUDA device; use --device cpu.')
-    device = torch.device(f'cuda:{local_rank}' if name == 'cuda' else name)
-    try:
-        torch.empty(1, device=device)
-    except (AssertionError, NotImplementedError, RuntimeError) as error:
-        raise UserError(f'--device {name} cannot be used: {one_line(error)}') from error
-    return device
 
 
 def _amount(meta: StoreMeta, images: int, epochs: int) -> str:

@@ -25,14 +25,14 @@ from timm.task import (
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from timm_mealv2.arguments import build_ensemble
 from timm_mealv2.data.unreadable import BadImages
 from timm_mealv2.errors import UserError
 from timm_mealv2.models.ensemble import EnsembleTeacher
-from timm_mealv2.models.factory import create_ensemble, read_classes
 from timm_mealv2.task import MealV2Task, scale_discriminator_lr
 from timm_mealv2.training.build_data import Data, InputSpec, build_data
 from timm_mealv2.training.build_student import build_student
-from timm_mealv2.training.checks import mixes
+from timm_mealv2.training.checks import is_mealv2, mixes
 from timm_mealv2.training.distributed import Processes
 from timm_mealv2.training.loop import LossScaler, Schedule, Stepper, updates_per_epoch
 from timm_mealv2.training.resume import check_changes
@@ -70,11 +70,14 @@ def build(args: argparse.Namespace, processes: Processes, signals: Signals) -> T
 
     bad = BadImages(args.max_bad_images)
     guard = Guard(signals, bad, processes, args.max_nonfinite)
-    student, pixels = build_student(args, batch_size, processes)
+    student, pixels, model_config = build_student(args, batch_size, processes)
     settings['num_classes'] = pixels.num_classes
-    live = bool(args.teachers) and args.kd_distill_type == 'mealv2' and not args.soft_labels
+    live = is_mealv2(args) and not args.soft_labels
     data = build_data(args, pixels, processes, bad, live)
-    teachers = _build_teachers(args, pixels, processes.device) if live else None
+    teachers = None
+    if live:
+        size = {'num_classes': pixels.num_classes, 'in_chans': pixels.channels}
+        teachers = build_ensemble(args, **size, device=processes.device)
     task = _build_task(args, student, teachers, pixels, processes)
     optimizer = _build_optimizer(args, task, lr)
     if args.model_ema:
@@ -92,10 +95,16 @@ def build(args: argparse.Namespace, processes: Processes, signals: Signals) -> T
     )
     if processes.primary:
         _announce(args, parts, student, processes, lr)
-    return Trainer(parts, _plan(args, settings, checkpoint, eval_metric), processes, guard, folder)
+    return Trainer(parts, _plan(args, settings, model_config, checkpoint, eval_metric), processes, guard, folder)
 
 
-def _plan(args: argparse.Namespace, settings: dict[str, Any], checkpoint: Any, eval_metric: str) -> Plan:
+def _plan(
+    args: argparse.Namespace,
+    settings: dict[str, Any],
+    model_config: dict[str, Any],
+    checkpoint: Any,
+    eval_metric: str,
+) -> Plan:
     # A run that continues itself is past the epoch that it was told to begin with.
     begins = args.start_epoch is not None and not (checkpoint and args.resume in ('', 'auto'))
     wandb = {'project': args.wandb_project, 'tags': args.wandb_tags, 'id': args.wandb_resume_id, 'config': settings}
@@ -119,6 +128,7 @@ def _plan(args: argparse.Namespace, settings: dict[str, Any], checkpoint: Any, e
         tensorboard=args.log_tensorboard,
         wandb=wandb if args.log_wandb else None,
         push_to_hub=args.push_to_hub,
+        model_config=model_config,
     )
 
 
@@ -185,19 +195,6 @@ def _check_devices(args: argparse.Namespace, processes: Processes) -> None:
     for flag, name in types.items():
         if name == 'bfloat16' and device.type == 'cpu' and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             _logger.warning(f'{flag} bfloat16: this CPU emulates it, about 30 times slower than float32.')
-
-
-def _build_teachers(args: argparse.Namespace, pixels: InputSpec, device: torch.device) -> EnsembleTeacher:
-    return create_ensemble(
-        args.teachers,
-        num_classes=pixels.num_classes,
-        in_chans=pixels.channels,
-        weights=args.teacher_weights,
-        img_sizes=args.teacher_img_size,
-        classes=read_classes(args.teacher_classes or ()),
-        autocast_dtype=getattr(torch, args.teacher_dtype) if args.teacher_dtype else None,
-        device=device,
-    )
 
 
 def _build_task(

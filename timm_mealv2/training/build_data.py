@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import math
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, fields, replace
@@ -13,8 +12,9 @@ import torch
 from timm.data import FastCollateMixup, ImageDataset
 from torch.utils.data import Dataset, IterableDataset, Subset
 
+from timm_mealv2.arguments import open_split
 from timm_mealv2.data.augmentation import Augmentation, Erasing
-from timm_mealv2.data.dataset import check_classes, class_names, dataset_root, image_mode, open_dataset, unlabeled
+from timm_mealv2.data.dataset import check_classes, class_names, dataset_root, image_mode, unlabeled
 from timm_mealv2.data.loader import (
     Collate,
     CollateMixed,
@@ -30,7 +30,7 @@ from timm_mealv2.data.unreadable import BadImages
 from timm_mealv2.errors import UserError
 from timm_mealv2.soft_labels.replay import replay
 from timm_mealv2.soft_labels.store import SoftLabelStore
-from timm_mealv2.training.checks import mixes
+from timm_mealv2.training.checks import is_mealv2, mixes
 from timm_mealv2.training.distributed import Processes
 
 _logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ EVALUATED_AT_MOST = 50_000
 
 @dataclass(frozen=True)
 class InputSpec:
-    """What the student sees.
+    """Input size, normalization, dtype, batch size and class count of the student.
 
     Attributes:
         config: The resolved data configuration: 'input_size', 'mean', 'std', 'interpolation' and the like.
@@ -107,7 +107,7 @@ def build_data(
 
     Args:
         args: The arguments.
-        pixels: What the student sees.
+        pixels: Input size, normalization and batch size of the student.
         processes: The processes of the run.
         bad: Told of the images that cannot be read.
         live_teachers: Whether there are teachers that a model can be compared with.
@@ -172,25 +172,12 @@ class _ChosenImages:
 
 
 def _open_split(args: argparse.Namespace, split: str, pixels: InputSpec, **kwargs: Any) -> Dataset:
-    return open_dataset(
-        args.dataset,
-        args.data_dir,
-        split,
-        class_map=args.class_map,
-        download=args.dataset_download,
-        batch_size=pixels.batch_size,
-        seed=args.seed,
-        input_img_mode=image_mode(args.input_img_mode, pixels.channels),
-        input_key=args.input_key,
-        target_key=args.target_key,
-        trust_remote_code=args.dataset_trust_remote_code,
-        **kwargs,
-    )
+    mode = image_mode(args.input_img_mode, pixels.channels)
+    return open_split(args, split, batch_size=pixels.batch_size, seed=args.seed, input_img_mode=mode, **kwargs)
 
 
 def _open_datasets(args: argparse.Namespace, pixels: InputSpec) -> tuple[Dataset, Dataset | None]:
     """Open the training and the validation split; the second is None where a run without labels has none."""
-    root = args.data_dir
     if pixels.num_classes == 1 and not args.bce_loss:
         raise UserError('one class alone leaves nothing to learn: give --num-classes 2 or more, and data to match.')
     streaming = {'is_training': True, 'num_samples': args.train_num_samples, 'repeats': args.epoch_repeats}
@@ -202,60 +189,35 @@ def _open_datasets(args: argparse.Namespace, pixels: InputSpec) -> tuple[Dataset
         if not args.unlabeled:
             raise
     folder = dataset_root(train)
-    if validation is not None and folder is not None and args.train_split != args.val_split:
+    other = dataset_root(validation) if validation is not None else None
+    if folder is not None and other is not None and args.train_split != args.val_split:
         # timm takes the folder itself where it has none of the split's name.
-        other = dataset_root(validation)
-        if other is not None and (other == folder or other in folder.parents):
+        if other == folder or other in folder.parents:
             if not args.unlabeled:
-                raise UserError(f'no split {args.val_split!r} in {root}: name its folder or .tar with --val-split.')
+                raise UserError(_no_split(args, args.val_split, '--val-split'))
             validation = None
-        elif other is not None and folder in other.parents:
-            raise UserError(f'no split {args.train_split!r} in {root}: name its folder or .tar with --train-split.')
+        elif folder in other.parents:
+            raise UserError(_no_split(args, args.train_split, '--train-split'))
     if not args.unlabeled and not args.class_map:
         check_classes(train, validation, pixels.num_classes)
     return train, validation
 
 
+def _no_split(args: argparse.Namespace, split: str, option: str) -> str:
+    return f'no split {split!r} in {args.data_dir}: name its folder or .tar with {option}.'
+
+
 def build_augmentation(args: argparse.Namespace, data_config: dict[str, Any]) -> Augmentation:
     """Collect every setting that decides the pixels of a training sample."""
-    interpolation = args.train_interpolation
-    if args.no_aug or not interpolation:
-        interpolation = data_config['interpolation']
-    rotates = args.aa and not args.no_aug and not args.aa.startswith('3a')
-    if rotates and interpolation in ('box', 'hamming', 'lanczos'):
-        raise UserError(f'--aa: Pillow does not rotate with {interpolation}; set another --train-interpolation.')
-    input_size = data_config['input_size']
-    sides = getattr(args, 'train_img_sizes', None) or input_size[1:]
-    if args.cutmix_minmax and any(
-        int(args.cutmix_minmax[0] * side) >= int(args.cutmix_minmax[1] * side) for side in sides
-    ):
-        raise UserError(
-            f'--cutmix-minmax: of {min(sides)} pixels, both sides of a box are the same; take other shares.'
-        )
-    if args.train_crop_mode in ('rkrc', 'rkrr'):
-        stretch = max(args.ratio[1], 1 / args.ratio[0])
-        least, most = min(sides) / math.sqrt(args.scale[1] * stretch), max(sides) * math.sqrt(stretch / args.scale[0])
-        if not 1 <= least <= most < 2**16:
-            raise UserError(
-                f'--scale, --ratio: with --train-crop-mode {args.train_crop_mode} an image would be of {least:.3g} to '
-                f'{most:.3g} pixels a side; take values closer to 1.'
-            )
-    if args.gaussian_blur_prob and min(sides) < 12:
-        raise UserError(f'--gaussian-blur-prob: the blur takes images of 12 pixels or more, not of {min(sides)}.')
     mixing = ('mixup', 'cutmix', 'cutmix_minmax', 'mixup_prob', 'mixup_switch_prob', 'mixup_off_epoch')
-    names = [field.name for field in fields(Augmentation) if field.name not in mixing and hasattr(args, field.name)]
-    if args.mixup_mode == 'pair' and mixes(args):
-        names += mixing
-    own = {
-        'input_size': input_size,
-        'input_img_mode': image_mode(args.input_img_mode, input_size[0]),
-        'train_interpolation': interpolation,
-        'mean': data_config['mean'],
-        'std': data_config['std'],
-        'grayscale_prob': args.grayscale_prob or 0.0,
-        'gaussian_blur_prob': args.gaussian_blur_prob or 0.0,
-    }
-    return Augmentation(**{**{name: getattr(args, name) for name in names}, **own})
+    left_out = () if args.mixup_mode == 'pair' and mixes(args) else mixing
+    settings: dict[str, Any] = {field.name: getattr(args, field.name, None) for field in fields(Augmentation)}
+    settings = {name: value for name, value in settings.items() if value is not None and name not in left_out}
+    settings |= {name: data_config[name] for name in ('input_size', 'mean', 'std')}
+    settings['input_img_mode'] = image_mode(args.input_img_mode, data_config['input_size'][0])
+    if args.no_aug or not args.train_interpolation:
+        settings['train_interpolation'] = data_config['interpolation']
+    return Augmentation(**settings)
 
 
 def _mixup_arguments(args: argparse.Namespace, num_classes: int) -> dict[str, Any]:
@@ -288,7 +250,7 @@ def _build_train_loader(
         mixing = _mixup_arguments(args, pixels.num_classes)
         collate = CollateMixed(mixing, erasing, seed=args.seed, rank=processes.rank, off_epoch=args.mixup_off_epoch)
     # MEAL V2 does not look at labels, or not at unknown ones (-1); mixing does.
-    unknown = args.kd_distill_type == 'mealv2' and bool(args.teachers or args.soft_labels) and not mixes(args)
+    unknown = is_mealv2(args) and not mixes(args)
     labels = None if args.unlabeled else range(-1 if unknown else 0, pixels.num_classes)
     place: dict[str, Any] = {'rank': processes.rank, 'world_size': processes.world_size}
     place['samples_per_decode'] = args.samples_per_decode

@@ -1,57 +1,54 @@
 """From arguments to the student: the model to train, and what its pixels are."""
 
 import argparse
-import copy
 import logging
 from typing import Any
 
 import timm
 import torch
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_norm
+from timm.models import filter_pretrained_cfg, resolve_model_input_args
 from torch import nn
 
 from timm_mealv2.data.normalize import resolve_pixels
-from timm_mealv2.data.seed import Stream, counted_seed, preserved_generators, seed_cpu
+from timm_mealv2.data.seed import Stream, counted_seed, seed_cpu
 from timm_mealv2.errors import UserError, one_line
-from timm_mealv2.models.checkpoint import TrainingCheckpoint
+from timm_mealv2.models.checkpoint import TrainingCheckpoint, architecture_arguments
 from timm_mealv2.training.build_data import InputSpec
 from timm_mealv2.training.distributed import Processes
 
 _logger = logging.getLogger(__name__)
 
 
-def build_student(args: argparse.Namespace, batch_size: int, processes: Processes) -> tuple[nn.Module, InputSpec]:
+def build_student(
+    args: argparse.Namespace, batch_size: int, processes: Processes
+) -> tuple[nn.Module, InputSpec, dict[str, Any]]:
     """Create the model to train, and decide what its pixels are.
 
     The resolved data configuration is written into the model's `pretrained_cfg`, where the task, the loaders, the
     evaluation and the exported config.json read it.
+
+    Returns:
+        The model, its input, and what checkpoints say of the network (`model_config`).
     """
     seed_cpu(counted_seed(Stream.INITIALIZATION, args.seed))
     if args.fast_norm:
         set_fast_norm()
     in_chans = args.in_chans if args.in_chans is not None else args.input_size[0] if args.input_size else None
-    options = {
-        'num_classes': args.num_classes,
-        'in_chans': in_chans,
+    shape = {'global_pool': args.gp, 'bn_momentum': args.bn_momentum, 'bn_eps': args.bn_eps, **args.model_kwargs}
+    drops = {
         'drop_rate': args.drop,
         'drop_path_rate': args.drop_path if args.drop_path is not None else args.drop_connect,
         'drop_block_rate': args.drop_block,
-        'global_pool': args.gp,
-        'bn_momentum': args.bn_momentum,
-        'bn_eps': args.bn_eps,
-        'scriptable': None,
-        **args.model_kwargs,
     }
-    if args.pretrained_path:
-        options['pretrained_cfg_overlay'] = {'file': args.pretrained_path, 'num_classes': -1}
-    options = {name: value for name, value in options.items() if value is not None}
+    overlay = {'file': args.pretrained_path, 'num_classes': -1} if args.pretrained_path else None
+    pretrained = args.pretrained or bool(args.pretrained_path)
+    sizes = {'num_classes': args.num_classes, 'in_chans': in_chans}
     try:
-        model = timm.create_model(args.model, pretrained=args.pretrained or bool(args.pretrained_path), **options)
-    except UserError:
-        raise
-    except Exception as error:  # a config.json, weights and arguments are the user's, whatever timm raises
-        pool = f' with --gp {args.gp}' if args.gp is not None else ''
-        raise UserError(f'cannot create --model {args.model}{pool}: {error}') from error
+        arguments = resolve_model_input_args(args.model, pretrained_cfg_overlay=overlay, **{**sizes, **drops, **shape})
+        model = timm.create_model(pretrained=pretrained, **arguments)
+    except (AssertionError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f'cannot create --model {args.model}: {one_line(error)}') from error
     if args.initial_checkpoint:
         state = TrainingCheckpoint.read(args.initial_checkpoint).state_dict()
         try:
@@ -65,54 +62,44 @@ def build_student(args: argparse.Namespace, batch_size: int, processes: Processe
             model.get_classifier().weight.mul_(args.head_init_scale)
     if args.head_init_bias is not None:
         nn.init.constant_(model.get_classifier().bias, args.head_init_bias)
-    num_classes = args.num_classes or getattr(model, 'num_classes', None)
-    if num_classes is None:
-        raise UserError(f'--model {args.model} does not tell its class count: give --num-classes.')
     if args.grad_checkpointing:
         model.set_grad_checkpointing(enable=True)
 
-    config = _describe_pixels(args, model, in_chans or int(getattr(model, 'in_chans', 3)))
+    in_chans = in_chans or int(getattr(model, 'in_chans', 3))
+    config = resolve_pixels(vars(args), model.pretrained_cfg, in_chans)
+    # Whatever else the weights were once tested with is not what this run measures.
+    former = {key: value for key, value in model.pretrained_cfg.items() if not key.startswith('test_')}
+    model.pretrained_cfg = model.default_cfg = {**former, **config}
+    _logger.info('Pixels: ' + ', '.join(f'{name} {value}' for name, value in config.items()))
+    model_args = architecture_arguments(arguments)
+    model_config = {
+        'architecture': arguments['model_name'],
+        'num_classes': model.num_classes,
+        'in_chans': in_chans,
+        'model_args': {name: value for name, value in model_args.items() if name not in {**sizes, **drops}},
+        'pretrained_cfg': filter_pretrained_cfg(model.pretrained_cfg, remove_source=True),
+    }
+
+    inputs = InputSpec(config, model.num_classes, batch_size, getattr(torch, args.model_dtype or 'float32'))
     if args.split_bn:
         model = convert_splitbn_model(model, max(args.aug_splits, 2))
-    dtype = getattr(torch, args.model_dtype or 'float32')
-    model.to(device=processes.device, dtype=dtype)
+    model.to(device=processes.device, dtype=inputs.dtype)
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
-    _try_forward(args, model, InputSpec(config, num_classes, batch_size, dtype), processes.device)
+    _try_sizes(args, model, inputs, processes.device)
     if processes.distributed and args.sync_bn:
         model = convert_sync_batchnorm(model)
-    return model, InputSpec(config, num_classes, batch_size, dtype)
+    return model, inputs, model_config
 
 
 @torch.no_grad()
-def _try_forward(args: argparse.Namespace, model: nn.Module, pixels: InputSpec, device: torch.device) -> None:
-    """Tell at once, not in the first step, that a model does not take images of a size or a batch of one image."""
-    input_size = pixels.config['input_size']
-    sizes = {'--img-size': [input_size[1:]], '--train-img-sizes': [(size, size) for size in args.train_img_sizes or ()]}
+def _try_sizes(args: argparse.Namespace, model: nn.Module, inputs: InputSpec, device: torch.device) -> None:
+    """Tell before the data set is opened that a model, such as a ViT, does not take images of a size."""
     model.eval()
-    for name, size in [(name, size) for name, some in sizes.items() for size in some]:
-        images = torch.zeros(1, input_size[0], *size, device=device, dtype=pixels.dtype)
+    for size in (inputs.config['input_size'][1:], *((size, size) for size in args.train_img_sizes or ())):
         try:
-            output = model(images)
-            if pixels.batch_size == 1 and not args.freeze_bn:  # batch norm may have a single value left
-                with preserved_generators():
-                    copy.deepcopy(model).train()(images)
+            model(torch.zeros(1, inputs.channels, *size, device=device, dtype=inputs.dtype))
         except (AssertionError, RuntimeError, ValueError) as error:
             shown = ' x '.join(map(str, size))
-            raise UserError(f'{name}: {args.model} cannot take images of {shown}: {error}') from error
-    if output.shape[1:] != (pixels.num_classes,):
-        raise UserError(
-            f'{args.model} gives {list(output.shape[1:])} numbers, not one for each of {pixels.num_classes} classes.'
-        )
+            raise UserError(f'{args.model} cannot take images of {shown}: {one_line(error)}') from error
     model.train()
-
-
-def _describe_pixels(args: argparse.Namespace, model: Any, in_chans: int) -> dict[str, Any]:
-    config = resolve_pixels(vars(args), model.pretrained_cfg, in_chans)
-    # Whatever else the weights were once tested with is not what this run measures.
-    former = {
-        key: value for key, value in model.pretrained_cfg.items() if key not in ('test_input_size', 'test_crop_pct')
-    }
-    model.pretrained_cfg = model.default_cfg = {**former, **config}
-    _logger.info('Pixels: ' + ', '.join(f'{name} {value}' for name, value in config.items()))
-    return config

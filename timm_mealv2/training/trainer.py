@@ -81,6 +81,7 @@ class Plan:
         tensorboard: Log to TensorBoard.
         wandb: Log to Weights & Biases with these arguments, None for not.
         push_to_hub: Push the best model there at the end, None for not.
+        model_config: What the network is, for the checkpoints.
     """
 
     settings: dict[str, Any]
@@ -102,6 +103,7 @@ class Plan:
     tensorboard: bool
     wandb: dict[str, Any] | None
     push_to_hub: str | None
+    model_config: dict[str, Any]
 
 
 class Trainer:
@@ -203,6 +205,7 @@ class Trainer:
             args=plan.settings,
             constant={
                 'data_config': self.parts.pixels.config,
+                'model_config': plan.model_config,
                 'class_names': self.parts.data.class_names,
                 'batches': len(self.parts.data.loader),
                 'faults': self.guard.state,

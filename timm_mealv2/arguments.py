@@ -1,0 +1,67 @@
+"""From the arguments that several programs share to what they name: the device, a data set, the ensemble."""
+
+import argparse
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from timm_mealv2.data.dataset import open_dataset
+from timm_mealv2.errors import UserError, one_line
+from timm_mealv2.models.ensemble import EnsembleTeacher
+from timm_mealv2.models.factory import create_ensemble, read_classes
+
+
+def choose_device(name: str | None, local_rank: int = 0) -> torch.device:
+    """Return the device of that name; without one CUDA's, or the CPU where there is none.
+
+    Args:
+        name: The option `--device`.
+        local_rank: Number of this process among those of its machine, each of which has a GPU of its own.
+
+    Raises:
+        UserError: If the device cannot be used.
+    """
+    name = name or ('cuda' if torch.cuda.is_available() else 'cpu')
+    device = torch.device('cuda', local_rank) if name == 'cuda' else torch.device(name)
+    try:
+        torch.empty(1, device=device)
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        raise UserError(f'--device {name} cannot be used: {one_line(error)}') from error
+    return device
+
+
+def open_split(args: argparse.Namespace, split: str, **kwargs: Any) -> Dataset:
+    """Open a split of the data set that the options `DATA` name.
+
+    Args:
+        args: Has these options.
+        split: The split.
+        **kwargs: Further arguments of `open_dataset`, or others than those of the options.
+    """
+    options = {
+        'class_map': args.class_map,
+        'download': args.dataset_download,
+        'input_key': args.input_key,
+        'target_key': args.target_key,
+        'trust_remote_code': args.dataset_trust_remote_code,
+    }
+    return open_dataset(args.dataset, args.data_dir, split, **options | kwargs)
+
+
+def build_ensemble(args: argparse.Namespace, **kwargs: Any) -> EnsembleTeacher:
+    """Build the ensemble that the options `TEACHERS` name.
+
+    Args:
+        args: Has these options; `teachers` may be parsed already.
+        **kwargs: Further arguments of `create_ensemble`; `--teacher-dtype` counts before `autocast_dtype`.
+    """
+    if args.teacher_dtype:
+        kwargs['autocast_dtype'] = getattr(torch, args.teacher_dtype)
+    return create_ensemble(
+        args.teachers,
+        weights=args.teacher_weights,
+        img_sizes=args.teacher_img_size,
+        classes=read_classes(args.teacher_classes or ()),
+        **kwargs,
+    )
