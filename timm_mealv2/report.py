@@ -6,6 +6,7 @@ import json
 import math
 import os
 import statistics
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,12 +134,12 @@ def _draw_panel(axes: Axes, panel: Panel, runs: Mapping[str, Run], first_epochs:
     for run_number, (label, run) in enumerate(runs.items()):
         for column_number, column in enumerate(columns):
             points = run.values(column)
+            initial = run.before(INITIAL, column.removeprefix('eval_')) if column.startswith('eval_') else None
             if not points:
                 continue
-            initial = run.before(INITIAL, column.removeprefix('eval_')) if column.startswith('eval_') else None
-            points = points if initial is None else [(-1, initial), *points]
-            words = [label] if len(runs) > 1 else []
-            words += [panel.columns[column]] if len(columns) > 1 or not words else []
+            if initial is not None:
+                points = [(-1, initial), *points]
+            words = ([label] if len(runs) > 1 else []) + ([panel.columns[column]] if len(columns) > 1 else [])
             axes.plot(
                 [first_epochs.get(label, 0) + epoch + 1 for epoch, _ in points],
                 [value * panel.scale for _, value in points],
@@ -146,7 +147,7 @@ def _draw_panel(axes: Axes, panel: Panel, runs: Mapping[str, Run], first_epochs:
                 linestyle=LINE_STYLES[column_number % len(LINE_STYLES)],
                 marker='.' if len(points) < 20 else None,
                 linewidth=1.6,
-                label=': '.join(words),
+                label=': '.join(words) or panel.columns[column],
             )
     values = [value for run in runs.values() for column in columns for _, value in run.values(column)]
     finite = list(filter(math.isfinite, values))
@@ -205,8 +206,9 @@ def _headline(runs: Mapping[str, Run]) -> list[tuple[str, list[str]]]:
     shown = short_names(name for run in runs.values() for name in run.preflight)
     for number, run in enumerate(runs.values()):
         parameters, gmacs, images = _checkpoint_figures(run.folder)
-        metric = 'top1' if run.values('eval_top1') else 'agreement'
-        title = {'top1': 'top-1, %', 'agreement': 'same top-1 as the teachers, %'}[metric]
+        metric, title = 'top1', 'top-1, %'
+        if not run.values('eval_top1'):
+            metric, title = 'agreement', 'same top-1 as the teachers, %'
         best = _best_epoch(run)
         cells = {
             'student': str(run.settings.get('model', '-')),
@@ -249,15 +251,15 @@ def _number(value: float | None, scale: float = 1.0) -> str:
 
 def _over_seeds(runs: Mapping[str, Run]) -> list[tuple[str, list[str]]]:
     """Mean and spread of the last evaluation, over runs that differ in nothing but their seed and their folder."""
-    groups: dict[str, list[str]] = {}
+    groups = defaultdict(list)
     for label, run in runs.items():
         same = {key: value for key, value in run.settings.items() if key not in ('seed', 'output', 'experiment')}
-        groups.setdefault(json.dumps(same, sort_keys=True, default=str), []).append(label)
+        groups[json.dumps(same, sort_keys=True, default=str)].append(label)
     rows = []
     for labels in groups.values():
         for column in ('eval_top1', 'eval_agreement', 'eval_kl'):
-            last = [values[-1][1] for label in labels if (values := runs[label].values(column))]
-            if len(last) == len(labels) > 1:
+            last = [value for label in labels for _, value in runs[label].values(column)[-1:]]
+            if len(last) > 1:
                 spread = f'{statistics.mean(last):.4g} ± {statistics.stdev(last):.2g}'
                 rows.append((f'{", ".join(labels)}: {_measure(column)[0]}', [str(len(last)), spread]))
     return rows

@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import functools
 import json
 import re
 import shutil
@@ -15,6 +16,7 @@ import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 
+from timm_mealv2 import report
 from timm_mealv2.cli.hub import CardOptions, export_model, main
 from timm_mealv2.cli.soft_labels import main as soft_labels
 from timm_mealv2.errors import UserError
@@ -50,6 +52,12 @@ def run_folder(train_run: Callable[..., Path], teacher: str) -> Path:
     """A distillation with an average, evaluated after its second and third epoch, not after the first."""
     options = '--epochs 3 --val-interval 2 --model-ema --model-ema-decay 0.5 --crop-pct 1.0 --seed 7'.split()
     return train_run(*options, '--teachers', teacher)
+
+
+@pytest.fixture(autouse=True)
+def _one_panel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The picture of the curves has one panel, which is drawn in a tenth of the time."""
+    monkeypatch.setattr(report, 'draw_runs', functools.partial(report.draw_runs, panels=['lr']))
 
 
 def row(run_folder: Path, epoch: int) -> dict[str, str]:

@@ -196,6 +196,7 @@ def convert_released(
             sha256=digest,
             claims=[{'metric': METRICS[key], 'value': value} for key, value in claims],
         )
+    _logger.warning('The authors gave this file no license: to push the folder needs their permission.')
     return out
 
 
