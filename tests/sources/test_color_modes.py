@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
+from color_sources import RIGHT, write_fashion_mnist, write_image_folder, write_parquet, write_shards
 from colors import CLASSES, evaluate, save_model, train
-from conftest import RIGHT, write_fashion_mnist, write_image_folder, write_parquet, write_shards
 
 from timm_mealv2.cli.soft_labels import main as soft_labels
 

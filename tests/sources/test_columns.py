@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
+from color_sources import RIGHT, write_parquet
 from colors import CLASSES, evaluate, train
-from conftest import RIGHT, write_parquet
 
 from timm_mealv2 import UserError
 from timm_mealv2.cli.soft_labels import main as soft_labels

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from color_sources import RIGHT
 from colors import STANDING, evaluate, preflight, summary, train
-from conftest import RIGHT
 
 import timm_mealv2
 from timm_mealv2 import UserError

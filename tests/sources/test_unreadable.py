@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
+from color_sources import write_parquet, write_shards
 from colors import evaluate, train
-from conftest import write_parquet, write_shards
 
 from timm_mealv2 import UserError
 from timm_mealv2.cli.soft_labels import main as soft_labels
