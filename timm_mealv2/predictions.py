@@ -2,7 +2,6 @@
 
 import base64
 import csv
-import html
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from torch import Tensor
 from timm_mealv2.data.dataset import read_image
 from timm_mealv2.evaluation import calibration_bins
 from timm_mealv2.files import replacing
-from timm_mealv2.report import html_page, html_table
+from timm_mealv2.pages import render
 
 CLASSES_SHOWN = 30
 GALLERY = 24
@@ -45,6 +44,10 @@ class Predictions:
         unlabeled = self.ensemble is not None and bool((self.targets < 0).all())
         return self.ensemble.classes[:, 0] if unlabeled and self.ensemble is not None else self.targets
 
+    def top(self, number: int) -> list[tuple[int, float]]:
+        """The most likely classes of one image with their probabilities."""
+        return list(zip(self.classes[number].tolist(), self.probabilities[number].tolist(), strict=True))
+
 
 def write_predictions(
     path: Path, models: Mapping[str, Predictions], files: Sequence[str], class_names: Sequence[str]
@@ -59,24 +62,20 @@ def write_predictions(
     """
     most = max(predictions.classes.shape[1] for predictions in models.values())
     columns = [f'{column}_{k}' for column in ('index', 'label', 'prob') for k in range(most)]
-    # Half a character is written as in `html_page`.
     with (
         replacing(path) as temporary,
         temporary.open('w', newline='', encoding='utf-8', errors='backslashreplace') as file,
     ):
-        writer = csv.writer(file)
-        writer.writerow(['model', 'filename', 'target', *columns])
+        writer = csv.DictWriter(file, ['model', 'filename', 'target', *columns])
+        writer.writeheader()
         for model, predictions in models.items():
-            rows = zip(
-                files,
-                *(values.tolist() for values in (predictions.targets, predictions.classes, predictions.probabilities)),
-                strict=True,
-            )
-            for name, target, classes, probabilities in rows:
-                filled = [''] * (most - len(classes))
-                labels = [_class_name(index, class_names) for index in classes]
-                known = '' if target < 0 else target
-                writer.writerow([model, name, known, *classes, *filled, *labels, *filled, *probabilities, *filled])
+            for number, name in enumerate(files):
+                target = int(predictions.targets[number])
+                row: dict[str, Any] = {'model': model, 'filename': name, 'target': '' if target < 0 else target}
+                for k, (index, probability) in enumerate(predictions.top(number)):
+                    row[f'index_{k}'], row[f'prob_{k}'] = index, probability
+                    row[f'label_{k}'] = _class_name(index, class_names)
+                writer.writerow(row)
 
 
 def write_page(
@@ -99,33 +98,29 @@ def write_page(
         files: File name of each.
         class_names: Name of each class.
     """
-    parts = []
-    for model, predictions in models.items():
+    shown = []
+    for name, predictions in models.items():
         known = (predictions.expected >= 0) & predictions.probabilities[:, 0].isfinite()
-        parts.append(f'<h2>{html.escape(model)}</h2>')
-        if known.any():
-            parts.append(_picture(predictions, known, class_names))
-        else:
-            parts.append('<p>Neither labels nor an ensemble to compare it with.</p>')
+        figure = _draw(predictions, known, class_names) if known.any() else None
+        differing, gallery = None, []
         if predictions.ensemble is not None:
-            rows = list(_gallery(predictions, predictions.ensemble, data, images, files, class_names))
-            differing = (predictions.classes[:, 0] != predictions.ensemble.classes[:, 0]).sum().item()
-            parts.append(f'<h3>Model and ensemble differ: {differing} of {len(images)} images</h3>')
-            parts.append(f'<p>The {len(rows)} of which both are surest, with the most likely classes of each, %.</p>')
-            parts.append(html_table('image', ['file', 'label', 'model', 'ensemble'], rows))
+            differing = int((predictions.classes[:, 0] != predictions.ensemble.classes[:, 0]).sum())
+            gallery = list(_gallery(predictions, predictions.ensemble, data, images, files, class_names))
+        shown.append({'name': name, 'figure': figure, 'differing': differing, 'gallery': gallery})
+    page = render('evaluation.html', title='Predictions', models=shown, images=len(images))
     with replacing(path) as temporary:
-        temporary.write_text(html_page('Predictions', '\n'.join(parts)), encoding='utf-8')
+        temporary.write_text(page, encoding='utf-8', errors='backslashreplace')
 
 
-def _picture(predictions: Predictions, known: Tensor, class_names: Sequence[str]) -> str:
-    """Confusion matrix, accuracy of each class and calibration of the images `known` [N], as an HTML image."""
+def _draw(predictions: Predictions, known: Tensor, class_names: Sequence[str]) -> str:
+    """Confusion matrix, accuracy of each class and calibration of the images `known` [N], as PNG in base 64."""
     expected, top1 = predictions.expected[known], predictions.classes[known, 0]
     confidence = predictions.probabilities[known, 0]
     labeled = bool((predictions.targets >= 0).any())
     against, measure = ('label', 'accuracy') if labeled else ("ensemble's top-1", 'agreement')
     count = 1 + int(torch.maximum(expected, top1).max())
-    confusion = torch.bincount(expected * count + top1, minlength=count * count).view(count, count)
-    right, images = confusion.diag(), confusion.sum(dim=1)
+    images = torch.bincount(expected, minlength=count)
+    right = torch.bincount(expected[expected == top1], minlength=count)
     # Of many classes those are shown that have most errors.
     shown = (images - right).argsort(descending=True, stable=True)[:CLASSES_SHOWN].sort().values
     names = [_class_name(int(index), class_names) for index in shown]
@@ -133,15 +128,15 @@ def _picture(predictions: Predictions, known: Tensor, class_names: Sequence[str]
     FigureCanvasAgg(figure)
     matrix, bars, calibration = figure.subplots(1, 3)
 
-    shares = confusion[shown][:, shown] / images[shown].clamp(min=1)[:, None]
+    shares = 100 * count_confusions(expected, top1, shown) / images[shown].clamp(min=1)[:, None]
     matrix.set(title='Confusion matrix, % of the row', xlabel="model's top-1", ylabel=against)
-    matrix.imshow((100 * shares).numpy(), cmap='Blues', vmin=0, vmax=100)
+    matrix.imshow(shares.numpy(), cmap='Blues', vmin=0, vmax=100)
     matrix.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
     matrix.set_yticks(range(len(names)), names, fontsize=8)
     if len(names) <= 12:
         for row in range(len(names)):
             for column in range(len(names)):
-                share = 100 * shares[row, column].item()
+                share = shares[row, column].item()
                 color = 'white' if share > 50 else 'black'
                 matrix.text(column, row, f'{share:.0f}', ha='center', va='center', fontsize=7, color=color)
 
@@ -162,7 +157,17 @@ def _picture(predictions: Predictions, known: Tensor, class_names: Sequence[str]
     calibration.legend(frameon=False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format='png', dpi=100)
-    return f'<div class="wide">{_image(buffer.getvalue(), "png", "Confusion, classes, calibration")}</div>'
+    return _base64(buffer)
+
+
+def count_confusions(expected: Tensor, top1: Tensor, shown: Tensor) -> Tensor:
+    """Return how many images of class `shown[i]` are taken for `shown[j]`, [n, n]; needs no matrix of all classes."""
+    size = len(shown)
+    place = torch.full((1 + int(torch.maximum(expected, top1).max()),), -1)
+    place[shown] = torch.arange(size)
+    rows, columns = place[expected], place[top1]
+    both = (rows >= 0) & (columns >= 0)
+    return torch.bincount(rows[both] * size + columns[both], minlength=size * size).view(size, size)
 
 
 def _gallery(
@@ -172,27 +177,29 @@ def _gallery(
     images: Sequence[int],
     files: Sequence[str],
     class_names: Sequence[str],
-) -> Iterator[tuple[str, list[str]]]:
-    """Rows of the table of images where the two differ, those first of which both are surest."""
-    sure = torch.minimum(predictions.probabilities[:, 0], ensemble.probabilities[:, 0]).nan_to_num(0)
+) -> Iterator[dict[str, Any]]:
+    """Rows of the table of images where the two differ, those first of which both are most confident."""
+    confidence = torch.minimum(predictions.probabilities[:, 0], ensemble.probabilities[:, 0]).nan_to_num(0)
     differs = (predictions.classes[:, 0] != ensemble.classes[:, 0]).nonzero()[:, 0]
-    for number in differs[sure[differs].argsort(descending=True, stable=True)][:GALLERY].tolist():
+    for number in differs[confidence[differs].argsort(descending=True, stable=True)][:GALLERY].tolist():
         image, _ = read_image(data, images[number])
         image = image.convert('RGB')
         image.thumbnail((160, 160))
         buffer = io.BytesIO()
         image.save(buffer, 'JPEG')
         target = int(predictions.targets[number])
-        cells = [html.escape(files[number]), html.escape(_class_name(target, class_names)) if target >= 0 else '-']
-        for one in (predictions, ensemble):
-            top = zip(one.classes[number].tolist(), one.probabilities[number].tolist(), strict=True)
-            cells.append('<br>'.join(f'{html.escape(_class_name(c, class_names))} {100 * p:.1f}' for c, p in top))
-        yield _image(buffer.getvalue(), 'jpeg', files[number]), cells
+        yield {
+            'file': files[number],
+            'picture': _base64(buffer),
+            'label': _class_name(target, class_names) if target >= 0 else '-',
+            'model': [(_class_name(index, class_names), 100 * p) for index, p in predictions.top(number)],
+            'ensemble': [(_class_name(index, class_names), 100 * p) for index, p in ensemble.top(number)],
+        }
 
 
 def _class_name(index: int, class_names: Sequence[str]) -> str:
     return class_names[index] if index < len(class_names) else str(index)
 
 
-def _image(content: bytes, kind: str, text: str) -> str:
-    return f'<img alt="{html.escape(text)}" src="data:image/{kind};base64,{base64.b64encode(content).decode()}">'
+def _base64(buffer: io.BytesIO) -> str:
+    return base64.b64encode(buffer.getvalue()).decode()

@@ -1,7 +1,6 @@
 """A run folder drawn: curves of `summary.csv` as PNG, and one HTML file with curves, results and settings in it."""
 
 import base64
-import html
 import json
 import math
 import os
@@ -303,55 +302,3 @@ def _best_epoch(run: Run) -> int | None:
     # NaN ranks last.
     ranks = {epoch: -math.inf if math.isnan(value) else sign * value for epoch, value in values}
     return max(ranks, key=ranks.__getitem__, default=None)
-
-
-# Of the page of predictions alone, until that is a template too.
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 76rem; margin: 2rem auto; padding: 0 1rem }}
-.wide > img {{ width: 100%; min-width: 50rem; height: auto }}
-th, td {{ overflow-wrap: anywhere; min-width: 4.5rem }}
-h1, h2 {{ overflow-wrap: anywhere }}
-.wide {{ overflow-x: auto }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums }}
-th, td {{ padding: .25rem .9rem .25rem 0; text-align: left; border-bottom: 1px solid #ddd; vertical-align: top }}
-td.number, th.number {{ text-align: right }}
-td.number {{ white-space: nowrap }}
-</style>
-</head>
-<body>
-<h1>{title}</h1>
-{body}
-</body>
-</html>
-"""
-
-
-def html_page(title: str, body: str) -> str:
-    """Return a page of the project's look; `body` is HTML, the title is not.
-
-    Half a character, as in the name of a file that is not UTF-8, is shown by its number.
-    """
-    page = PAGE.format(title=html.escape(title), body=body)
-    return page.encode(errors='backslashreplace').decode()
-
-
-def html_table(corner: str, heads: Sequence[str], rows: Sequence[tuple[str, list[str]]], kind: str = '') -> str:
-    """Return a table, in a box that scrolls where it is wider than the page.
-
-    Args:
-        corner: Heading of the first column.
-        heads: Headings of the others.
-        rows: The first cell of each row and the others, as HTML.
-        kind: Attributes of the other cells.
-    """
-    lines = [f'<tr><th>{corner}</th>' + ''.join(f'<th{kind}>{html.escape(head)}</th>' for head in heads) + '</tr>']
-    lines += [
-        f'<tr><td>{name}</td>' + ''.join(f'<td{kind}>{cell}</td>' for cell in cells) + '</tr>' for name, cells in rows
-    ]
-    return '<div class="wide"><table>\n' + '\n'.join(lines) + '\n</table></div>'

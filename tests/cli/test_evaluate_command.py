@@ -2,6 +2,7 @@
 
 import csv
 import json
+import resource
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ from torch import nn
 
 from timm_mealv2.cli.evaluate import main
 from timm_mealv2.command_line import run_cli
+from timm_mealv2.data.dataset import open_dataset
+from timm_mealv2.predictions import Predictions, count_confusions, write_page
 
 CPU = torch.device('cpu')
 
@@ -362,6 +365,33 @@ def test_predictions_are_written_for_each_image_that_can_be_read(tmp_path, spoil
     assert 'of 11 images' in text
     assert 'src="data:image/png;base64,' in text
     assert 'http' not in text
+
+
+def test_a_page_of_many_classes_takes_no_matrix_of_them_all(tmp_path, image_folder):
+    """Confusions among the classes with most errors, from 4 images of 12; of 20,000 classes the matrix is 3.2 GB."""
+    data = open_dataset('', str(image_folder), 'validation')
+    targets = torch.tensor([19_999, 19_999, 7, 5])
+    classes = torch.tensor([[7, 0], [19_999, 0], [7, 0], [19_999, 0]])
+    predictions = Predictions(targets, classes, torch.tensor([[0.9, 0.1]]).expand(4, -1))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    write_page(tmp_path / 'e.html', {'model': predictions}, data, range(4), data.filenames()[:4], [])
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
+    assert 'data:image/png' in (tmp_path / 'e.html').read_text()
+    confusion = count_confusions(targets, classes[:, 0], torch.tensor([5, 7, 19_999]))
+    assert confusion.tolist() == [[0, 0, 1], [0, 1, 0], [0, 1, 1]]
+
+
+def test_the_results_are_there_when_the_page_fails(tmp_path, image_folder, monkeypatch):
+    def fail(*args):
+        raise MemoryError
+
+    monkeypatch.setattr('timm_mealv2.cli.evaluate.write_page', fail)
+    save_model(tmp_path / 'a.pth')
+    options = ['--data-dir', image_folder, '-j', 0, '--json', tmp_path / 'r.json', '--report', tmp_path / 'page']
+    with pytest.raises(MemoryError):
+        main([str(arg) for arg in (f'test_resnet={tmp_path}/a.pth', *options)])
+    (row,) = json.loads((tmp_path / 'r.json').read_text()).values()
+    assert row['samples'] == 12
 
 
 def test_file_names_that_are_not_utf_8_are_shown_by_their_numbers(tmp_path, spoilt, capsys):

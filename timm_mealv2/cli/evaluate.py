@@ -126,6 +126,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(_table(results))
     if bad.found:
         print(f'Images that cannot be read and are left out: {len(bad.found)}')
+    if args.json is not None:
+        for name, model in models.items():
+            parameters = sum(parameter.numel() for parameter in model.parameters())
+            results[name] |= {'parameters': parameters, 'unreadable': len(bad.found), 'data_config': configs[name]}
+        with replacing(args.json) as path:
+            path.write_text(metrics_as_json(results))
     if args.report is not None or args.predictions is not None:
         predictions = {name: predictions[name] for name in models}
         images = [index for index in range(len(data)) if f'validation #{index}' not in bad.found]
@@ -136,12 +142,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.report is not None:
             args.report.mkdir(exist_ok=True)
             write_page(args.report / 'evaluation.html', predictions, data, images, files, classes)
-    if args.json is not None:
-        for name, model in models.items():
-            parameters = sum(parameter.numel() for parameter in model.parameters())
-            results[name] |= {'parameters': parameters, 'unreadable': len(bad.found), 'data_config': configs[name]}
-        with replacing(args.json) as path:
-            path.write_text(metrics_as_json(results))
 
 
 def _check_args(args: argparse.Namespace) -> None:
