@@ -16,7 +16,7 @@ from PIL import Image
 
 from timm_mealv2.cli.soft_labels import main
 from timm_mealv2.command_line import run_cli
-from timm_mealv2.soft_labels.meta import StoreMeta
+from timm_mealv2.soft_labels.store import StoreMeta
 from timm_mealv2.soft_labels.store import SoftLabelStore
 
 

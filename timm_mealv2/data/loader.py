@@ -129,8 +129,7 @@ class _ReadableBatches(Dataset):
 
     Args:
         fill: Fill up a batch of which less than two images are left: every process has something to train on, and
-            batch norm a variance. The next images of the data set take the place, or, where the labels are stored,
-            copies of what is left.
+            batch norm a variance. The next images of the data set take the place.
         limit: Images that may be unreadable: beyond that the batch is given up, as a folder that is gone takes long to
             search to its end.
     """
@@ -159,17 +158,15 @@ class _ReadableBatches(Dataset):
         try:
             read.append((key, self.samples[key]))
         except UnreadableImage as error:
-            unreadable[error.index] = str(error)
+            if error.index >= 0:  # else the sampler has told that there is no record
+                unreadable[error.index] = str(error)
 
     def _fill_up(self, keys: list[Key], read: list[tuple[Key, Sample]], unreadable: dict[int, str]) -> None:
-        if keys[-1].label is not None:
-            read += read[:1]
-            return
         asked = {key.index for key in keys}
         for step in range(1, len(self.samples)):
             index = (keys[-1].index + step) % len(self.samples)
             if index not in asked:
-                self._add(keys[-1]._replace(index=index, pair=None), read, unreadable)
+                self._add(keys[-1]._replace(index=index, pair=None, label=None), read, unreadable)
             if len(read) >= min(2, len(keys)) or len(unreadable) > self.limit:
                 return
 
@@ -293,6 +290,7 @@ class TrainLoader:
         self.sampler.set_position(epoch, start)
         for images, target in self.loader:
             yield images.to(self.device), target.to(self.device)
+        self.sampler.end_epoch()
 
 
 class StreamLoader:

@@ -9,7 +9,10 @@ _logger = logging.getLogger(__name__)
 
 
 class UnreadableImage(Exception):
-    """An image that cannot be read: the message names it and says why, `index` is its place in the data set."""
+    """An image that cannot be read: the message names it and says why.
+
+    `index` is its place in the data set, -1 where a stored label is what is missing.
+    """
 
     def __init__(self, message: str, index: int = -1) -> None:
         super().__init__(message)

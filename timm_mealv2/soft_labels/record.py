@@ -1,43 +1,168 @@
 """Record what an ensemble of teachers predicts for every sample of a training.
 
-Any number of processes, on any hosts that see the folder, may start, stop and die at any time. Which samples go through
-the teachers together is fixed, so that a part's bytes do not depend on who makes it.
+Any number of processes, on any hosts that see the folder, may start, stop and die at any time: each takes the next part
+that is not there and that no other process has locked. Which samples go through the teachers together is fixed, so that
+a part's bytes do not depend on who makes it.
 """
 
-import functools
+import errno
+import hashlib
 import logging
+import shutil
+import sys
 import time
-from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import closing, suppress
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from itertools import cycle
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from safetensors.numpy import save_file
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from filelock import FileLock, Timeout
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+from tqdm import tqdm
 
-from timm_mealv2.data.dataset import UnreadableImage, image_names, keeping_no_file_open
-from timm_mealv2.data.loader import unchanged
+from timm_mealv2.data.augmentation import Augmentation
+from timm_mealv2.data.unreadable import UnreadableImage
+from timm_mealv2.data.dataset import image_names, keeping_no_file_open
+from timm_mealv2.data.loader import ignore_signals, unchanged
 from timm_mealv2.data.normalize import channel_stats
 from timm_mealv2.data.samples import Key, Samples
 from timm_mealv2.errors import UserError
 from timm_mealv2.files import replacing
 from timm_mealv2.models.ensemble import EnsembleTeacher
-from timm_mealv2.models.tuning import PLAIN
-from timm_mealv2.soft_labels.claims import STALE, PartQueue, RecordingBar, sample_keys
-from timm_mealv2.soft_labels.meta import META, Part, StoreMeta, difference
-from timm_mealv2.soft_labels.store import NAMES, PIXELS, SoftLabelStore, checksum, pixel_crc
+from timm_mealv2.models.teacher import ClassSubset
+from timm_mealv2.soft_labels.replay import StoredSamples
+from timm_mealv2.soft_labels.store import (
+    FORMAT,
+    META,
+    NAMES,
+    Part,
+    SoftLabelStore,
+    StoreMeta,
+    checksum,
+    library_versions,
+    names_sha256,
+    option_text,
+    pixel_crc,
+    shown,
+)
 
 _logger = logging.getLogger(__name__)
 
 BLOCK_EPOCHS = 10
 """Epochs of a part. An image is decoded once for them, unless each sample needs another partner to be mixed with."""
 
-_PIXEL_SAMPLES = 8
+_LOCKS = '.locks'
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 _POLL_SECONDS = 2.0
+
+
+def describe(
+    dataset: Dataset,
+    teachers: EnsembleTeacher,
+    augmentation: Augmentation,
+    *,
+    seed: int = 42,
+    top_k: int | None = None,
+    batch_size: int = 128,
+    part_images: int | None = None,
+) -> StoreMeta:
+    """Return the settings of a recording; `StoreMeta.extend` adds the epochs.
+
+    Args:
+        seed: Seed of the training.
+        top_k: Classes to keep; None for 10, or all where there are fewer.
+        part_images: Images of a part. None for 128 parts a block of epochs, or more for very many images and fewer for
+            few: a store has some thousand files at most, and a process that dies loses little.
+
+    Raises:
+        UserError: If the data set has no random access, or there are not so many classes.
+    """
+    if isinstance(dataset, IterableDataset):
+        raise UserError('a streaming data set has no numbered images to record: take a folder, a tar or hfds/NAME.')
+    top_k = top_k or min(10, teachers.num_classes)
+    if top_k > teachers.num_classes:
+        raise UserError(f'--top-k {top_k}: there are {teachers.num_classes} classes.')
+    images = len(dataset)  # type: ignore[arg-type]
+    return StoreMeta(
+        format=FORMAT,
+        teachers=describe_teachers(teachers),
+        augmentation=augmentation,
+        seed=seed,
+        num_classes=teachers.num_classes,
+        top_k=top_k,
+        images=images,
+        names_sha256=names_sha256(image_names(dataset)),
+        versions=library_versions(),
+        batch_size=batch_size,
+        part_images=part_images or min(max(-(-images // 128), 256), 2**14),
+        blocks=[0],
+    )
+
+
+def describe_teachers(ensemble: EnsembleTeacher) -> list[dict[str, Any]]:
+    """Return what `StoreMeta.teachers` says of an ensemble."""
+    return [
+        {
+            'name': name,
+            'sha256': _weights_sha256(teacher),
+            'weight': weight,
+            'img_size': list(size) if size else None,
+            'classes': teacher.get_buffer('indices').tolist() if isinstance(teacher, ClassSubset) else None,
+            'autocast_dtype': str(dtype).removeprefix('torch.') if dtype else None,
+        }
+        for name, teacher, weight, size, dtype in zip(
+            ensemble.names,
+            ensemble.teachers,
+            ensemble.weights,
+            ensemble.img_sizes,
+            ensemble.autocast_dtypes,
+            strict=True,
+        )
+    ]
+
+
+def _weights_sha256(model: nn.Module) -> str:
+    """The SHA-256 over names, types, shapes and values of a model's weights and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f'{name} {tensor.dtype} {list(tensor.shape)}\n'.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def difference(former: StoreMeta, now: StoreMeta) -> str | None:
+    """Say in a few words how two recordings differ, None if they do not.
+
+    The texts that name the teachers may differ, as paths do: their weights count. So may the libraries' versions as
+    long as the pixels are the same.
+    """
+    names = [' '.join(teacher['name'] for teacher in meta.teachers) for meta in (former, now)]
+    if len(former.teachers) != len(now.teachers):
+        return f'--teachers {names[0]}, not {names[1]}'
+    for a, b in zip(former.teachers, now.teachers, strict=True):
+        if a['sha256'] != b['sha256']:
+            if a['name'] != b['name']:
+                return f'--teachers {names[0]}, not {names[1]}'
+            return f'other weights of {a["name"]} (SHA-256 {a["sha256"][:12]}, not {b["sha256"][:12]})'
+        options = {'weight': 'weights', 'img_size': 'img-size', 'classes': 'classes', 'autocast_dtype': 'dtype'}
+        for key, option in options.items():
+            if a[key] != b[key]:
+                return f'--teacher-{option} {shown(a[key])} for {a["name"]}, not {shown(b[key])}'
+    pairs = [
+        ('--num-classes', former.num_classes, now.num_classes),
+        ('--top-k', former.top_k, now.top_k),
+        ('--seed', former.seed, now.seed),
+        ('the number of images', former.images, now.images),
+        ('the SHA-256 of the names of the images', former.names_sha256, now.names_sha256),
+    ]
+    fields = asdict(former.augmentation), asdict(now.augmentation)
+    pairs += [(option_text(name), fields[0][name], fields[1][name]) for name in fields[0]]
+    return next((f'{option} {shown(a)}, not {shown(b)}' for option, a, b in pairs if a != b), None)
 
 
 def record(
@@ -49,13 +174,11 @@ def record(
     *,
     workers: int = 0,
     device: torch.device | str = 'cpu',
-    tune: bool = False,
-    compile: bool = False,
     progress: bool = False,
 ) -> SoftLabelStore:
     """Record the teachers' predictions for the epochs 0 to `epochs` - 1, together with whoever else is at it.
 
-    What is there already stays, but for parts with an image that could not be read and can be read now.
+    What is there already stays.
 
     Args:
         dataset: The images, without a transform.
@@ -63,56 +186,147 @@ def record(
         meta: What `describe` gives for these.
         epochs: Epochs to have in the end.
         workers: Worker processes that make samples; 0 makes them in this one.
-        tune: Tune the teachers for a new store. Which forms they run in is written before the first part, and whoever
-            records takes what is written there: a part's bytes depend on neither time nor machine.
-        compile: Compiled forms may be chosen too.
         progress: Show what all processes together have done.
 
     Raises:
         UserError: If the folder holds a recording with other settings, or other files, or no image can be read.
     """
-    device = torch.device(device)
-    # This process reads some images itself, and shares no open file with the workers that are started later.
-    samples = Samples(keeping_no_file_open(dataset), meta.augmentation, meta.seed)
-    tuned = functools.partial(_tune, samples=samples, teachers=teachers, device=device, compile=compile)
-    meta = _join(out, meta, image_names(dataset), samples, epochs, tuned if tune else None)
-    forms = [teacher.get('runs_as', PLAIN) for teacher in meta.teachers]
-    teachers.run_as(forms, (meta.full_batch(meta.blocks[1]), *meta.augmentation.input_size))
-    queue = PartQueue(out, meta, samples, _mended_parts(SoftLabelStore(out), samples))
-    shown = RecordingBar(queue, progress)
-    # The loader's batches are asked for while parts are claimed: workers go on from part to part without a pause.
-    loader = _sample_loader(Samples(dataset, meta.augmentation, meta.seed), queue, workers, device)
+    meta = _begin(out, meta, dataset, epochs)
+    samples = Samples(dataset, meta.augmentation, meta.seed)
+    parts, bar = PartQueue(out, samples), RecordingBar(out, progress)
+    # Batches are asked for in advance, while parts are locked: workers go on from part to part without a pause.
+    loader = _sample_loader(samples, parts, workers, torch.device(device))
     try:
-        while queue.missing():
-            _record_parts(loader, teachers, queue, device, shown)
-            if queue.missing():  # other processes are at them
-                shown.update(0)
+        while SoftLabelStore(out).missing:
+            _record_parts(loader, teachers, parts, torch.device(device), bar)
+            if SoftLabelStore(out).missing:  # other processes are at them
+                bar.update(0)
                 time.sleep(_POLL_SECONDS)
     finally:
-        for part in list(queue.claims.values()):
-            queue.release(part)
-        shown.bar.close()
-    queue.remove_stale()
+        parts.release()
+        bar.close()
+    shutil.rmtree(out / _LOCKS, ignore_errors=True)
     store = SoftLabelStore(out)
-    unreadable = int((store.read_epoch(0, np.arange(meta.images))['crc'] == 0).sum())
+    unreadable = np.count_nonzero(store.read_epoch(0, np.arange(meta.images))['crc'] == 0)
     if unreadable == meta.images:
         raise UserError(f'none of the {meta.images:,} images can be read: {out} has nothing to train on.')
     if unreadable:
-        _logger.warning(
-            f'{unreadable:,} of {meta.images:,} images cannot be read: they are never trained on. Mend them and give '
-            'the same command again to record them.'
-        )
+        _logger.warning(f'{unreadable:,} of {meta.images:,} images cannot be read: they are never trained on.')
     return store
 
 
-class _SampleBatch(NamedTuple):
-    """Samples that go through the teachers together."""
+def _begin(out: Path, meta: StoreMeta, dataset: Dataset, epochs: int) -> StoreMeta:
+    """Make the folder, or join a recording that is there; return its settings, with blocks up to `epochs`."""
+    found = {path.name for path in out.iterdir() if not path.name.startswith('.')} if out.is_dir() else set()
+    if META not in found and found - {NAMES}:
+        raise UserError(f'--out {out} holds other files: name a new folder.')
+    while (lock := _lock(out, META)) is None:
+        time.sleep(0.1)
+    if not lock.is_locked:
+        _logger.warning(f'{out}: this file system has no locks, so that several processes make the same parts twice.')
+    try:
+        if not (out / META).is_file():
+            with replacing(out / NAMES) as temporary:
+                temporary.write_bytes('\0'.join(image_names(dataset)).encode('utf-8', 'surrogateescape'))
+            meta = meta.extend(epochs, BLOCK_EPOCHS)
+            meta.write(out)
+            return meta
+        store = SoftLabelStore(out)
+        if differing := difference(store.meta, meta):
+            raise UserError(f'{out} is a recording with {differing}: give the same options, or another --out.')
+        if store.epochs:
+            _compare_pixels(store, dataset)
+        if epochs < store.meta.epochs:
+            _logger.info(f'{out} is a recording of {store.meta.epochs} epochs: all of them are recorded.')
+        meta = store.meta.extend(epochs, BLOCK_EPOCHS)
+        if meta != store.meta:
+            meta.write(out)
+        return meta
+    finally:
+        lock.release()
 
-    keys: list[Key]
-    readable: list[int]  # places in `keys`
-    pixels: Tensor  # uint8 [n, chans, h, w], of those that are readable
-    crcs: list[int]
-    failures: list[str]
+
+def _compare_pixels(store: SoftLabelStore, dataset: Dataset) -> None:
+    """Make eight recorded samples anew: other images, or another decoder, are told before hours of recording."""
+    # This process shares no open file with the workers that are started later.
+    samples = StoredSamples(store, keeping_no_file_open(dataset))
+    for image in np.linspace(0, store.meta.images - 1, 8, dtype=int).tolist():
+        with suppress(UnreadableImage):
+            samples.sample(0, image)
+
+
+def _lock(out: Path, name: str) -> FileLock | None:
+    """Take a lock of a store, None if another process has it. It is not locked on a file system without `flock`.
+
+    The kernel releases the lock of a process that dies.
+    """
+    lock = FileLock(out / _LOCKS / f'lock-{name}', fallback_to_soft=False)
+    Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        lock.acquire(blocking=False)
+    except (Timeout, FileNotFoundError):  # another process has just completed the store, and removed the folder
+        return None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+    return lock
+
+
+class PartQueue:
+    """The parts still to be made. Iterating locks one after the other, and yields the batches of its samples.
+
+    Which samples make a batch is a function of the store's settings.
+
+    Attributes:
+        locked: The parts that this process makes, the one whose batches come first at the head.
+    """
+
+    def __init__(self, out: Path, samples: Samples) -> None:
+        self.out, self.samples = out, samples
+        self.locked: dict[Part, FileLock] = {}
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        store = SoftLabelStore(self.out)
+        for part in store.missing:
+            if self._take(part, store.meta.part_bytes(part)):
+                yield from part_batches(self.samples, part.images, part.epochs, store.meta.batch_size)
+
+    def _take(self, part: Part, size: int) -> bool:
+        lock = _lock(self.out, part.file)
+        if lock is None:
+            return False
+        path = self.out / part.file
+        if path.is_file() and path.stat().st_size == size:  # made since the look at the folder
+            lock.release()
+            return False
+        if lock.is_locked:
+            for leftover in self.out.glob(f'.{part.file}-*'):  # of a process that was killed
+                leftover.unlink()
+        self.locked[part] = lock
+        return True
+
+    def release(self, *parts: Part) -> None:
+        """Release the locks of some parts, or of all."""
+        for part in parts or list(self.locked):
+            self.locked.pop(part).release()
+
+
+def part_batches(
+    samples: Samples, images: Sequence[int], epochs: Sequence[int], batch_size: int
+) -> Iterator[list[Key]]:
+    """Yield batches of the samples of some images image by image, so that an image is decoded once for all epochs.
+
+    Where samples are mixed the pairs are looked up here, epoch by epoch: a worker, which makes samples of all epochs in
+    turn, would draw an epoch's permutation for each of them.
+    """
+    mixes = samples.augmentation.mixes
+    by_epoch = [
+        [Key(epoch, image, pair=samples.pair(epoch, image) if mixes else None) for image in images] for epoch in epochs
+    ]
+    keys = [key for of_image in zip(*by_epoch, strict=True) for key in of_image]
+    size = batch_size // len(epochs) * len(epochs) or batch_size  # whole images, if a batch holds one
+    for start in range(0, len(keys), size):
+        yield keys[start : start + size]
 
 
 class _SampleBatches(Dataset):
@@ -121,27 +335,27 @@ class _SampleBatches(Dataset):
     def __init__(self, samples: Samples) -> None:
         self.samples = samples
 
-    def __getitems__(self, keys: list[Key]) -> _SampleBatch:
+    def __getitem__(self, keys: list[Key]) -> tuple[Tensor, np.ndarray, list[str]]:
+        """Return the pixels uint8 [n, C, H, W] that could be read, the CRC of each key's pixels, and what failed."""
         pixels = np.empty((len(keys), *self.samples.augmentation.input_size), np.uint8)
-        batch = _SampleBatch(keys, [], torch.empty(0), [], [])
+        crcs, failures = np.zeros(len(keys), np.uint32), []
         for place, key in enumerate(keys):
             try:
-                sample = self.samples[key].pixels
+                pixels[place] = self.samples[key].pixels
+                crcs[place] = pixel_crc(pixels[place])
             except UnreadableImage as error:
-                batch.failures.append(str(error))
-                continue
-            pixels[len(batch.readable)] = sample
-            batch.readable.append(place)
-            batch.crcs.append(pixel_crc(sample))
-        return batch._replace(pixels=torch.from_numpy(pixels[: len(batch.readable)]))
+                failures.append(str(error))
+        return torch.from_numpy(pixels[crcs > 0] if failures else pixels), crcs, failures
 
 
 def _sample_loader(samples: Samples, batches: Iterable[list[Key]], workers: int, device: torch.device) -> DataLoader:
     return DataLoader(
         _SampleBatches(samples),
-        batch_sampler=batches,
+        batch_size=None,
+        sampler=batches,
         num_workers=workers,
         collate_fn=unchanged,
+        worker_init_fn=ignore_signals,
         pin_memory=device.type == 'cuda',
         persistent_workers=workers > 0,
         generator=torch.Generator(),  # nothing here draws from it, and no shared generator moves on
@@ -149,58 +363,31 @@ def _sample_loader(samples: Samples, batches: Iterable[list[Key]], workers: int,
 
 
 def _record_parts(
-    loader: DataLoader, teachers: EnsembleTeacher, queue: PartQueue, device: torch.device, shown: RecordingBar
+    loader: DataLoader, teachers: EnsembleTeacher, parts: PartQueue, device: torch.device, bar: 'RecordingBar'
 ) -> None:
-    """Make the parts that can be claimed, and write each when its last batch has come."""
-    meta = queue.meta
-    unfinished: dict[str, tuple[np.ndarray, int]] = {}  # the records of a part, and how many are to come
-    for batch in loader:
-        part = queue.part_of(batch.keys[0])
-        shape = len(part.epochs), len(part.images)
-        records, left = unfinished.get(part.file) or (np.zeros(shape, meta.dtype), shape[0] * shape[1])
-        for failure in batch.failures:
+    """Make the parts that can be locked, and write each when its last batch has come."""
+    meta = SoftLabelStore(parts.out).meta
+    made: list[np.ndarray] = []  # records of a part's batches
+    for pixels, crcs, failures in loader:
+        for failure in failures:
             _logger.warning(f'Cannot be read: {failure}')
-        if batch.readable:
-            probabilities, classes = predict(teachers, batch.pixels, device).topk(meta.top_k, dim=1)
-            filled = np.empty(len(batch.readable), meta.dtype)
-            filled['crc'], filled['classes'] = batch.crcs, classes.cpu().numpy()
-            filled['probabilities'] = probabilities.cpu().numpy()
-            keys = np.array([(key.epoch, key.index) for key in (batch.keys[place] for place in batch.readable)])
-            records[keys[:, 0] - part.epochs.start, keys[:, 1] - part.images.start] = filled
-        unfinished[part.file] = records, left - len(batch.keys)
-        shown.update(len(batch.keys))
-        if left == len(batch.keys):
-            del unfinished[part.file]
-            with replacing(queue.out / part.file) as temporary, temporary.open('wb') as file:
-                for epoch, one in zip(part.epochs, records, strict=True):
+        records = np.zeros(len(crcs), meta.dtype)
+        records['crc'] = crcs
+        if len(pixels):
+            probabilities, classes = predict(teachers, pixels, device).topk(meta.top_k, dim=1)
+            records['classes'][crcs > 0] = classes.cpu().numpy()
+            records['probabilities'][crcs > 0] = probabilities.cpu().numpy()
+        made.append(records)
+        part, count = next(iter(parts.locked)), sum(map(len, made))
+        bar.update(count)
+        if count == part.samples:
+            by_epoch = np.concatenate(made).reshape(len(part.images), len(part.epochs)).T
+            with replacing(parts.out / part.file) as temporary, temporary.open('wb') as file:
+                for epoch, one in zip(part.epochs, by_epoch, strict=True):
                     data = one.tobytes()
                     file.write(data + checksum(data, epoch, part.images.start))
-            queue.again.discard(part.file)
-            queue.release(part)
-            shown.update(-records.size)
-        queue.renew()
-
-
-def _normalized(teachers: EnsembleTeacher, pixels: Tensor, device: torch.device) -> Tensor:
-    mean, std = (
-        torch.tensor(stats, device=device).view(1, -1, 1, 1) * 255
-        for stats in channel_stats(teachers.pretrained_cfg, teachers.in_chans)
-    )
-    return (pixels.to(device, non_blocking=True).float() - mean) / std
-
-
-def _tune(
-    meta: StoreMeta, samples: Samples, teachers: EnsembleTeacher, device: torch.device, compile: bool
-) -> StoreMeta:
-    """Tune the teachers on a full batch of the first samples; return the settings with their forms."""
-    keys = sample_keys(samples, range(min(meta.images, meta.batch_size)), range(meta.blocks[1]))
-    size = meta.full_batch(meta.blocks[1])
-    batch = _SampleBatches(samples).__getitems__(keys[:size])
-    if not batch.readable:
-        return meta
-    pixels = batch.pixels[torch.arange(size) % len(batch.readable)]
-    rows = teachers.tune(_normalized(teachers, pixels, device), compile)
-    return replace(meta, teachers=[{**t, 'runs_as': row.chosen} for t, row in zip(meta.teachers, rows, strict=True)])
+            made = []
+            parts.release(part)
 
 
 def predict(teachers: EnsembleTeacher, pixels: Tensor, device: torch.device) -> Tensor:
@@ -209,131 +396,70 @@ def predict(teachers: EnsembleTeacher, pixels: Tensor, device: torch.device) -> 
     Raises:
         UserError: If they are not finite.
     """
+    mean, std = (
+        torch.tensor(stats, device=device).view(1, -1, 1, 1) * 255
+        for stats in channel_stats(teachers.pretrained_cfg, teachers.in_chans)
+    )
     with torch.no_grad():
-        probabilities = teachers.predict(_normalized(teachers, pixels, device))[0].exp()
+        images = (pixels.to(device, non_blocking=True).float() - mean) / std
+        probabilities = teachers.predict(images)[0].exp()
     if not probabilities.isfinite().all():
         raise UserError('the teachers predict NaN: take --teacher-dtype bfloat16 or float32, or none.')
     return probabilities
 
 
-def measure(
+class RecordingBar:
+    """A bar of the samples that all processes have recorded."""
+
+    def __init__(self, out: Path, visible: bool) -> None:
+        self.out, self.looked = out, time.monotonic()
+        total = sum(part.samples for part in SoftLabelStore(out).meta.parts())
+        interval = 0.1 if sys.stderr.isatty() else 30  # of a log file
+        options: Any = {'unit': ' samples', 'unit_scale': True, 'leave': False, 'mininterval': interval}
+        self.bar = tqdm(total=total, initial=self._written(), disable=not visible, **options)
+
+    def _written(self) -> int:
+        store = SoftLabelStore(self.out)
+        return sum(part.samples for part in store.meta.parts()) - sum(part.samples for part in store.missing)
+
+    def update(self, unfinished: int) -> None:
+        """Look once a second what all have written; `unfinished` samples of this process come on top."""
+        if not self.bar.disable and time.monotonic() - self.looked > 1:
+            self.looked = time.monotonic()
+            self.bar.update(self._written() + unfinished - self.bar.n)
+
+    def close(self) -> None:
+        """Remove the bar."""
+        self.bar.close()
+
+
+def measure_rate(
     dataset: Dataset,
     teachers: EnsembleTeacher,
     meta: StoreMeta,
     *,
-    workers: int,
-    device: torch.device | str,
-    tune: bool = False,
-    compile: bool = False,
+    workers: int = 0,
+    device: torch.device | str = 'cpu',
     seconds: float = 20,
 ) -> float:
     """Measure how many samples a second this process records, on images that are spread over the data set.
 
-    The arguments are those of `record`; `seconds` begin when workers and device have started.
+    The arguments are those of `record`. The first of the `seconds`, in which workers and device start, do not count.
     """
-    device = torch.device(device)
     samples = Samples(dataset, meta.augmentation, meta.seed)
-    meta = meta.extend(BLOCK_EPOCHS, BLOCK_EPOCHS)
-    if tune:
-        _tune(meta, samples, teachers, device, compile)
-    size = meta.full_batch(BLOCK_EPOCHS)
-    chosen = np.random.default_rng(0).choice(meta.images, min(meta.images, 4096), replace=False)
-    keys = sample_keys(samples, chosen.tolist(), range(BLOCK_EPOCHS))
-
-    def batches() -> Generator[list[Key], None, None]:
-        while True:
-            yield from (keys[start : start + size] for start in range(0, len(keys), size))
-
-    with closing(batches()) as endless:
-        begin = since = time.perf_counter()
-        count = 0
-        for number, batch in enumerate(_sample_loader(samples, endless, workers, device)):
-            if batch.readable:
-                predict(teachers, batch.pixels, device).topk(meta.top_k, dim=1)[0].cpu()
-            now = time.perf_counter()
-            # While the device got ready for the first batch, the workers have prepared some in advance.
-            if number == 0 or (number <= 2 * workers and now - begin < seconds):
-                since, count = now, 0
-                continue
-            count += len(batch.keys)
-            if now - since > seconds:
+    images = np.random.default_rng(0).choice(meta.images, min(meta.images, 4096), replace=False).tolist()
+    batches = list(part_batches(samples, images, range(BLOCK_EPOCHS), meta.batch_size))
+    begun = since = 0.0
+    count = 0
+    for pixels, crcs, _ in _sample_loader(samples, cycle(batches), workers, torch.device(device)):
+        if len(pixels):
+            predict(teachers, pixels, torch.device(device)).topk(meta.top_k, dim=1)[0].cpu()
+        now = time.perf_counter()
+        begun = begun or now
+        if now <= begun + seconds / 4:  # what workers have prepared in advance
+            since, count = now, 0
+        else:
+            count += len(crcs)
+            if now > begun + seconds:
                 break
     return count / (now - since)
-
-
-def _join(
-    out: Path,
-    meta: StoreMeta,
-    names: Sequence[str],
-    samples: Samples,
-    epochs: int,
-    tuned: Callable[[StoreMeta], StoreMeta] | None = None,
-) -> StoreMeta:
-    """Make the folder, or join a recording that is there; return its settings, with blocks up to `epochs`.
-
-    `tuned` adds the forms of the teachers to the settings of a new recording.
-    """
-    if (out / META).is_file():
-        former = StoreMeta.read(out)
-        if differing := difference(former, meta):
-            raise UserError(f'{out} is a recording with {differing}: give the same options, or another --out.')
-        SoftLabelStore(out).check_pixels(samples)
-        for leftover in out.glob('.*'):
-            with suppress(FileNotFoundError):  # another process may just rename it
-                if time.time() - leftover.stat().st_mtime > STALE:
-                    leftover.unlink()
-        if epochs < former.epochs:
-            _logger.info(f'{out} is a recording of {former.epochs} epochs: all of them are recorded.')
-        meta = former.extend(epochs, BLOCK_EPOCHS)
-        if meta != former:
-            meta.write(out)
-        return meta
-    if out.exists() and not out.is_dir():
-        raise UserError(f'--out {out} is no folder.')
-    # meta.json comes last: the other two may be those of a process that died, or of one that has just begun.
-    if out.exists() and {path.name for path in out.iterdir() if not path.name.startswith('.')} - {NAMES, PIXELS, META}:
-        raise UserError(f'--out {out} holds other files: name a new folder.')
-    out.mkdir(parents=True, exist_ok=True)
-    with replacing(out / NAMES) as temporary:
-        temporary.write_bytes('\0'.join(names).encode('utf-8', 'surrogateescape'))
-    with replacing(out / PIXELS) as temporary:
-        save_file(_pixel_samples(samples, meta, epochs), temporary)
-    meta = meta.extend(epochs, BLOCK_EPOCHS)
-    if tuned is not None:
-        meta = tuned(meta)
-    meta.write(out, first=True)
-    return _join(out, meta, names, samples, epochs)  # of whoever was the first
-
-
-def _pixel_samples(samples: Samples, meta: StoreMeta, epochs: int) -> dict[str, np.ndarray]:
-    """Samples spread over images and the first epochs, to tell another decoder from other images."""
-    chosen: dict[str, np.ndarray] = {}
-    for number in range(_PIXEL_SAMPLES):
-        first, epoch = meta.images * number // _PIXEL_SAMPLES, number % min(epochs, BLOCK_EPOCHS)
-        for image in range(first, min(first + 16, meta.images)):  # the first that can be read
-            with suppress(UnreadableImage):
-                chosen[f'{epoch}-{image}'] = np.ascontiguousarray(samples.sample(epoch, image).pixels)
-                break
-    return chosen
-
-
-def _mended_parts(store: SoftLabelStore, samples: Samples) -> set[str]:
-    """Parts to make anew: images in them could not be read, and one of these can be read now."""
-    missing = {part.file for part in store.missing}
-    parts = [part for part in store.meta.parts() if part.file not in missing]
-
-    def unreadable(part: Part, epoch: int) -> list[int]:
-        records = store.read_slice(epoch, part.images.start // store.meta.part_images)
-        return [part.images.start + int(row) for row in np.flatnonzero(records['crc'] == 0)]
-
-    def mended(epoch: int, image: int) -> bool:
-        try:
-            samples.sample(epoch, image)
-        except UnreadableImage:
-            return False
-        return True
-
-    if not any(mended(part.epochs.start, image) for part in parts for image in unreadable(part, part.epochs.start)):
-        return set()
-    # An image that is mixed with it in another epoch may be anywhere.
-    return {part.file for part in parts if any(unreadable(part, epoch) for epoch in part.epochs)}

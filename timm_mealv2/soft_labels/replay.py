@@ -2,6 +2,7 @@
 
 import logging
 import math
+import multiprocessing
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,35 +12,108 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
-from timm_mealv2.data.dataset import keeping_no_file_open
+from timm_mealv2.data.unreadable import UnreadableImage
+from timm_mealv2.data.dataset import image_names
 from timm_mealv2.data.loader import stack_pixels
-from timm_mealv2.data.samples import EpochSampler, KeyBatch, Sample, Samples
+from timm_mealv2.data.samples import EpochSampler, Key, KeyBatch, Sample, Samples
 from timm_mealv2.errors import UserError
-from timm_mealv2.soft_labels.store import SoftLabelStore, pixel_crc
+from timm_mealv2.soft_labels.store import SoftLabelStore, library_versions, pixel_crc
 
 _logger = logging.getLogger(__name__)
+
+
+class StoredSamples(Samples):
+    """The recorded training's samples, numbered as in the store, each compared with its record.
+
+    Args:
+        dataset: The images of the store, or some of them, without a transform.
+        labels: The possible labels; None takes all.
+        allow_pixel_change: Count samples with other pixels than the recorded ones, in place of an error.
+
+    Attributes:
+        rows: The number in the store of each image of the data set; None if they are the data set's own.
+        changed: Samples with other pixels, counted by all worker processes together.
+
+    Raises:
+        UserError: If the store has no complete epoch, or the images are not those of the store.
+    """
+
+    def __init__(
+        self,
+        store: SoftLabelStore,
+        dataset: Dataset,
+        *,
+        labels: range | None = None,
+        allow_pixel_change: bool = False,
+    ) -> None:
+        if not store.epochs:
+            raise UserError(store.incomplete())
+        self.store, self.rows, positions = store, store.match(image_names(dataset)), None
+        if self.rows is not None:
+            positions = np.full(store.meta.images, -1)
+            positions[self.rows] = np.arange(len(self.rows))
+        self.changed = multiprocessing.Value('q') if allow_pixel_change else None
+        super().__init__(dataset, store.meta.augmentation, store.meta.seed, labels=labels, positions=positions)
+
+    def record(self, key: Key) -> Any:
+        """Return a sample's record: that of its key, or read anew for a sample that takes the place of another."""
+        if key.label is not None:
+            return np.frombuffer(key.label, self.store.meta.dtype)[0]
+        return self.store.read_epoch(key.epoch, np.array([key.index]))[0]
+
+    def __getitem__(self, key: Key) -> Sample:
+        """Return the sample of a key.
+
+        Raises:
+            UnreadableImage: If there is no such image, no record of it, or it cannot be read.
+            UserError: If its pixels are not those that the teachers saw.
+        """
+        if self.positions is not None and self.positions[key.index] < 0:
+            raise UnreadableImage(f'image {key.index} of the store is not in the data set')
+        sample, crc = super().__getitem__(key), self.record(key)['crc']
+        if not crc:
+            raise UnreadableImage(f'image {key.index} could not be read when it was recorded')
+        if pixel_crc(sample.pixels) != crc:
+            if self.changed is None:
+                raise UserError(f'image {key.index}, epoch {key.epoch}: {self._other_pixels()}')
+            with self.changed.get_lock():
+                self.changed.value += 1
+        return sample
+
+    def _other_pixels(self) -> str:
+        recorded, here = (
+            ', '.join(f'{library} {version}' for library, version in versions.items())
+            for versions in (self.store.meta.versions, library_versions())
+        )
+        return (
+            f'{self.store.path} was recorded from other pixels. Either the image has changed, or a library: recorded '
+            f'with {recorded}; here are {here}. Record again, or train on them all the same: --allow-pixel-change.'
+        )
 
 
 class StoredSampler(EpochSampler):
     """The batches of a live training's epochs, each key with its record. After the last recorded epoch comes the first.
 
-    The records of an epoch are read before its first batch, slice by slice; those that this process needs are kept. An
-    image that could not be read when it was recorded is left out of its batch.
+    The records of an epoch are read before its first batch, slice by slice; those that this process needs are kept.
 
     Args:
         epochs: Number of its epochs to take.
-        rows: The number of each image in the store; None if they are the data set's own.
         batch_size: Samples a batch and process.
         **kwargs: 'rank', 'world_size' and 'samples_per_decode' of `EpochSampler`.
     """
 
-    def __init__(
-        self, store: SoftLabelStore, epochs: int, rows: np.ndarray | None, batch_size: int, **kwargs: Any
-    ) -> None:
-        count = store.meta.images if rows is None else len(rows)
-        super().__init__(count, batch_size, seed=store.meta.seed, pairs=store.meta.augmentation.mixes, **kwargs)
-        self.store, self.epochs, self.rows = store, epochs, rows
-        self._told = False
+    def __init__(self, samples: StoredSamples, epochs: int, batch_size: int, **kwargs: Any) -> None:
+        meta, rows = samples.store.meta, samples.rows
+        if rows is not None and len(rows) == meta.images:
+            rows = None  # other places in the data set, the same numbers in the store
+        elif rows is not None and meta.augmentation.mixes:
+            raise UserError(
+                f'{samples.store.path} has {meta.images:,} images, which are mixed with each other, the data set '
+                f'{len(rows):,} of them: give all.'
+            )
+        count = meta.images if rows is None else len(rows)
+        super().__init__(count, batch_size, seed=meta.seed, pairs=meta.augmentation.mixes, **kwargs)
+        self.store, self.changed, self.epochs, self.rows = samples.store, samples.changed, epochs, rows
 
     def set_position(self, epoch: int, start: int = 0) -> None:
         """Choose the epoch and the first batch of the next iteration."""
@@ -47,6 +121,12 @@ class StoredSampler(EpochSampler):
         if epoch and epoch % self.epochs == 0:
             _logger.info(f'Epoch {epoch}: the {self.epochs} recorded epochs begin again.')
         super().set_position(epoch % (math.ceil(self.epochs / turns) * turns), start)
+
+    def end_epoch(self) -> None:
+        """Tell how many samples of the epoch had other pixels than the recorded ones."""
+        if self.changed is not None:
+            _logger.info(f'Other pixels than recorded: {self.changed.value:,} samples of this epoch and process.')
+            self.changed.value = 0
 
     def __iter__(self) -> Iterator[KeyBatch]:
         epochs, rows = self.samples(self.epoch)
@@ -57,11 +137,8 @@ class StoredSampler(EpochSampler):
         for epoch in np.unique(epochs).tolist():
             places = np.flatnonzero(epochs == epoch)
             records[places] = self.store.read_epoch(epoch, rows[places])
-        known = records['crc'] != 0
-        if not known.all() and not self._told:
-            self._told = True
-            left_out = np.count_nonzero(~known)
-            _logger.warning(f'Left out, not readable when recorded: {left_out:,} samples of this epoch.')
+        if unrecorded := np.count_nonzero(records['crc'] == 0):
+            _logger.warning(f'Left out, not readable when recorded: {unrecorded:,} samples of this epoch.')
         data, size = records.tobytes(), records.itemsize
         del records
         for batch in super().__iter__():
@@ -69,13 +146,7 @@ class StoredSampler(EpochSampler):
             keys = [
                 key._replace(epoch=int(epochs[at]), index=int(rows[at]), label=data[at * size : (at + 1) * size])
                 for at, key in enumerate(batch.keys, place)
-                if known[at]
             ]
-            if not keys:
-                fault = f'has no record of any image of batch {batch.number}'
-                raise UserError(f'{self.store.path} {fault}: mend the images.')
-            if len(keys) < min(2, len(batch.keys)):
-                keys *= 2  # batch norm has no variance of one sample
             yield batch._replace(keys=keys)
 
 
@@ -83,18 +154,14 @@ class CollateStored:
     """Collates samples with their records: labels float32 [B, 1 + 2K].
 
     A label is the hard label (-1 if unknown, or if the sample is mixed of two images), K class indices and K
-    probabilities. With `check`, each sample's pixels are compared with those that the teachers saw.
+    probabilities.
     """
 
-    def __init__(self, store: SoftLabelStore, check: bool = True) -> None:
-        self.store, self.check = store, check
+    def __init__(self, samples: StoredSamples) -> None:
+        self.samples = samples
 
     def __call__(self, batch: KeyBatch, samples: list[Sample]) -> tuple[Tensor, Tensor]:
-        records = np.frombuffer(b''.join(key.label or b'' for key in batch.keys), self.store.meta.dtype)
-        if self.check:
-            for key, sample, crc in zip(batch.keys, samples, records['crc'].tolist(), strict=True):
-                if pixel_crc(sample.pixels) != crc:
-                    raise UserError(f'image {key.index}, epoch {key.epoch}: {self.store.pixels_differ()}')
+        records = np.stack([self.samples.record(key) for key in batch.keys])
         hard = [sample.target if sample.lam == 1 else -1 for sample in samples]
         labels = np.column_stack([hard, records['classes'], records['probabilities']])
         return stack_pixels(samples), torch.from_numpy(labels.astype(np.float32))
@@ -108,14 +175,14 @@ def replay(
     labels: range | None = None,
     allow_pixel_change: bool = False,
     **kwargs: Any,
-) -> tuple[Samples, StoredSampler, CollateStored]:
+) -> tuple[StoredSamples, StoredSampler, CollateStored]:
     """Return what a training loader needs to train on a store.
 
     Args:
         dataset: The images of the store, or some of them, without a transform.
         batch_size: Samples a batch and process.
         labels: The possible hard labels; None takes all.
-        allow_pixel_change: Accept small differences of pixels, such as another version of a decoder makes.
+        allow_pixel_change: Train on samples with other pixels than the recorded ones too, and count them.
         **kwargs: 'rank', 'world_size' and 'samples_per_decode' of `EpochSampler`.
 
     Raises:
@@ -123,24 +190,12 @@ def replay(
     """
     if isinstance(dataset, IterableDataset):
         raise UserError('--soft-labels needs a data set with random access: a streaming one has none.')
+    samples = StoredSamples(store, dataset, labels=labels, allow_pixel_change=allow_pixel_change)
     epochs = store.epochs
     if dist.is_initialized():  # while recording goes on, processes may see different numbers
         shared = [epochs]
         dist.broadcast_object_list(shared)
         epochs = shared[0]
-    if not epochs:
-        raise UserError(store.incomplete())
     if store.missing:
         _logger.warning(f'Taking the first {epochs} of {store.meta.epochs} epochs: {store.incomplete()}')
-    samples, rows = store.samples(dataset, labels)
-    if rows is not None and len(rows) == store.meta.images:
-        rows = None  # other places in the data set, the same numbers in the store
-    elif rows is not None and store.meta.augmentation.mixes:
-        raise UserError(
-            f'{store.path} has {store.meta.images:,} images, which are mixed with each other, the data set '
-            f'{len(rows):,} of them: give all.'
-        )
-    if allow_pixel_change:
-        store.check_pixels(store.samples(keeping_no_file_open(dataset))[0], accept_change=True)
-    sampler = StoredSampler(store, epochs, rows, batch_size, **kwargs)
-    return samples, sampler, CollateStored(store, not allow_pixel_change)
+    return samples, StoredSampler(samples, epochs, batch_size, **kwargs), CollateStored(samples)

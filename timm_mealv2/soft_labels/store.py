@@ -2,7 +2,6 @@
 
     meta.json            what was recorded: the teachers, each setting that decides a pixel, versions of the libraries
     names.txt            names of the images, UTF-8, separated by NUL
-    pixels.safetensors   a few samples as the teachers saw them: uint8 [C, H, W], called EPOCH-IMAGE
     part-00010-00003     records of the fourth range of images, for the block of epochs that begins with epoch 10
 
 A part is one slice for each epoch of its block, so that an epoch is read sequentially. A slice has the records of its
@@ -12,33 +11,138 @@ images in their order, and a u4 checksum. A record is 4 + 4K bytes, little-endia
 
 import bisect
 import hashlib
-import logging
+import json
 import os
 import zlib
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
-from torch.utils.data import Dataset
+import PIL
+import timm
+import torchvision
+from PIL import features
 
-from timm_mealv2.data.dataset import UnreadableImage, image_names
-from timm_mealv2.data.samples import Samples
-from timm_mealv2.data.seed import preserved_generators
-from timm_mealv2.errors import UserError, one_line
-from timm_mealv2.soft_labels.meta import CHECKSUM_BYTES, StoreMeta, library_versions, names_sha256, option_text, shown
+from timm_mealv2.data.augmentation import Augmentation
+from timm_mealv2.errors import UserError
+from timm_mealv2.files import replacing
 
-_logger = logging.getLogger(__name__)
-
+FORMAT = 2
+META = 'meta.json'
 NAMES = 'names.txt'
-PIXELS = 'pixels.safetensors'
+CHECKSUM_BYTES = 4
 
-MAX_PIXEL_CHANGE = 2.0
-"""Largest mean difference of a sample's pixels, in levels of 256, that --allow-pixel-change accepts."""
+
+class Part(NamedTuple):
+    """One file of records: a block of epochs for a range of images."""
+
+    epochs: range
+    images: range
+    file: str
+
+    @property
+    def samples(self) -> int:
+        """Number of samples."""
+        return len(self.epochs) * len(self.images)
+
+
+@dataclass(frozen=True)
+class StoreMeta:
+    """The settings of a recording, as `meta.json` has them. A key that it lacks has the default here.
+
+    Attributes:
+        format: `FORMAT` of the program that wrote it.
+        teachers: For each teacher 'name' (as the user gave it), 'sha256' of its weights, 'weight', 'img_size' ([h, w]
+            or None), 'classes' (those taken of its own, or None) and 'autocast_dtype' (or None).
+        seed: Seed of the samples.
+        num_classes: Class count C.
+        top_k: Classes kept of a sample, K.
+        names_sha256: SHA-256 of the file of names.
+        versions: Versions of the libraries that make the pixels.
+        batch_size: Most samples that go through the teachers together; it decides the last bits of a prediction.
+        part_images: Images of a part.
+        blocks: First epoch of each block, and at the end the number of epochs M.
+    """
+
+    format: int
+    teachers: list[dict[str, Any]]
+    augmentation: Augmentation
+    seed: int
+    num_classes: int
+    top_k: int
+    images: int
+    names_sha256: str
+    versions: dict[str, str]
+    batch_size: int
+    part_images: int
+    blocks: list[int]
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Read `meta.json`.
+
+        Raises:
+            UserError: If there is none, it is of another format, or damaged.
+        """
+        if not (folder / META).is_file():
+            lacking = META if folder.is_dir() else 'such folder (record makes it)'
+            raise UserError(f'{folder} holds no soft labels: there is no {lacking}.')
+        try:
+            values = json.loads((folder / META).read_text(encoding='utf-8'))
+            damaged = values.pop('crc', None) != _crc(values)
+        except ValueError:
+            values, damaged = {'format': FORMAT}, True
+        if values.get('format') != FORMAT:
+            raise UserError(
+                f'{folder} has format {values.get("format")}, this timm_mealv2 reads format {FORMAT}: record it again.'
+            )
+        if damaged:
+            raise UserError(f'{folder / META} is damaged: copy the store again, or record it again.')
+        return cls(**{**values, 'augmentation': Augmentation(**values['augmentation'])})
+
+    def write(self, folder: Path) -> None:
+        """Write `meta.json`, whole or not at all."""
+        values = asdict(self)
+        with replacing(folder / META) as temporary:
+            temporary.write_text(json.dumps({**values, 'crc': _crc(values)}, indent=1) + '\n', encoding='utf-8')
+
+    @property
+    def epochs(self) -> int:
+        """Number of epochs that are, or are to be, recorded."""
+        return self.blocks[-1]
+
+    @cached_property
+    def dtype(self) -> np.dtype:
+        """The type of a record."""
+        index = '<u2' if self.num_classes <= 2**16 else '<u4'
+        fields = [('crc', '<u4'), ('classes', index, (self.top_k,)), ('probabilities', '<f2', (self.top_k,))]
+        return np.dtype(fields)
+
+    def extend(self, epochs: int, block_epochs: int) -> Self:
+        """Return the settings for `epochs` epochs in all, the further ones in blocks of at most `block_epochs`."""
+        blocks = list(self.blocks)
+        while blocks[-1] < epochs:
+            blocks.append(min(blocks[-1] // block_epochs * block_epochs + block_epochs, epochs))
+        return replace(self, blocks=blocks)
+
+    def parts(self) -> Iterator[Part]:
+        """Yield the parts, block by block."""
+        for first, end in pairwise(self.blocks):
+            for number, start in enumerate(range(0, self.images, self.part_images)):
+                images = range(start, min(start + self.part_images, self.images))
+                yield Part(range(first, end), images, f'part-{first:05}-{number:05}')
+
+    def part_bytes(self, part: Part) -> int:
+        """Return the size of a part's file."""
+        return part.samples * self.dtype.itemsize + len(part.epochs) * CHECKSUM_BYTES
+
+
+def _crc(values: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(values).encode())
 
 
 class SoftLabelStore:
@@ -66,7 +170,7 @@ class SoftLabelStore:
         total = sum(1 for _ in self.meta.parts())
         return (
             f'{len(self.missing):,} of {total:,} parts of {self.path} are missing or cut off ({self.missing[0].file}): '
-            'copy it again, or give the mealv2-softlabels record command again, which makes what is missing.'
+            'record again with the same command, which makes what is missing.'
         )
 
     def read_slice(self, epoch: int, number: int) -> np.ndarray:
@@ -115,39 +219,20 @@ class SoftLabelStore:
         None if they are the same images in the same order, which one digest tells.
 
         Raises:
-            UserError: If an image is not in the store.
+            UserError: If an image is not in the store; images without file names are only known all together.
         """
         if len(names) == self.meta.images and names_sha256(names) == self.meta.names_sha256:
             return None
-        if names[0] == '#0':
-            raise UserError(
-                f'the data set has {len(names):,} images without file names, {self.path} was recorded from '
-                f'{self.meta.images:,} others: give the data set that was recorded.'
-            )
         stored, ours = _hashes(self.names()), _hashes(names)
         order = np.argsort(stored)
         rows = order[np.searchsorted(stored, ours, sorter=order).clip(max=len(stored) - 1)]
-        unknown = np.flatnonzero(stored[rows] != ours)
+        unknown = np.flatnonzero((stored[rows] != ours) | (names[0] == '#0'))
         if len(unknown):
             raise UserError(
                 f'{len(unknown):,} of {len(names):,} images are not in {self.path}, {names[unknown[0]]} for one: '
-                'record labels for these images.'
+                f'give the {self.meta.images:,} images that were recorded, or record these.'
             )
         return rows
-
-    def samples(self, dataset: Dataset, labels: range | None = None) -> tuple[Samples, np.ndarray | None]:
-        """Return the recorded training's samples, by the images' numbers in the store, and these numbers (see `match`).
-
-        Args:
-            dataset: The images of the store, or some of them, without a transform.
-            labels: The possible labels; None takes all.
-        """
-        rows, positions = self.match(image_names(dataset)), None
-        if rows is not None:
-            positions = np.full(self.meta.images, -1)
-            positions[rows] = np.arange(len(rows))
-        samples = Samples(dataset, self.meta.augmentation, self.meta.seed, labels=labels, positions=positions)
-        return samples, rows
 
     def training_settings(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Compare a training's settings with the store's, and return those that the store decides.
@@ -182,45 +267,6 @@ class SoftLabelStore:
         new = {name: value for name, value in stored.items() if name not in given}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in new.items()}
 
-    def check_pixels(self, samples: Samples, accept_change: bool = False) -> None:
-        """Make the stored samples anew, and compare their pixels with those that the teachers saw.
-
-        Samples of images that are not there now are left out. `accept_change` accepts small differences, such as
-        another version of the image decoder makes.
-
-        Raises:
-            UserError: If pixels differ.
-        """
-        try:
-            stored = load_file(self.path / PIXELS)
-            names = [name.split('-') for name in stored]
-            keys = [(int(epoch), range(self.meta.images)[int(row)]) for epoch, row in names]
-        except (IndexError, KeyError, OSError, SafetensorError, TypeError, ValueError) as error:
-            raise UserError(f'cannot read {self.path / PIXELS}: {one_line(error)}; copy the store again.') from error
-        for (epoch, row), former in zip(keys, stored.values(), strict=True):
-            if samples.positions is not None and samples.positions[row] < 0:
-                continue
-            try:
-                with preserved_generators():
-                    now = samples.sample(epoch, row).pixels
-            except UnreadableImage:
-                continue
-            same_shape = now.shape == former.shape
-            change = float(np.abs(now.astype(np.int16) - former).mean()) if same_shape else 255.0
-            if change > (MAX_PIXEL_CHANGE if accept_change else 0):
-                raise UserError(f'image {row} differs by {change:.2f} levels on average: {self.pixels_differ()}')
-
-    def pixels_differ(self) -> str:
-        """Return what to do about other pixels than the recorded ones, with the versions of what makes them."""
-        recorded, here = (
-            ', '.join(f'{library} {version}' for library, version in versions.items())
-            for versions in (self.meta.versions, library_versions())
-        )
-        return (
-            f'{self.path} was recorded from other pixels. Either the image has changed, or a library: recorded with '
-            f'{recorded}; here are {here}. Record again, or accept small differences with --allow-pixel-change.'
-        )
-
 
 def checksum(records: bytes, epoch: int, start: int) -> bytes:
     """Return the checksum of a slice; a slice in the place of another has a wrong one."""
@@ -231,6 +277,34 @@ def checksum(records: bytes, epoch: int, start: int) -> bytes:
 def pixel_crc(pixels: np.ndarray) -> int:
     """Return the CRC-32 of a sample's pixels, uint8; never 0, which marks an image that could not be read."""
     return zlib.crc32(np.ascontiguousarray(pixels).data) or 1
+
+
+def option_text(name: str) -> str:
+    """Return an option as the command line spells it."""
+    return f'--{name.replace("_", "-")}'
+
+
+def shown(value: Any) -> str:
+    """Return a setting's value as a user writes it, shortened."""
+    text = ' '.join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    return text if len(text) <= 60 else f'{text[:60]}...'
+
+
+def names_sha256(names: Sequence[str]) -> str:
+    """Return the SHA-256 of names in their order."""
+    return hashlib.sha256('\0'.join(names).encode('utf-8', 'surrogateescape')).hexdigest()
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions of the libraries that make the pixels."""
+    turbo = features.version('libjpeg_turbo')
+    return {
+        'timm': timm.__version__,
+        'torchvision': torchvision.__version__,
+        'Pillow': PIL.__version__,
+        'libjpeg': f'turbo {turbo}' if turbo else features.version('jpg') or 'none',
+        'numpy': np.__version__,
+    }
 
 
 def _hashes(names: Sequence[str]) -> np.ndarray:
