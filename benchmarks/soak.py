@@ -50,7 +50,7 @@ SAMPLES = (
     f'--data-dir {SAMPLE}/data --train-split train.tar --num-classes 10 --in-chans 1 --img-size 28 --batch-size 50 '
     '--mixup 0.2 --reprob 0.3 --device cpu'
 ).split()
-TEACHERS = ['--teacher-tune', 'off', '--teachers', *(f'local-dir:{SAMPLE}/teachers/teacher_{name}' for name in 'ab')]
+TEACHERS = ['--teachers', *(f'local-dir:{SAMPLE}/teachers/teacher_{name}' for name in 'ab')]
 OPTIONS = (
     '--model test_resnet --epochs 3 --lr 0.02 --opt adamw --sched plateau --patience-epochs 0 --warmup-epochs 1 '
     '--grad-accum-steps 2 --clip-grad 1 --model-ema --model-ema-decay 0.9 --drop 0.1 --drop-path 0.1 '

@@ -65,9 +65,16 @@ from timm_mealv2.data.loader import TrainLoader, collate_labels
 from timm_mealv2.data.samples import EpochSampler, Samples
 from timm_mealv2.errors import UserError
 from timm_mealv2.files import replacing
-from timm_mealv2.soft_labels.meta import FORMAT, StoreMeta, library_versions, names_sha256
-from timm_mealv2.soft_labels.replay import CollateStored, replay
-from timm_mealv2.soft_labels.store import NAMES, SoftLabelStore, checksum
+from timm_mealv2.soft_labels.replay import replay
+from timm_mealv2.soft_labels.store import (
+    FORMAT,
+    NAMES,
+    SoftLabelStore,
+    StoreMeta,
+    checksum,
+    library_versions,
+    names_sha256,
+)
 from timm_mealv2.training.checkpoint_saver import Position
 from timm_mealv2.training.loop import EpochEvents, Stepper, train_one_epoch
 from timm_mealv2.training.metric_logging import Meters
@@ -245,9 +252,8 @@ def measure_first_batch(args: argparse.Namespace) -> dict[str, Any]:
                 samples = Samples(dataset, Augmentation((3, args.img_size, args.img_size)), 42)
                 parts: tuple[Any, ...] = samples, EpochSampler(len(samples), args.batch_size), collate_labels
             else:
-                store = SoftLabelStore(folder)
-                samples, sampler, _ = replay(store, dataset, args.batch_size)
-                parts = samples, sampler, CollateStored(store, check=False)  # its records are random
+                # Its records are random.
+                parts = replay(SoftLabelStore(folder), dataset, args.batch_size, allow_pixel_change=True)
             loader = TrainLoader(*parts, normalization=((0.5,) * 3, (0.5,) * 3), workers=args.workers)
             next(iter(loader.batches(0)))
             values.append(time.perf_counter() - began)
@@ -288,7 +294,9 @@ def measure_kill(args: argparse.Namespace) -> dict[str, Any]:
     codes = [process.wait() for process in processes]
     written = len(list(out.glob('part-*')))
     assert start(args.out / 'one').wait() == 0
-    one, killed = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in (args.out / 'one', out))
+    one, killed = (
+        {path.name: path.read_bytes() for path in folder.glob('[!.]*')} for folder in (args.out / 'one', out)
+    )
     same = one == killed
     print(f'{kills} kills in {args.minutes:g} minutes, {written} parts, exit codes {codes}; ', end='')
     print('the same bytes as one process' if same else 'DIFFERENT from one process')

@@ -47,7 +47,7 @@ class Programs:
         """Run one of them in `folder` after `before()`; return its exit code. Without `more` it stops early."""
         common = [*self.options, '--workers', str(workers)]
         if kind == 'train':
-            argv = [*common, *'--model test_resnet --batch-size 4 --lr 0.05 --warmup-epochs 0 --resume auto'.split()]
+            argv = [*common, *'--model test_resnet --batch-size 4 --lr 0.05 --warmup-epochs 0 --resume auto'.split(), '--teacher-tune', 'off']
             argv += ['--epochs', '2' if more else '1', '--output', str(folder.parent), '--experiment', folder.name]
             return self.fork(run.main, argv, before)
         if kind == 'record':
@@ -92,7 +92,7 @@ def programs(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pr
     root = tmp_path_factory.mktemp('programs')
     torch.manual_seed(0)
     torch.save(timm.create_model('test_resnet', num_classes=3).state_dict(), root / 'teacher.pth')
-    options = f'--num-classes 3 --img-size 16 --device cpu --teacher-tune off --data-dir {image_folder}'.split()
+    options = f'--num-classes 3 --img-size 16 --device cpu --data-dir {image_folder}'.split()
     return Programs([*options, '--teachers', f'test_resnet={root}/teacher.pth'], root / 'log')
 
 

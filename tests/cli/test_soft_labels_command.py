@@ -1,5 +1,6 @@
 """The program `mealv2-softlabels` as a user runs it."""
 
+import functools
 import re
 import shutil
 import subprocess
@@ -14,10 +15,10 @@ import torch
 from images import write_images
 from PIL import Image
 
+from timm_mealv2.cli import soft_labels
 from timm_mealv2.cli.soft_labels import main
 from timm_mealv2.command_line import run_cli
-from timm_mealv2.soft_labels.store import StoreMeta
-from timm_mealv2.soft_labels.store import SoftLabelStore
+from timm_mealv2.soft_labels.store import SoftLabelStore, StoreMeta
 
 
 @pytest.fixture(scope='module')
@@ -69,8 +70,8 @@ def test_info_shows_what_a_store_holds(folder: Path, capsys: Any) -> None:
         'samples   3x24x24, seed 42',
         'aa rand-m9, ',
         'cutmix 1.0',
-        '12 images x 3 epochs = 36 records of 20 bytes, 720 bytes',
-        f'{size:,} bytes in 4 files',
+        '12 images x 3 epochs = 36 records of 20 bytes, 720B',
+        f'{size:,} bytes in 3 files',
         f'Pillow {Image.__version__}',
         'epoch 0   top 4 of 7 classes keep 0.',
         '0 images without a record',
@@ -104,7 +105,6 @@ def test_a_batch_that_is_larger_than_the_data_set_is_all_of_it(folder: Path, tmp
 
 def test_pixels_are_the_teachers_or_those_of_a_student(folder: Path, tmp_path: Path) -> None:
     arguments = [*record_arguments(folder, tmp_path / 'labels')[:7], '--epochs', '1', '-j', '0', '--device', 'cpu']
-    arguments += ['--teacher-tune', 'off']
     main(arguments)
     meta = SoftLabelStore(tmp_path / 'labels').meta
     assert meta.augmentation.input_size == (3, 160, 160)
@@ -146,7 +146,7 @@ def test_the_classes_of_a_teacher_are_chosen(folder: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ('options', 'words'),
     [
-        (('--top-k', '8'), '--top-k must be from 1 to 7'),
+        (('--top-k', '8'), '--top-k 8: there are 7 classes'),
         (('--num-classes', '10'), 'has 7 classes, but 10'),
         (('--mixup', '0.2', '--mixup-mode', 'batch'), '--mixup-mode batch: a sample would depend on its batch'),
         (('--data-dir', '/nowhere'), "no data set at '/nowhere'"),
@@ -168,8 +168,53 @@ def test_mistakes_are_one_line(options: tuple[str, ...], words: str, folder: Pat
 
 def test_teachers_and_epochs_are_needed(folder: Path, tmp_path: Path, capsys: Any) -> None:
     arguments = ['record', '--out', tmp_path / 'x', '--data-dir', folder / 'images']
-    assert '--teachers: name the teachers' in refused(capsys, *arguments, '--epochs', 1)
-    assert '--epochs: say how many' in refused(capsys, *arguments, '--teachers', 'resnet18')
+    for given in (['--epochs', 1], ['--teachers', 'resnet18']):
+        assert 'name --teachers' in refused(capsys, *arguments, *given)
+
+
+# Containers
+
+_UNSHARE = ['unshare', '--pid', '--fork', '--mount-proc']
+_RECORD_AND_TELL = """
+import os, sys, time
+from pathlib import Path
+from timm_mealv2.cli import soft_labels
+from timm_mealv2.cli.soft_labels import main
+
+rename = os.replace
+
+def replace(source, target):
+    time.sleep(0.2)  # so that both processes are at it
+    rename(source, target)
+    print(Path(target).name, flush=True)
+
+os.replace = replace
+begun = Path(sys.argv[1])
+(begun / sys.argv[2]).touch()
+while len(list(begun.iterdir())) < 2:
+    time.sleep(0.01)
+main(sys.argv[3:])
+"""
+
+
+@pytest.mark.skipif(
+    not shutil.which('unshare') or subprocess.run([*_UNSHARE, 'true'], capture_output=True).returncode != 0,
+    reason='needs process namespaces',
+)
+def test_two_containers_with_one_hostname_share_the_parts(folder: Path, tmp_path: Path) -> None:
+    arguments = record_arguments(folder, tmp_path / 'store', '--epochs', '80')  # eight parts
+    (tmp_path / 'begun').mkdir()
+    command = [*_UNSHARE, sys.executable, '-c', _RECORD_AND_TELL, str(tmp_path / 'begun')]
+    processes = [
+        subprocess.Popen([*command, name, *arguments], stdout=subprocess.PIPE, text=True) for name in ('one', 'two')
+    ]
+    made = [
+        [line for line in process.communicate(timeout=120)[0].split() if line.startswith('part-')]
+        for process in processes
+    ]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert min(map(len, made)) > 0
+    assert sorted(made[0] + made[1]) == [f'part-{10 * number:05}-00000' for number in range(8)]
 
 
 # verify
@@ -186,7 +231,6 @@ def test_verify_passes_for_the_recorded_teachers(folder: Path, capsys: Any) -> N
     assert (found['read'], found['compared']) == ('36', '20')
     assert 0 < float(found['mean difference']) <= float(found['largest difference']) < 5e-4  # float16
     assert found['same top-1'] == '100.00%'
-    assert float(found['smallest cosine']) > 0.9999
 
 
 def test_verify_refuses_damage_other_teachers_and_other_images(folder: Path, tmp_path: Path, capsys: Any) -> None:
@@ -198,8 +242,6 @@ def test_verify_refuses_damage_other_teachers_and_other_images(folder: Path, tmp
 
     line = refused(capsys, *verify(folder, folder / 'store', '--teachers', f'test_resnet={folder}/other.pth'))
     assert f'not the recorded teachers: test_resnet={folder}/teacher.pth had other weights' in line
-    line = refused(capsys, *verify(folder, folder / 'store', '--teachers', 'resnet18', 'resnet34'))
-    assert 'must name the 1 recorded ones' in line
 
     line = refused(capsys, *verify(folder, folder / 'store', '--tolerance', '1e-9'))
     assert re.search(r'the predictions do not match: a probability differs by \S+ \(--tolerance 1e-09\)', line)
@@ -219,7 +261,7 @@ def test_verify_takes_teachers_from_another_place(folder: Path, tmp_path: Path, 
     main(verify(root, root / 'store', '--teachers', f'test_resnet={root}/teacher.pth'))
 
 
-# show, estimate
+# show, --dry-run
 
 
 def test_show_draws_the_samples_of_an_image(folder: Path, tmp_path: Path, capsys: Any) -> None:
@@ -234,20 +276,17 @@ def test_show_draws_the_samples_of_an_image(folder: Path, tmp_path: Path, capsys
     assert 'has no image plain/9.png, but cold/000.png for one' in refused(capsys, *arguments, '--out', 'x.png')
 
 
-def test_estimate_tells_bytes_and_hours_and_writes_nothing(
+def test_a_dry_run_tells_bytes_and_hours_and_writes_nothing(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(soft_labels, 'measure_rate', functools.partial(soft_labels.measure_rate, seconds=0.2))
     capsys.readouterr()
-    arguments = record_arguments(folder, Path('x'))
-    arguments[arguments.index('--out') : arguments.index('--out') + 2] = ['--images', '1281167']
-    main(['estimate', *arguments[1:], '--seconds', '0.2'])
+    main(record_arguments(folder, Path('x'), '--epochs', '100000', '--dry-run'))
     text = capsys.readouterr().out
-    measured = re.search(r'measured  ([\d,.]+) samples/s', text)
-    hours = re.search(r'hours     ([\d,.]+)', text)
-    assert measured
-    assert hours
-    assert '1,281,167 images x 3 epochs = 3,843,501 records of 20 bytes, 76.9 MB' in text
-    rate = float(measured[1].replace(',', ''))
-    assert float(hours[1].replace(',', '')) == pytest.approx(3_843_501 / rate / 3600, rel=0.02, abs=0.006)
+    assert '12 images x 100000 epochs = 1,200,000 records of 20 bytes, 24.0MB' in text
+    found = re.search(r'([\d,.]+) samples/s on cpu: ([\d,.]+) hours', text)
+    assert found
+    rate, hours = (float(number.replace(',', '')) for number in found.groups())
+    assert hours == pytest.approx(1_200_000 / rate / 3600, rel=0.02, abs=0.006)
     assert not list(tmp_path.iterdir())

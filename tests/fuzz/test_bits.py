@@ -18,7 +18,6 @@ from timm_mealv2.soft_labels.store import SoftLabelStore
 def taught(folder: Path, images: Dataset) -> list[Any]:
     """All that a training of two epochs gets from a store: pixels and labels, in their order."""
     store = SoftLabelStore(folder)
-    store.check_pixels(store.samples(images)[0])
     samples, sampler, collate = replay(store, images, 3, labels=range(3))
     batches: list[Any] = [store.epochs, store.meta.num_classes]
     for epoch in range(2):
@@ -51,7 +50,7 @@ def bits_of(store: Path, *names: str) -> list[tuple[str, int]]:
 
 def test_a_flipped_bit_of_a_store_is_refused_or_changes_nothing(store: Path, few_images: Path, tmp_path: Path) -> None:
     names = [path.name for path in sorted(store.iterdir())]
-    assert names == ['meta.json', 'names.txt', 'part-00000-00000', 'pixels.safetensors']
+    assert names == ['meta.json', 'names.txt', 'part-00000-00000']
     few = [bit for name in names for bit in Random(0).sample(bits_of(store, name), 50)]
     check_bits(few, store, few_images, tmp_path)
 

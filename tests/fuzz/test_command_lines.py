@@ -51,7 +51,7 @@ PROGRAMS = {
     'evaluate': (evaluate.main, evaluate.build_parser()),
     **{
         name: (soft_labels.main, commands(soft_labels.build_parser())[name])
-        for name in ('record', 'estimate', 'verify', 'show')
+        for name in ('record', 'verify', 'show')
     },
     'export': (hub.main, commands(hub.build_parser())['export']),
 }
@@ -158,7 +158,7 @@ def begin(program: str, named: Words, random: Random) -> list[Any]:
         return [*argv, *random.choice([[], ['--teachers', teacher], ['--soft-labels', *named['soft_labels']]])]
     if program == 'evaluate':
         return [teacher, *data, *on_cpu]
-    if program in ('record', 'estimate'):
+    if program == 'record':
         own = ['--out', 'store'] if program == 'record' else ['--seconds', 0.1]
         return [program, *own, '--epochs', 1, '--teachers', teacher, *data, '--img-size', 16, *on_cpu]
     if program == 'export':

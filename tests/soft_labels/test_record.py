@@ -3,12 +3,11 @@
 Real teachers (tiny) and real image files; kills are SIGKILL to a real process.
 """
 
-import json
+import errno
+import fcntl
 import multiprocessing
-import os
 import shutil
 import signal
-import socket
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,24 +18,30 @@ import numpy as np
 import pytest
 import timm
 import torch
+from filelock import FileLock
 from PIL import Image
+from torch import nn
 from torch.utils.data import Dataset
 
 from timm_mealv2.data.augmentation import Augmentation
 from timm_mealv2.data.dataset import open_dataset
 from timm_mealv2.data.samples import Samples
 from timm_mealv2.errors import UserError
-from timm_mealv2.models import tuning
 from timm_mealv2.models.ensemble import EnsembleTeacher
 from timm_mealv2.models.factory import create_ensemble
-from timm_mealv2.soft_labels import claims
-from timm_mealv2.soft_labels.meta import StoreMeta, describe
-from timm_mealv2.soft_labels.record import measure, record
-from timm_mealv2.soft_labels.store import SoftLabelStore, pixel_crc
+from timm_mealv2.soft_labels.record import describe, difference, measure_rate, record
+from timm_mealv2.soft_labels.store import SoftLabelStore, StoreMeta, pixel_crc
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.0005)
+    assert condition()
 
 
 @pytest.fixture
@@ -100,7 +105,7 @@ def test_an_image_is_decoded_once_for_a_block_of_epochs(teachers: EnsembleTeache
     store = record(tmp_path / 'store', data, teachers, meta, 1)
     first = sum(data.reads)
     record(store.path, data, teachers, meta, 21)
-    assert sum(data.reads) - first - 8 == 20 * 3  # 8 samples of pixels; blocks from 1 to 10, to 20 and to 21
+    assert sum(data.reads) - first - 8 == 20 * 3  # 8 samples are compared; blocks from 1 to 10, to 20 and to 21
     assert store.names() == [f'#{index}' for index in range(20)]
 
 
@@ -115,28 +120,22 @@ def test_gray_images_are_recorded(tmp_path: Path) -> None:
     assert (store.read_epoch(1, np.arange(6))['crc'] > 0).all()
 
 
-def test_an_image_that_cannot_be_read_has_no_record_until_it_is_mended(
+def test_an_image_that_cannot_be_read_has_no_record(
     image_folder: Path, teachers: EnsembleTeacher, mixed: SoftLabelStore, tmp_path: Path, caplog: Any
 ) -> None:
     root = Path(shutil.copytree(image_folder / 'train', tmp_path / 'train'))
-    broken = root / 'plain' / '002.png'
-    whole = broken.read_bytes()
-    broken.write_bytes(whole[:100])
+    (root / 'plain' / '002.png').write_bytes(b'broken')
     data = open_dataset('', str(root), 'train')
     meta = describe(data, teachers, mixed.meta.augmentation, top_k=3, part_images=8)
     store = record(tmp_path / 'store', data, teachers, meta, 2)
     pairs = Samples(data, meta.augmentation, 42)
     for epoch in range(2):  # the image is mixed with another one in each epoch, which has no sample then
-        missing = np.flatnonzero(store.read_epoch(epoch, np.arange(21))['crc'] == 0)
-        assert sorted(missing) == sorted(place for place in pairs.pair(epoch, 9)[1:] if place is not None)
+        found, expected = (one.read_epoch(epoch, np.arange(21)) for one in (store, mixed))
+        missing = sorted(place for place in pairs.pair(epoch, 9)[1:] if place is not None)
+        assert np.flatnonzero(found['crc'] == 0).tolist() == missing
+        assert (np.delete(found, missing)['crc'] == np.delete(expected, missing)['crc']).all()
     assert '002.png' in caplog.text
     assert '2 of 21 images cannot be read: they are never trained on' in caplog.text
-    record(store.path, data, teachers, meta, 2)
-    assert (store.read_epoch(0, np.arange(21))['crc'] == 0).sum() == 2
-    broken.write_bytes(whole)
-    record(store.path, data, teachers, meta, 2)
-    parts = [path.name for path in mixed.path.glob('part-*')]
-    assert {name: contents(store.path)[name] for name in parts} == {name: contents(mixed.path)[name] for name in parts}
 
 
 def test_a_folder_of_broken_images_is_refused(teachers: EnsembleTeacher, tmp_path: Path) -> None:
@@ -160,43 +159,70 @@ def test_processes_and_workers_change_nothing(recorded: SoftLabelStore, start: A
     assert contents(tmp_path / 'three') == contents(recorded.path)
 
 
+@pytest.mark.parametrize('workers', [0, 2])
 def test_a_killed_recording_goes_on_without_loss_or_repetition(
+    workers: int,
     recorded: SoftLabelStore,
     train: Dataset,
     teachers: EnsembleTeacher,
     settings: StoreMeta,
     start: Any,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(claims, 'HEARTBEAT', 0.5)  # the kill may have left a claim without its owner
     out = tmp_path / 'store'
     for _ in range(5):  # on a busy machine it may be through before the kill
         shutil.rmtree(out, ignore_errors=True)
-        process = start(out)
-        end = time.monotonic() + 60
-        while not (out / 'part-00000-00001').exists() and time.monotonic() < end:
-            time.sleep(0.0005)
+        process = start(out, workers=workers)
+        wait_for((out / 'part-00000-00001').exists)
         process.kill()
         process.join()
         before = {path.name: path.stat() for path in out.glob('part-*')}
-        if process.exitcode and len(before) < 10:
+        if len(before) < 10:
             break
     assert process.exitcode == -signal.SIGKILL
     assert 2 <= len(before) < 10
-    leftover = out / '.part-00000-00001-abcdefgh'
-    leftover.write_bytes(b'what the kill may have left')
-    os.utime(leftover, (0, 0))
-    owner = {'host': socket.gethostname(), 'pid': process.pid, 'time': 0}
-    (out / 'claim-00000-00001').write_text(json.dumps(owner))  # as of a kill just after the part was written
+    (out / '.part-00000-00000-abcdefgh').write_bytes(b'what the kill may have left')
     (out / 'part-00000-00000').write_bytes(b'cut off')
     del before['part-00000-00000']
 
     store = record(out, train, teachers, settings, 12)
     assert store.epochs == 12
     assert contents(out) == contents(recorded.path)
+    assert not (out / '.locks').exists()
     for name, stat in before.items():
         assert ((out / name).stat().st_ino, (out / name).stat().st_mtime_ns) == (stat.st_ino, stat.st_mtime_ns)
+
+
+def test_a_part_that_another_process_makes_is_waited_for(recorded: SoftLabelStore, start: Any, tmp_path: Path) -> None:
+    out = tmp_path / 'store'
+    (out / '.locks').mkdir(parents=True)
+    with FileLock(out / '.locks' / 'lock-part-00000-00002'):
+        process = start(out)
+        wait_for(lambda: len(list(out.glob('part-*'))) == 9)
+        process.join(0.5)
+        assert process.is_alive()
+        assert not (out / 'part-00000-00002').exists()
+    process.join(60)
+    assert process.exitcode == 0
+    assert contents(out) == contents(recorded.path)
+
+
+def test_without_locks_of_the_file_system_the_bytes_are_the_same(
+    recorded: SoftLabelStore,
+    train: Dataset,
+    teachers: EnsembleTeacher,
+    settings: StoreMeta,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: Any,
+) -> None:
+    def flock(*_: Any) -> None:
+        raise OSError(errno.ENOSYS, 'Function not implemented')
+
+    monkeypatch.setattr(fcntl, 'flock', flock)
+    record(tmp_path / 'store', train, teachers, settings, 12)
+    assert contents(tmp_path / 'store') == contents(recorded.path)
+    assert caplog.text.count('this file system has no locks') == 1
 
 
 def test_further_epochs_are_added_and_what_is_there_stays(
@@ -222,7 +248,7 @@ def test_going_on_with_other_settings_or_images_is_refused(
     root = Path(shutil.copytree(image_folder / 'train', tmp_path / 'train'))
     Image.new('RGB', (24, 24)).save(root / 'cold' / '000.png')
     other = open_dataset('', str(root), 'train')
-    with pytest.raises(UserError, match=r'image 0 differs by .* levels on average'):
+    with pytest.raises(UserError, match=r'image 0, epoch 0: .* was recorded from other pixels'):
         record(path, other, teachers, describe(other, teachers, augmentation, top_k=3), 12)
     assert contents(path) == before
     (tmp_path / 'other').mkdir()
@@ -238,46 +264,50 @@ def test_teachers_that_predict_nan_are_told(train: Dataset, weights: list[str], 
     meta = describe(train, teachers, Augmentation((3, 24, 24)), top_k=1)
     with pytest.raises(UserError, match='the teachers predict NaN'):
         record(tmp_path / 'store', train, teachers, meta, 1)
-    assert not list((tmp_path / 'store').glob('claim-*'))
+    assert not list((tmp_path / 'store').glob('part-*'))
 
 
 def test_the_rate_is_measured_without_writing(train: Dataset, teachers: EnsembleTeacher, settings: StoreMeta) -> None:
     began = time.monotonic()
-    assert 10 < measure(train, teachers, settings, workers=0, device='cpu', seconds=0.2) < 1e5
+    assert 10 < measure_rate(train, teachers, settings, seconds=0.2) < 1e5
     assert time.monotonic() - began > 0.2
 
 
-# Tuned teachers
+# Settings
 
 
-def test_whoever_records_takes_the_forms_that_the_store_was_begun_with(
-    train: Dataset, weights: list[str], settings: StoreMeta, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(('images', 'parts'), [(1_281_167, 128), (300, 2)])
+def test_a_block_of_epochs_has_as_many_parts_as_are_worth_a_file(
+    images: int, parts: int, teachers: EnsembleTeacher
 ) -> None:
-    monkeypatch.setattr(tuning, '_fastest', lambda times: len(times) - 1)
-    monkeypatch.setattr(tuning, '_LEAST', {})
-    teachers = create_ensemble(weights, weights=[2, 1])
-    out = tmp_path / 'store'
-    store = record(out, train, teachers, settings, 12, tune=True)
-    forms = ['contiguous+folded'] * 2  # named teachers are laid out channels_last
-    assert [teacher['runs_as'] for teacher in store.meta.teachers] == forms
-    expected = contents(out)
-
-    (out / 'part-00000-00001').unlink()
-    monkeypatch.setattr(EnsembleTeacher, 'tune', None)
-    again = create_ensemble(weights, weights=[2, 1])
-    record(out, train, again, settings, 12, tune=True)
-    assert contents(out) == expected
-    assert [form.name for form in again._forms.values()] == forms
-
-    # A store that was begun as they are goes on so, and an ensemble that is tuned already is no matter.
-    again.run_as(forms, (50, 3, 24, 24))
-    record(tmp_path / 'plain', train, again, settings, 1)
-    assert not again._forms
+    data = type('Many', (Dataset,), {'__len__': lambda self: images})()
+    meta = describe(data, teachers, Augmentation((3, 24, 24)), top_k=3).extend(20, 10)
+    assert len(list(meta.parts())) == 2 * parts
 
 
-def test_of_two_processes_that_begin_a_store_the_first_one_counts(settings: StoreMeta, tmp_path: Path) -> None:
-    first, second = replace(settings, seed=1), replace(settings, seed=2)
-    for meta in (first, second):
-        meta.write(tmp_path, first=True)
-    assert StoreMeta.read(tmp_path) == first
-    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ['meta.json']
+def test_recordings_that_differ_are_told_apart_by_name(
+    train: Dataset, teachers: EnsembleTeacher, weights: list[str], settings: StoreMeta, mixed: SoftLabelStore
+) -> None:
+    retrained = create_ensemble(weights, weights=[2, 1])
+    nn.init.normal_(retrained.teachers[1].get_classifier().weight)
+    first, second = weights
+    in_half = create_ensemble([first, create_ensemble(second, autocast_dtype=torch.bfloat16)], weights=[2, 1])
+    for meta, words in (
+        (replace(settings, top_k=2), '--top-k 3, not 2'),
+        (replace(settings, seed=1), '--seed 42, not 1'),
+        (describe(train, in_half, settings.augmentation, top_k=3), '--teacher-dtype None for test_efficientnet='),
+        (replace(settings, names_sha256=''), 'the names of the images'),
+        (describe(train, teachers, Augmentation((3, 24, 24)), top_k=3), '--aa rand-m9-mstd0.5, not None'),
+        (replace(settings, augmentation=mixed.meta.augmentation), '--reprob 0.3, not 0.0'),
+        (describe(train, create_ensemble(weights), settings.augmentation, top_k=3), '--teacher-weights 0.66'),
+        (describe(train, create_ensemble(weights[:1]), settings.augmentation, top_k=3), '--teachers test_resnet='),
+        (describe(train, retrained, settings.augmentation, top_k=3), 'other weights of test_efficientnet='),
+    ):
+        assert words in (difference(settings, meta) or '')
+    moved = [{**teacher, 'name': 'moved'} for teacher in settings.teachers]
+    assert difference(settings, replace(settings, teachers=moved, batch_size=1, part_images=1)) is None
+
+
+def test_what_cannot_be_recorded_is_refused(train: Dataset, teachers: EnsembleTeacher, settings: StoreMeta) -> None:
+    with pytest.raises(UserError, match='--top-k 4: there are 3 classes'):
+        describe(train, teachers, settings.augmentation, top_k=4)

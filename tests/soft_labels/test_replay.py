@@ -1,5 +1,6 @@
 """Training on a store: the samples of the live training, each with its own record, and nothing else."""
 
+import logging
 import shutil
 from pathlib import Path
 
@@ -9,12 +10,13 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from timm_mealv2.data.bad_images import BadImages
 from timm_mealv2.data.dataset import open_dataset
+from timm_mealv2.data.loader import TrainLoader
 from timm_mealv2.data.samples import EpochSampler, Samples
 from timm_mealv2.errors import UserError
 from timm_mealv2.models.ensemble import EnsembleTeacher
-from timm_mealv2.soft_labels.meta import describe
-from timm_mealv2.soft_labels.record import record
+from timm_mealv2.soft_labels.record import describe, record
 from timm_mealv2.soft_labels.replay import replay
 from timm_mealv2.soft_labels.store import SoftLabelStore
 
@@ -76,7 +78,6 @@ def test_some_of_the_images_in_another_order_keep_their_records(
     assert sorted(found) == [(image, float(image > 6)) for image in expected]
     with pytest.raises(UserError, match='has 21 images, which are mixed with each other, the data set 13'):
         replay(mixed, data, 4)
-    replay(recorded, data, 4, allow_pixel_change=True)  # compares those that are there
 
 
 def test_all_images_in_another_order_are_mixed_as_when_recorded(mixed: SoftLabelStore, image_folder: Path) -> None:
@@ -89,7 +90,9 @@ def test_all_images_in_another_order_are_mixed_as_when_recorded(mixed: SoftLabel
         collate(batch, [samples[key] for key in batch.keys])  # compares the pixels with the records
 
 
-def test_what_could_not_be_read_is_never_trained_on(
+@pytest.mark.parametrize('mended', [False, True])
+def test_what_could_not_be_read_when_recorded_is_left_out_as_in_live_training(
+    mended: bool,
     image_folder: Path,
     teachers: EnsembleTeacher,
     mixed: SoftLabelStore,
@@ -100,40 +103,48 @@ def test_what_could_not_be_read_is_never_trained_on(
     whole = (root / 'plain' / '002.png').read_bytes()
     (root / 'plain' / '002.png').write_bytes(b'broken')
     data = open_dataset('', str(root), 'train')
-    store = record(tmp_path / 'store', data, teachers, describe(data, teachers, mixed.meta.augmentation, top_k=3), 1)
-    (root / 'plain' / '002.png').write_bytes(whole)
-    _, sampler, _ = replay(store, data, 4)
-    batches = list(sampler)
-    known = set(np.flatnonzero(store.read_epoch(0, np.arange(21))['crc']))
-    assert {key.index for batch in batches for key in batch.keys} <= known
-    assert 9 not in known
-    assert len(known) == 19
-    assert sum(len(batch.keys) for batch in batches) in (18, 19)
-    assert '2 samples of this epoch' in caplog.text
-    assert min(len(batch.keys) for batch in batches) >= 2
+    augmentation = mixed.meta.augmentation
+    store = record(tmp_path / 'store', data, teachers, describe(data, teachers, augmentation, top_k=3), 1)
+    normalization = ((0.5,) * 3, (0.5,) * 3)
+    live_bad, bad = BadImages(), BadImages()
+    live = TrainLoader(
+        Samples(data, augmentation, 42),
+        EpochSampler(21, 2, seed=42, pairs=True),
+        normalization=normalization,
+        bad=live_bad,
+    )
+    expected = [images for images, _ in live.batches(0)]
+    if mended:
+        (root / 'plain' / '002.png').write_bytes(whole)
+    loader = TrainLoader(*replay(store, data, 2), normalization=normalization, bad=bad)
+    # The two samples of the broken image are a whole batch: the next images take their place.
+    for (ours, labels), theirs in zip(loader.batches(0), expected, strict=True):
+        assert ours.equal(theirs)
+        assert (labels[:, 4:].sum(1) > 0.99).all()
+    assert (bad.found == {}) if mended else (bad.found == live_bad.found != {})
+    assert 'Left out, not readable when recorded: 2 samples of this epoch' in caplog.text
 
 
-def test_other_pixels_stop_the_training_unless_small_changes_are_allowed(
-    recorded: SoftLabelStore, image_folder: Path, tmp_path: Path
+def test_other_pixels_stop_the_training_or_are_counted(
+    recorded: SoftLabelStore, image_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     root = Path(shutil.copytree(image_folder / 'train', tmp_path / 'train'))
-    for path in root.rglob('*.png'):
-        pixels = np.array(Image.open(path))
-        Image.fromarray(np.where(pixels > 127, pixels - 1, pixels + 1).astype(np.uint8)).save(path)
+    for path in (root / 'cold').glob('*.png'):
+        Image.new('RGB', (24, 24)).save(path)
     data = open_dataset('', str(root), 'train')
-    samples, sampler, collate = replay(recorded, data, 4)
-    batch = next(iter(sampler))
-    made = [samples[key] for key in batch.keys]
+    normalization = ((0.5,) * 3, (0.5,) * 3)
     with pytest.raises(UserError, match=r'image \d+, epoch 0: .* was recorded from other pixels.*Pillow'):
-        collate(batch, made)
-    # RandAugment makes more of a difference of one level than a decoder does.
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr('timm_mealv2.soft_labels.store.MAX_PIXEL_CHANGE', 20.0)
-        _, _, collate = replay(recorded, data, 4, allow_pixel_change=True)
-    assert collate(batch, made)[1].shape == (4, 7)
-    Image.new('RGB', (24, 24)).save(root / 'cold' / '000.png')
-    with pytest.raises(UserError, match='levels on average'):
-        replay(recorded, data, 4, allow_pixel_change=True)
+        list(TrainLoader(*replay(recorded, data, 4), normalization=normalization).batches(0))
+    stored = replay(recorded, data, 4, allow_pixel_change=True)
+    loader = TrainLoader(*stored, normalization=normalization, workers=2)
+    with caplog.at_level(logging.INFO):
+        for epoch in range(2):
+            stored[1].set_position(epoch)
+            taken = list(stored[1])
+            caplog.clear()
+            changed = sum(key.index < 7 for batch in taken for key in batch.keys)
+            assert len(list(loader.batches(epoch))) == 5
+            assert f'Other pixels than recorded: {changed} samples of this epoch and process' in caplog.text
 
 
 def test_a_store_that_is_not_whole_gives_the_epochs_that_are(
