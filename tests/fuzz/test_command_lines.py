@@ -49,10 +49,7 @@ def commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentPars
 PROGRAMS = {
     'train': (run.main, build_parser()),
     'evaluate': (evaluate.main, evaluate.build_parser()),
-    **{
-        name: (soft_labels.main, commands(soft_labels.build_parser())[name])
-        for name in ('record', 'verify', 'show')
-    },
+    **{name: (soft_labels.main, commands(soft_labels.build_parser())[name]) for name in ('record', 'verify', 'show')},
     'export': (hub.main, commands(hub.build_parser())['export']),
 }
 

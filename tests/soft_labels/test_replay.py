@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from timm_mealv2.data.bad_images import BadImages
 from timm_mealv2.data.dataset import open_dataset
 from timm_mealv2.data.loader import TrainLoader
 from timm_mealv2.data.samples import EpochSampler, Samples
+from timm_mealv2.data.unreadable import BadImages
 from timm_mealv2.errors import UserError
 from timm_mealv2.models.ensemble import EnsembleTeacher
 from timm_mealv2.soft_labels.record import describe, record

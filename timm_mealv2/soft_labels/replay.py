@@ -12,10 +12,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
-from timm_mealv2.data.unreadable import UnreadableImage
 from timm_mealv2.data.dataset import image_names
 from timm_mealv2.data.loader import stack_pixels
 from timm_mealv2.data.samples import EpochSampler, Key, KeyBatch, Sample, Samples
+from timm_mealv2.data.unreadable import UnreadableImage
 from timm_mealv2.errors import UserError
 from timm_mealv2.soft_labels.store import SoftLabelStore, library_versions, pixel_crc
 
