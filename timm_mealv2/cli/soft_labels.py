@@ -228,7 +228,9 @@ def _parts(args: argparse.Namespace, device: torch.device) -> tuple[Dataset, Ens
 
 
 def _samples(args: argparse.Namespace, store: SoftLabelStore) -> StoredSamples:
-    return StoredSamples(store, open_split(args, args.train_split, input_img_mode=store.meta.augmentation.input_img_mode))
+    return StoredSamples(
+        store, open_split(args, args.train_split, input_img_mode=store.meta.augmentation.input_img_mode)
+    )
 
 
 def _amount(meta: StoreMeta, epochs: int) -> str:
