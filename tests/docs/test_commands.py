@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from shutil import copytree, ignore_patterns
 
 import pytest
 
@@ -116,8 +117,10 @@ def test_documented_imports_exist(block: str) -> None:
 
 
 @pytest.mark.parametrize('page', RUNNABLE, ids=lambda page: page.stem)
-@pytest.mark.usefixtures('clone')
-def test_python_block_runs(page: Path) -> None:
+def test_python_block_runs(page: Path, clone: Path, small_sample: Path) -> None:
+    (clone / 'examples').unlink()
+    copytree(ROOT / 'examples', clone / 'examples', ignore=ignore_patterns('data'))
+    (clone / 'examples/fashion_mnist/data').symlink_to(small_sample)  # a tenth of the images
     for block in blocks(page, 'python'):
         exec(compile(block, page.name, 'exec'), {})
 
