@@ -22,6 +22,7 @@ from timm.utils import ModelEmaV3
 
 from timm_mealv2.cli import hub
 from timm_mealv2.errors import UserError
+from timm_mealv2.models.checkpoint import TrainingCheckpoint
 from timm_mealv2.models.factory import create_ensemble
 
 GRAY = {
@@ -103,6 +104,22 @@ print(json.dumps([resolve_model_data_config(models[0]), cfg['label_names'], cfg[
     assert {path.name for path in folder.iterdir()} == {'model.safetensors', 'config.json', 'README.md'}
     assert len({path.stat().st_mode for path in folder.iterdir()}) == 1  # who may read one may read the other
     assert [path.name for path in folder.parent.iterdir()] == ['out']
+
+
+def test_a_checkpoint_is_read_and_its_model_built_once(
+    gray: tuple[torch.nn.Module, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    for owner, name in ((torch, 'load'), (TrainingCheckpoint, 'build')):
+        function = getattr(owner, name)
+
+        def counted(*args: Any, name: str = name, function: Any = function, **kwargs: Any) -> Any:
+            calls.append(name)
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, counted)
+    hub.export_model(gray[1], tmp_path / 'out')
+    assert calls == ['load', 'build']
 
 
 def test_the_config_says_nothing_of_the_weights_that_others_trained(tmp_path: Path) -> None:
