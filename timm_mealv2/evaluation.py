@@ -34,7 +34,7 @@ def evaluate(
     data_config: Mapping[str, Any] | None = None,
     distributed: bool = False,
     calibration: bool = False,
-    on_output: Callable[[str, Tensor], None] | None = None,
+    on_output: Callable[[str, Tensor, Tensor], None] | None = None,
 ) -> dict[str, Metrics]:
     """Evaluate models in one pass over a loader, all on the same pixels.
 
@@ -53,7 +53,7 @@ def evaluate(
             otherwise then gets them renormalized; without `data_config` every model gets them as they are.
         distributed: Sum over the processes of the default group.
         calibration: Add 'nll' and 'ece'.
-        on_output: Called with name and output [B, classes] of each model for each batch, without padding.
+        on_output: Called with each model's name, output [B, classes] and class indices [B] for each batch, unpadded.
 
     Returns:
         Name -> metrics, means over the images. With labels: 'loss' (cross-entropy, nats), 'top1' and 'top5' (percent);
@@ -63,11 +63,8 @@ def evaluate(
         A model that predicts NaN for an image has NaN in place of a figure.
 
     Raises:
-        UserError: If there is no such reference, no image, a class count other than the reference's, or a label
-            beyond a model's classes.
+        UserError: If there is no image, a class count other than the reference's, or a label beyond a model's classes.
     """
-    if reference is not None and reference not in models:
-        raise UserError(f'the reference must be one of the models {sorted(models)}, got {reference!r}.')
     parameters = (parameter for model in models.values() for parameter in model.parameters())
     device = device or next((parameter.device for parameter in parameters), torch.device('cpu'))
     names = [name for name, model in models.items() for name in (name, *(member_names(name, model) if members else ()))]
@@ -100,7 +97,7 @@ def evaluate(
                     meters[name].add_compared(output, outputs[reference], name, reference)
                 meters[name].samples += len(output)
                 if on_output is not None:
-                    on_output(name, output)
+                    on_output(name, output, target)
             checked = True
     return {name: meter.compute(name, distributed) for name, meter in meters.items()}
 

@@ -2,13 +2,14 @@
 
 import argparse
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import RealLabelsImagenet, resolve_model_data_config
+from timm.data import RealLabelsImagenet
 from torch import Tensor
 from torch.utils.data import IterableDataset
 from tqdm import tqdm
@@ -17,14 +18,14 @@ from timm_mealv2.arguments import build_ensemble, choose_device, open_split
 from timm_mealv2.command_line import DATA, DEVICE, FLOAT_TYPES, TEACHERS, OneLineParser, add_options, run_cli
 from timm_mealv2.data.dataset import class_names, dataset_root, image_mode, image_names, unlabeled
 from timm_mealv2.data.loader import eval_loader
-from timm_mealv2.data.normalize import channel_stats
+from timm_mealv2.data.normalize import resolve_pixels
 from timm_mealv2.data.unreadable import BadImages
 from timm_mealv2.errors import UserError
 from timm_mealv2.evaluation import Metrics, evaluate, member_names, metrics_as_json
 from timm_mealv2.files import replacing
 from timm_mealv2.models.ensemble import EnsembleTeacher
 from timm_mealv2.models.factory import TeacherSpec, create_ensemble
-from timm_mealv2.option_types import PIXELS
+from timm_mealv2.option_types import PIXELS, file_text
 from timm_mealv2.predictions import Predictions, write_page, write_predictions
 
 ENSEMBLE = 'ensemble'
@@ -59,9 +60,10 @@ def build_parser() -> argparse.ArgumentParser:
     add_options(group, DATA)
     add = group.add_argument
     add('--split', metavar='NAME', help='default: validation, or the whole folder where there is none')
-    add('--imagenet-v2', action='store_true', help='the folder names 0..999 are the class indices')
+    add('--imagenet-v2', action='store_true', help='the folder names 0..999 are the class indices; no --class-map')
     add('--unlabeled', action='store_true', help='there are no labels, or none to be looked at')
-    add('--real-labels', nargs='?', const='', metavar='FILE', help="ImageNet-ReaL too; timm's own labels if no FILE")
+    text = "ImageNet-ReaL too; timm's own labels if no FILE"
+    add('--real-labels', nargs='?', const='', type=file_text, metavar='FILE', help=text)
     add('--img-size', type=PIXELS, metavar='PIXELS', help="image size; the model's own if not given")
     add('--use-test-size', action='store_true', help="the test size and crop of the model's config, where it has them")
 
@@ -86,7 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the program on `argv` (the command line if None): print a table, write JSON.
+    """Run the program on `argv` (the command line if None): print a table, write JSON, predictions and a page.
 
     Raises:
         UserError: If a model cannot be had, the data cannot be read, or the options do not go together.
@@ -105,24 +107,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     models = {str(spec): create_ensemble(spec, img_sizes=sizes, **options) for spec in specs}
     if args.teachers:
         models[ENSEMBLE] = build_ensemble(args, **options)
-
-    configs: dict[str, dict[str, Any]] = {}
-    for name, model in models.items():
-        config = resolve_model_data_config(model, args={'img_size': args.img_size}, use_test_size=args.use_test_size)
-        config['input_size'] = (model.in_chans, *config['input_size'][1:])
-        config['mean'], config['std'] = channel_stats(config, model.in_chans)
-        configs[name] = config
-    results: dict[str, dict[str, Any]] = {}
-    predictions: dict[str, Predictions] = {}
+    configs = {
+        name: resolve_pixels({'img_size': args.img_size}, model.pretrained_cfg, model.in_chans, args.use_test_size)
+        for name, model in models.items()
+    }
+    rows: dict[str, tuple[dict[str, Any], Predictions | None]] = {}
     bad = BadImages()
     for config in configs.values():
         # Models of the same pixels are evaluated together, each time with the ensemble to compare them with.
-        if group := [name for name in models if configs[name] == config and name not in results]:
+        if group := [name for name in models if configs[name] == config and name not in rows]:
             together = {name: models[name] for name in models if name in group or name == ENSEMBLE}
-            rows = _evaluate_with(config, together, data, args, device, bad, predictions)
-            results |= {name: rows[name] for name in group}
+            evaluated = _evaluate(config, together, data, args, device, bad)
+            rows |= {name: evaluated[name] for name in group}
 
-    results = {name: results[name] for name in models}
+    results = {name: rows[name][0] for name in models}
     print(_table(results))
     if bad.found:
         print(f'Images that cannot be read and are left out: {len(bad.found)}')
@@ -132,35 +130,28 @@ def main(argv: Sequence[str] | None = None) -> None:
             results[name] |= {'parameters': parameters, 'unreadable': len(bad.found), 'data_config': configs[name]}
         with replacing(args.json) as path:
             path.write_text(metrics_as_json(results))
-    if args.report is not None or args.predictions is not None:
-        predictions = {name: predictions[name] for name in models}
-        images = [index for index in range(len(data)) if f'validation #{index}' not in bad.found]
+    predictions = {name: top for name in models if (top := rows[name][1]) is not None}
+    if predictions:
         every = image_names(data)
+        images = [index for index in range(len(every)) if f'validation #{index}' not in bad.found]
         files, classes = [every[index] for index in images], class_names(data) or []
         if args.predictions is not None:
             write_predictions(args.predictions, predictions, files, classes)
         if args.report is not None:
-            args.report.mkdir(exist_ok=True)
             write_page(args.report / 'evaluation.html', predictions, data, images, files, classes)
 
 
 def _check_args(args: argparse.Namespace) -> None:
-    """Refuse options that do not go together, and files that cannot be written."""
+    """Refuse options that do nothing, and files that cannot be written in the end."""
     for name in ('teacher_weights', 'teacher_classes', 'teacher_dtype', 'teacher_img_size'):
         if getattr(args, name) and not args.teachers:
             raise UserError(f'--{name.replace("_", "-")} needs --teachers: name them.')
-    if args.unlabeled and not args.teachers and args.real_labels is None:
-        raise UserError('--unlabeled leaves nothing to report without --teachers or --real-labels: give one.')
-    if args.imagenet_v2 and (args.class_map or args.unlabeled):
-        raise UserError('--imagenet-v2 says what the classes are: leave out --class-map and --unlabeled.')
-    for name in ('json', 'predictions', 'report'):
+    for name in ('json', 'predictions'):
         path = getattr(args, name)
-        if path is not None and not path.parent.is_dir():
-            raise UserError(f'--{name} {path}: there is no folder {path.parent}; make it first.')
-        if path is not None and path.exists() and path.is_dir() != (name == 'report'):
-            raise UserError(
-                f'--{name} {path} is a {"file: name a folder" if path.is_file() else "folder: name a file"}.'
-            )
+        if path is not None and (path.is_dir() or not path.parent.is_dir()):
+            raise UserError(f'--{name} {path}: name a file in a folder that is there.')
+    if args.report is not None:
+        args.report.mkdir(exist_ok=True)
 
 
 def _open_data(args: argparse.Namespace) -> Any:
@@ -175,16 +166,15 @@ def _open_data(args: argparse.Namespace) -> Any:
     return unlabeled(data) if args.unlabeled else data
 
 
-def _evaluate_with(
+def _evaluate(
     config: dict[str, Any],
     models: Mapping[str, EnsembleTeacher],
     data: Any,
     args: argparse.Namespace,
     device: torch.device,
     bad: BadImages,
-    predictions: dict[str, Predictions],
-) -> dict[str, Metrics]:
-    """Evaluate models on the data, cut and normalized as `config` says; add to `predictions` if they are wanted."""
+) -> dict[str, tuple[Metrics, Predictions | None]]:
+    """Evaluate models on the data, cut and normalized as `config` says; with predictions if they are asked for."""
     data.input_img_mode = image_mode(args.input_img_mode, config['input_size'][0])
     options = {'num_workers': args.workers, 'pin_memory': device.type == 'cuda'}
     loader = eval_loader(data, config, batch_size=args.batch_size, device=device, bad=bad, **options)
@@ -194,55 +184,47 @@ def _evaluate_with(
     if ensemble is not None and not changed:
         members = dict(zip(ensemble.names, member_names(ENSEMBLE, ensemble), strict=True))
     rows = {name: members.get(name, name) for name in models}
-    wanted = () if args.real_labels is None else rows.values()
-    real_labels = {row: _real_labels(args.real_labels, data) for row in wanted}
-    targets: list[Tensor] = []
-    top: dict[str, list[Tensor]] = {}
-    batches = tqdm(loader, desc='evaluating', leave=False, disable=None)
+    real_labels = {row: _real_labels(args.real_labels, data) for row in rows.values() if args.real_labels is not None}
+    top: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = defaultdict(list)
 
-    def keep_targets() -> Iterator[tuple[Tensor, Tensor]]:
-        for x, target in batches:
-            targets.append(target.cpu())
-            yield x, target
-
-    def keep_output(name: str, output: Tensor) -> None:
-        if name in real_labels:
-            real_labels[name].add_result(output)
-        if wants_predictions:
+    def keep(row: str, output: Tensor, target: Tensor) -> None:
+        if row in real_labels:
+            real_labels[row].add_result(output)
+        if args.report is not None or args.predictions is not None:
             probabilities, classes = output.softmax(dim=1).topk(min(5, output.shape[1]))
-            top.setdefault(name, []).append(torch.stack([classes.double(), probabilities.double()]).cpu())
+            top[row].append((target.cpu(), classes.cpu(), probabilities.cpu()))
 
-    wants_predictions = args.report is not None or args.predictions is not None
     results = evaluate(
         {name: model for name, model in models.items() if rows[name] == name},
-        keep_targets() if wants_predictions else batches,
+        tqdm(loader, desc='evaluating', leave=False, disable=None),
         device=device,
         reference=ENSEMBLE if ensemble is not None else None,
         members=bool(members),
         data_config=config,
         calibration=args.calibration,
-        on_output=keep_output,
+        on_output=keep,
     )
     if real_labels and bad.found:
         raise UserError('--real-labels needs every image of the validation set, but some cannot be read: see above.')
     for row, labels in real_labels.items():
         results[row].update({f'real_top{k}': accuracy for k, accuracy in labels.get_accuracy().items()})
-    if wants_predictions:
-        tops = {row: torch.cat(parts, dim=1) for row, parts in top.items()}
-        of_row = {row: Predictions(torch.cat(targets), classes.long(), probs) for row, (classes, probs) in tops.items()}
-        for name, row in rows.items():
-            predictions[name] = of_row[row]
-            if ENSEMBLE in of_row and name != ENSEMBLE:
-                predictions[name] = replace(of_row[row], ensemble=of_row[ENSEMBLE])
-    return {name: results[row] for name, row in rows.items()}
+    predictions: dict[str, Predictions] = {}
+    for row, batches in top.items():
+        targets, classes, probabilities = map(torch.cat, zip(*batches, strict=True))
+        predictions[row] = Predictions(targets, classes, probabilities)
+    evaluated: dict[str, tuple[Metrics, Predictions | None]] = {}
+    for name, row in rows.items():
+        of_row = predictions.get(row)
+        if of_row is not None and name != ENSEMBLE:
+            of_row = replace(of_row, ensemble=predictions.get(ENSEMBLE))
+        evaluated[name] = results[row], of_row
+    return evaluated
 
 
 def _real_labels(path: str, data: Any) -> RealLabelsImagenet:
     filenames = data.filenames(basename=True)
     try:
         real_labels = RealLabelsImagenet(filenames, real_json=path or None)
-    except (OSError, ValueError) as error:
-        raise UserError(f'--real-labels expects a JSON list of lists of class indices, got {path}: {error}') from error
     except AssertionError:
         real_labels = None
     if real_labels is None or set(filenames) != set(real_labels.real_labels):
@@ -259,10 +241,8 @@ def _table(results: Mapping[str, Metrics]) -> str:
     for name, metrics in results.items():
         rows.append([name, *(TABLE[key][1].format(metrics[key]) if key in metrics else '-' for key in columns)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return '\n'.join(
-        '  '.join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
-        for row in rows  # names to the left
-    )
+    # Names to the left, figures to the right.
+    return '\n'.join('  '.join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
 
 
 def cli() -> None:
