@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,12 +20,12 @@ from timm.data import FastCollateMixup, create_loader, create_transform
 from timm.data.loader import PrefetchLoader
 from timm.data.mixup import one_hot
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from timm_mealv2.data.augmentation import Erasing, pixels_of
 from timm_mealv2.data.dataset import read_image
 from timm_mealv2.data.normalize import Stats
-from timm_mealv2.data.samples import EpochSampler, Key, KeyBatch, Sample
+from timm_mealv2.data.samples import EpochSampler, Key, KeyBatch, Sample, Samples
 from timm_mealv2.data.seed import Stream, counted_seed, preserved_generators, seed_cpu
 from timm_mealv2.data.unreadable import BadImages, UnreadableImage
 from timm_mealv2.errors import UserError
@@ -109,14 +109,6 @@ class CollateMixed:
         return images, target
 
 
-class SampleSource(Protocol):
-    """Makes samples from keys; the keys' images are numbered from 0."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, key: Key) -> Sample: ...
-
-
 class _Fetched(NamedTuple):
     """A batch, None if none of its images can be read, and what could not be read (index -> path and reason)."""
 
@@ -134,7 +126,7 @@ class _ReadableBatches(Dataset):
             search to its end.
     """
 
-    def __init__(self, samples: SampleSource, collate: Collate, *, limit: int, fill: bool = False) -> None:
+    def __init__(self, samples: 'Samples | _EvalSamples', collate: Collate, *, limit: int, fill: bool = False) -> None:
         self.samples, self.collate, self.fill, self.limit = samples, collate, fill, limit
 
     def __getitem__(self, batch: KeyBatch) -> _Fetched | UserError:
@@ -223,7 +215,7 @@ def unchanged(fetched: Any) -> Any:
 
 def _load_batches(
     batches: _ReadableBatches,
-    sampler: Sampler[KeyBatch],
+    sampler: Any,
     bad: BadImages,
     split: str,
     normalization: tuple[Stats, Stats],
@@ -262,7 +254,7 @@ class TrainLoader:
 
     def __init__(
         self,
-        samples: SampleSource,
+        samples: Samples,
         sampler: EpochSampler,
         collate: Collate = collate_labels,
         *,
@@ -356,7 +348,9 @@ def eval_loader(
     transform.transforms[-1] = pixels_of
     samples = _EvalSamples(dataset, transform)
     rank, processes = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
-    sampler = _EvalBatches(range(rank, len(samples), processes), batch_size)
+    keys = [Key(0, index) for index in range(rank, len(samples), processes)]
+    starts = range(0, len(keys), batch_size)
+    sampler = [KeyBatch(0, number, keys[start : start + batch_size]) for number, start in enumerate(starts)]
     batches = _ReadableBatches(samples, collate_labels, limit=bad.limit)
     normalization = tuple(config['mean']), tuple(config['std'])
     where = device if prefetch else torch.device('cpu')
@@ -373,16 +367,3 @@ class _EvalSamples:
     def __getitem__(self, key: Key) -> Sample:
         image, target = read_image(self.dataset, key.index)
         return Sample(self.transform(image), target, target)
-
-
-class _EvalBatches(Sampler[KeyBatch]):
-    def __init__(self, indices: range, batch_size: int) -> None:
-        self.indices, self.batch_size = indices, batch_size
-
-    def __len__(self) -> int:
-        return -(-len(self.indices) // self.batch_size)
-
-    def __iter__(self) -> Iterator[KeyBatch]:
-        for number in range(len(self)):
-            some = self.indices[number * self.batch_size : (number + 1) * self.batch_size]
-            yield KeyBatch(0, number, [Key(0, index) for index in some])

@@ -19,7 +19,6 @@ from timm_mealv2.data.loader import (
     Collate,
     CollateMixed,
     CollatePairs,
-    SampleSource,
     StreamLoader,
     TrainLoader,
     collate_labels,
@@ -254,7 +253,7 @@ def _build_train_loader(
     labels = None if args.unlabeled else range(-1 if unknown else 0, pixels.num_classes)
     place: dict[str, Any] = {'rank': processes.rank, 'world_size': processes.world_size}
     place['samples_per_decode'] = args.samples_per_decode
-    samples: SampleSource
+    samples: Samples
     sampler: EpochSampler
     if args.soft_labels:
         samples, sampler, collate = replay(
