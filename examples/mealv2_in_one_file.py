@@ -4,7 +4,8 @@
     python examples/mealv2_in_one_file.py
 
 The quick start's student learns what two teachers predict on the same pixels, without labels. It ends with the very
-weights that the package trains, bit for bit, on the same machine with the same number of threads:
+weights that the package trains, bit for bit, on the same machine with the same number of threads (the recipe leaves the
+teachers as they are; by default the package folds their batch norm, which rounds otherwise):
 
     T=local-dir:examples/fashion_mnist/teachers/teacher_
     python train_distill.py --recipe quickstart --seed 0 --channels-last --workers 0 --teachers ${T}a ${T}b \
