@@ -33,6 +33,9 @@ _EXPORT = (
     flag('--no-ema', 'the weights themselves, not their average (--model-ema) where there is one'),
     Option('--dataset-id', None, 'ID', "the Hub's name of the data set, for the card"),
     Option('--examples', None, 'IMAGE', 'images for the card', [], nargs='+'),
+    flag('--onnx', 'write model.onnx too, compared with the model on the validation images'),
+    flag('--int8', 'write model_int8.onnx too (static quantization, calibrated on training images); implies --onnx'),
+    Option('--data-dir', None, 'DIR', "the data set for --onnx and --int8; the run's if not given"),
 )
 _ENSEMBLE = (
     Option('--teachers', None, 'TEACHER', 'as mealv2-train takes them', nargs='+', required=True),

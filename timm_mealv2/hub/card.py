@@ -128,6 +128,7 @@ def write_trained_card(
     model: nn.Module,
     averaged: bool,
     examples: Sequence[Mapping[str, Any]] = (),
+    onnx: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the card and, where the run folder has a summary, the picture of its curves into an exported folder.
 
@@ -141,6 +142,7 @@ def write_trained_card(
         model: Its model, as exported.
         averaged: The average (EMA) was exported.
         examples: Images in the folder: 'file' and 'classes', the likeliest with their probabilities.
+        onnx: What `add_onnx` measured of the ONNX files in the folder.
     """
     args = checkpoint.args
     run = _draw_run(checkpoint.path.resolve().parent, name, folder / CURVES_FILE)
@@ -198,6 +200,7 @@ def write_trained_card(
         own_weights=_without_folders(own_weights or ''),
         teachers=teachers,
         results=[{'metric': METRICS[key], 'value': measured[key]} for key in METRICS if key in measured],
+        onnx=onnx or '',
         examples=examples,
         curves=CURVES_FILE if run else '',
         recipe=args.get('recipe') or '',

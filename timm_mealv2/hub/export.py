@@ -33,6 +33,7 @@ from timm_mealv2.hub.card import (
     write_card,
     write_trained_card,
 )
+from timm_mealv2.hub.onnx_export import INT8_FILE, ONNX_FILE, add_onnx
 from timm_mealv2.models.checkpoint import TrainingCheckpoint, architecture_arguments
 from timm_mealv2.models.factory import TeacherSpec, create_ensemble
 from timm_mealv2.models.mealv2_students import VANILLA_ARCHITECTURE
@@ -40,7 +41,7 @@ from timm_mealv2.models.mealv2_students import VANILLA_ARCHITECTURE
 _logger = logging.getLogger(__name__)
 
 WEIGHTS_FILE, CONFIG_FILE, EXAMPLES_FOLDER = 'model.safetensors', 'config.json', 'examples'
-FILES = [WEIGHTS_FILE, CONFIG_FILE, CARD_FILE, CURVES_FILE, f'{EXAMPLES_FOLDER}/*']
+FILES = [WEIGHTS_FILE, CONFIG_FILE, CARD_FILE, CURVES_FILE, ONNX_FILE, INT8_FILE, f'{EXAMPLES_FOLDER}/*']
 """The files of an export, as patterns."""
 
 ENSEMBLE = 'mealv2_ensemble'
@@ -72,6 +73,9 @@ def export_model(
     use_ema: bool = True,
     card: CardOptions | None = None,
     examples: Sequence[str | os.PathLike[str]] = (),
+    onnx: bool = False,
+    int8: bool = False,
+    data_dir: str | None = None,
 ) -> Path:
     """Export the model of a training checkpoint as a folder that plain timm loads, without this package.
 
@@ -84,9 +88,13 @@ def export_model(
         out: The folder to make, which is returned.
         use_ema: Take the averaged weights where the checkpoint has them.
         examples: Images for the card.
+        onnx: Write `model.onnx` as well, compared with the model on the validation images; see `add_onnx`.
+        int8: Write `model_int8.onnx` too, which implies `onnx`.
+        data_dir: The data set for that comparison; the run's if None.
 
     Raises:
-        UserError: If the checkpoint cannot be read or does not tell its model, or `out` is something else.
+        UserError: If the checkpoint cannot be read or does not tell its model, `out` is something else, or model.onnx
+            does not predict the same.
     """
     out = Path(out)
     trained = TrainingCheckpoint.read(checkpoint)
@@ -99,6 +107,9 @@ def export_model(
     labels = _labels(names) if len(names) == model.num_classes else {}
     with replacing_export(out) as folder:
         config = _save(model, folder, labels, data_config)
+        measured = None
+        if onnx or int8:
+            measured = add_onnx(folder, model, trained, labels.get('label_names'), int8=int8, data_dir=data_dir)
         write_trained_card(
             folder,
             card or CardOptions(),
@@ -108,6 +119,7 @@ def export_model(
             model=model,
             averaged=averaged,
             examples=_add_examples(folder, examples, model, labels),
+            onnx=measured,
         )
     kind = 'the weights, not their moving average' if has_average else 'the weights'
     _logger.info(f'{checkpoint}: exported {"the moving average of the weights (EMA)" if averaged else kind}.')
