@@ -10,9 +10,8 @@ import torch
 
 from timm_mealv2 import command_line as shared
 from timm_mealv2.cli import evaluate, hub, report, soft_labels
-from timm_mealv2.command_line import OneLineParser, Option, add_options, flag, run_cli
+from timm_mealv2.command_line import OneLineParser, Option, Range, add_options, flag, one_of, run_cli
 from timm_mealv2.errors import UserError
-from timm_mealv2.option_types import OneOf, Range
 from timm_mealv2.training import run as train
 from timm_mealv2.training.options import build_parser as build_training_parser
 from timm_mealv2.training.settings import parse_args
@@ -22,10 +21,15 @@ from timm_mealv2.version import __version__
 def example() -> argparse.ArgumentParser:
     parser = OneLineParser(prog='example')
     rows = (
-        Option('--epochs', Range(int, 1), 'N', 'number of epochs', 3),
-        Option('--smoothing', Range(float, 0, below=1), 'SHARE', 'smoothing'),
-        Option('--rate', Range(float, above=0), 'LR', 'rate'),
-        Option('--kind', OneOf('', 'a', 'b'), 'KIND', 'a or b', ''),
+        Option('--epochs', Range(int, 1), 'number of epochs', 3),
+        Option('--smoothing', Range(float, 0, below=1), 'smoothing'),
+        Option('--rate', Range(float, above=0), 'rate'),
+        Option('--kind', one_of('', 'a', 'b'), 'a or b', ''),
+        Option('--student', shared.model_text, 'model'),
+        Option('--optimizer', shared.optimizer_text, 'optimizer'),
+        Option('--policy', shared.policy_text, 'policy'),
+        Option('--run', shared.experiment_text, 'run folder'),
+        Option('--weights', shared.file_text, 'file'),
         flag('--fast', help='fast'),
     )
     add_options(parser, rows)
@@ -41,7 +45,15 @@ def example() -> argparse.ArgumentParser:
         ('--rate 0', 'must be above 0'),
         ('--rate nan', 'must be a finite number'),
         ('--rate 1e999', 'must be a finite number'),
-        ('--kind c', "must be one of a, b, got 'c'"),
+        ('--kind c', "'c': must be one of a, b"),
+        ('--student resnet5o', 'the nearest is resnet50'),
+        ('--student resnet50.foo', 'no such tag'),
+        ('--student foo:bar', 'must be a name of timm'),
+        ('--optimizer sdg', 'no such optimizer'),
+        ('--policy rand-x9', 'must be such as rand-m9'),
+        ('--run ../../x', 'inside --output'),
+        ('--run /tmp/x', 'inside --output'),
+        ('--weights /absent', 'there is no such file'),
         ('--epoch 3', 'unrecognized arguments: --epoch 3; the nearest option is --epochs'),
         ('--smoothign=0.1', 'the nearest option is --smoothing'),
     ],
@@ -66,9 +78,12 @@ def test_a_subcommand_names_its_own_nearest_option(capsys: pytest.CaptureFixture
 
 
 def test_what_is_given_is_typed() -> None:
-    args = example().parse_args('--epochs 4 --smoothing 0.1 --rate 1e-3 --kind a --fast'.split())
-    assert vars(args) == {'epochs': 4, 'smoothing': 0.1, 'rate': 1e-3, 'kind': 'a', 'fast': True}
+    args = example().parse_args('--epochs 4 --smoothing 0.1 --rate 1e-3 --kind a --fast --run a/b'.split())
+    given = {'epochs': 4, 'smoothing': 0.1, 'rate': 1e-3, 'kind': 'a', 'fast': True, 'run': 'a/b'}
+    assert {name: value for name, value in vars(args).items() if value is not None} == given
     assert example().parse_args([]).kind == ''
+    for model in ('resnet50', 'hf-hub:me/x', 'local-dir:x', 'resnet50.a1_in1k'):
+        assert example().parse_args(['--student', model]).student == model
 
 
 def assert_help_fits(parser: argparse.ArgumentParser, width: int = 120) -> None:

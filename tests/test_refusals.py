@@ -1,17 +1,14 @@
-"""What the machine refuses: space, a folder that takes files, open files, memory. One line, and nothing is lost."""
+"""Everyday mistakes are one line and exit code 2, whichever program meets them; on a full disk nothing is lost."""
 
-import multiprocessing
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +16,109 @@ import pytest
 import timm
 import torch
 
-from timm_mealv2.cli import hub, soft_labels
+from timm_mealv2.cli import evaluate, hub, report, soft_labels
 from timm_mealv2.command_line import run_cli
-from timm_mealv2.training import loop, run
-from timm_mealv2.training.checkpoint_saver import read_checkpoint
-from timm_mealv2.training.run_folder import find_newest
+from timm_mealv2.training import run
+from timm_mealv2.training.settings import recipe_file
+
+PROGRAMS: dict[str, Callable[[Sequence[str]], None]] = {
+    'train': run.main,
+    'eval': evaluate.main,
+    'softlabels': soft_labels.main,
+    'hub': hub.main,
+    'report': report.main,
+}
+SMALL = '--data-dir {data} --img-size 16 --workers 0 --device cpu'
+TRAIN = f'train {SMALL} --model test_resnet --num-classes 3 --output {{o}}'
+RECORD = f'softlabels record {SMALL} --epochs 1 --out {{o}}'
+
+
+@pytest.fixture(scope='module')
+def files(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The data set, checkpoints that are whole, damaged or none at all, and YAML files with mistakes."""
+    root = tmp_path_factory.mktemp('files')
+    torch.manual_seed(0)
+    torch.save(timm.create_model('test_resnet', num_classes=3).state_dict(), root / 'whole.pth')
+    content = (root / 'whole.pth').read_bytes()
+    flipped = bytearray(content)
+    flipped[len(content) // 2] ^= 1
+    (root / 'flipped.pth').write_bytes(flipped)
+    (root / 'cut.pth').write_bytes(content[: len(content) // 2])
+    (root / 'text.pth').write_text('no checkpoint')
+    (root / 'key.yaml').write_text('epoch: 3\n')
+    (root / 'value.yaml').write_text('lr: fast\n')
+    (root / 'broken.yaml').write_text('lr: [\n')
+    return {path.name: path for path in root.iterdir()} | {'data': image_folder}
+
+
+@pytest.mark.parametrize(
+    ('line', 'text'),
+    [
+        (f'{TRAIN} --epoch 3', 'the nearest option is --epochs'),
+        (f'{TRAIN} --epochs 0', 'must be 1 or more, got 0'),
+        (f'{TRAIN} --jsd-loss --bce-loss', '--jsd-loss: needs --aug-splits'),
+        (f'{TRAIN} --model resnet5o', 'the nearest is resnet50'),
+        (f'{TRAIN} --teachers resnet18.nonsense', 'no tag of resnet18'),
+        (f'{TRAIN} --teachers test_resnet={{text.pth}}', 'not a readable checkpoint'),
+        (f'{TRAIN} --teachers test_resnet={{cut.pth}}', 'not a readable checkpoint'),
+        (f'{TRAIN} --teachers test_resnet={{flipped.pth}}', 'not a readable checkpoint'),
+        (f'{TRAIN} --teachers test_resnet=absent.pth', 'there is no such file'),
+        (f'{TRAIN} --teachers local-dir:absent', 'absent'),
+        (f'{TRAIN} --teachers python:absent:model', 'absent'),
+        (f'{TRAIN} --teachers test_resnet={{whole.pth}} test_resnet={{whole.pth}}', 'the same weights'),
+        (f'{TRAIN} --num-classes 4', 'the training split has 3 classes, the model 4'),
+        (f'{TRAIN} --num-classes 4 --class-map {{key.yaml}} --teachers test_resnet={{whole.pth}}', 'class'),
+        (f'{TRAIN} --data-dir absent', 'no data set at'),
+        (f'{TRAIN} --val-split absent', 'absent'),
+        (f'{TRAIN} --recipe mealv2_resnet5', 'the nearest is mealv2_resnet50_'),
+        (f'{TRAIN} -c absent.yaml', 'cannot read absent.yaml'),
+        (f'{TRAIN} -c {{key.yaml}}', "key.yaml: there is no option 'epoch', the nearest is 'epochs'"),
+        (f'{TRAIN} -c {{value.yaml}}', "value.yaml: lr: invalid float value: 'fast'"),
+        (f'{TRAIN} -c {{broken.yaml}}', 'broken.yaml'),
+        (f'{TRAIN} --initial-checkpoint absent.pth', 'there is no such file'),
+        (f'{TRAIN} --resume absent.pth.tar', 'no checkpoint at'),
+        (f'{TRAIN} --experiment ../elsewhere', 'inside --output'),
+        (f'{TRAIN} --soft-labels absent', 'there is no such folder'),
+        (f'{TRAIN} --device xpu', '--device xpu'),
+        (f'{TRAIN} --push-to-hub me', 'me'),
+        ('eval test_resnet={whole.pth} --data-dir absent', 'no data set at'),
+        ('eval test_resnet={cut.pth} --data-dir {data}', 'not a readable checkpoint'),
+        ('eval absent --data-dir {data}', 'no timm model'),
+        (f'{RECORD}', '--teachers'),
+        (f'{RECORD} --teachers test_resnet={{text.pth}}', 'not a readable checkpoint'),
+        ('softlabels info absent', 'absent'),
+        ('hub export absent.pth.tar --out {o}', 'there is no such file'),
+        ('hub export {text.pth} --out {o}', 'not a readable checkpoint'),
+        ('report absent', 'absent'),
+    ],
+)
+def test_an_everyday_mistake_is_one_line(
+    line: str, text: str, files: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name, path in files.items():
+        line = line.replace(f'{{{name}}}', str(path))
+    program, *argv = line.replace('{o}', str(tmp_path / 'out')).split()
+    with pytest.raises(SystemExit) as exit:
+        run_cli(PROGRAMS[program], argv)
+    error = capfd.readouterr().err
+    assert exit.value.code == 2
+    assert 'Traceback' not in error
+    assert [told.startswith('error: ') for told in error.splitlines()].count(True) == 1
+    assert text in error.splitlines()[-1]
+    assert not (tmp_path / 'out').exists()
+
+
+def test_recipes_that_are_not_there_are_named() -> None:
+    with pytest.raises(ValueError, match='the nearest is quickstart'):
+        recipe_file('quikstart')
+
+
+# A full disk
 
 PAGE = os.sysconf('SC_PAGE_SIZE')
 # Each program's folder, and what it changes of what is there before it has written all that is new.
 CHANGING = {
-    'train': {'args.yaml', 'summary.csv', 'train.log', 'preflight.json'},
+    'train': {'args.yaml', 'summary.csv', 'train.log', 'preflight.json', 'last_written.json'},
     'record': {'meta.json'},
     'export': set(),
 }
@@ -42,24 +132,18 @@ class Programs:
     log: Path
     checkpoint: Path = Path()
 
-    def start(self, kind: str, folder: Path, more: bool = True, before: Callable = int, workers: int = 0) -> int:
-        """Run one of them in `folder` after `before()`; return its exit code. Without `more` it stops early."""
-        common = [*self.options, '--workers', str(workers)]
+    def start(self, kind: str, folder: Path, more: bool = True) -> int:
+        """Run one of them in `folder`; return its exit code. Without `more` it stops early."""
         if kind == 'train':
-            argv = [
-                *common,
-                *'--model test_resnet --batch-size 4 --lr 0.05 --warmup-epochs 0 --resume auto'.split(),
-                '--teacher-tune',
-                'off',
-            ]
+            argv = [*self.options, *'--model test_resnet --batch-size 4 --lr 0.05 --warmup-epochs 0'.split()]
             argv += ['--epochs', '2' if more else '1', '--output', str(folder.parent), '--experiment', folder.name]
-            return self.fork(run.main, argv, before)
+            return self.fork(run.main, [*argv, '--resume', 'auto'])
         if kind == 'record':
-            argv = ['record', *common, '--top-k', '2', '--epochs', '12' if more else '10', '--out', str(folder)]
-            return self.fork(soft_labels.main, argv, before)
-        return self.fork(hub.main, ['export', str(self.checkpoint), '--out', str(folder)], before)
+            argv = ['record', *self.options, '--top-k', '2', '--epochs', '12' if more else '10', '--out', str(folder)]
+            return self.fork(soft_labels.main, argv)
+        return self.fork(hub.main, ['export', str(self.checkpoint), '--out', str(folder)])
 
-    def fork(self, main: Callable, argv: list[str], before: Callable = int) -> int:
+    def fork(self, main: Callable, argv: list[str]) -> int:
         """Run `main(argv)` as a program in a process of its own."""
         pid = os.fork()
         if pid == 0:
@@ -70,7 +154,6 @@ class Programs:
                 os.dup2(log, 2)
                 sys.stdout, sys.stderr = os.fdopen(1, 'w', closefd=False), os.fdopen(2, 'w', closefd=False)
                 signal.alarm(100)
-                before()
                 run_cli(main, argv)
                 code = 0
             except SystemExit as error:
@@ -82,22 +165,12 @@ class Programs:
                 os._exit(code)
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
-    def error(self) -> str:
-        """The line that the last one ended with; it has shown no traceback."""
-        text = self.log.read_text()
-        assert 'Traceback' not in text, text
-        last = text.splitlines()[-1]
-        assert last.startswith('error: '), text
-        return last
-
 
 @pytest.fixture(scope='module')
-def programs(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Programs:
-    root = tmp_path_factory.mktemp('programs')
-    torch.manual_seed(0)
-    torch.save(timm.create_model('test_resnet', num_classes=3).state_dict(), root / 'teacher.pth')
-    options = f'--num-classes 3 --img-size 16 --device cpu --data-dir {image_folder}'.split()
-    return Programs([*options, '--teachers', f'test_resnet={root}/teacher.pth'], root / 'log')
+def programs(files: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Programs:
+    options = ['--teachers', f'test_resnet={files["whole.pth"]}', '--data-dir', str(files['data'])]
+    options += '--num-classes 3 --img-size 16 --workers 0 --device cpu'.split()
+    return Programs(options, tmp_path_factory.mktemp('programs') / 'log')
 
 
 @pytest.fixture(scope='module')
@@ -114,11 +187,11 @@ def folders(programs: Programs, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return root
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    """What has to be there to the byte in the end; of a training's files, what these hold but for times."""
-    found = {path.name: path.read_bytes() for path in folder.rglob('*') if path.is_file()}
+def contents(folder: Path) -> dict[str, Any]:
+    """What has to be there to the byte in the end; of a training, the names of its files and the weights."""
+    found: dict[str, Any] = {path.name: path.read_bytes() for path in folder.rglob('*') if path.is_file()}
     if 'last.pth.tar' in found:
-        state = read_checkpoint(folder / 'last.pth.tar')['state_dict']
+        state = torch.load(folder / 'last.pth.tar', weights_only=False)['state_dict']
         return dict.fromkeys(found, b'') | {name: value.numpy().tobytes() for name, value in state.items()}
     return found
 
@@ -135,141 +208,25 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(['umount', '--lazy', path], check=True)
 
 
-@dataclass
-class Refusal:
-    """Lets a program meet a refusal in a folder that holds something already.
+@pytest.mark.parametrize(
+    ('kind', 'free'), [('train', 0), ('train', 100 * PAGE), ('record', 0), ('record', PAGE), ('export', PAGE)]
+)
+def test_a_full_disk(kind: str, free: int, programs: Programs, folders: Path, disk: Path) -> None:
+    folder, filler = disk / 'it', disk / 'filler'
+    subprocess.run(['cp', '-a', folders / kind / 'former' / 'it', folder], check=True)  # hard links stay
+    former = {path: path.read_bytes() for path in folder.rglob('*') if path.is_file()}
+    room = os.statvfs(disk)
+    filler.write_bytes(bytes(room.f_bavail * room.f_frsize - free))
 
-    Attributes:
-        disk: Where its folder is.
-    """
+    assert programs.start(kind, folder) == 2, programs.log.read_text()
+    told = programs.log.read_text()
+    assert 'Traceback' not in told
+    assert re.match('error: .*[Nn]o space (is )?left', told.splitlines()[-1])
+    for path, content in former.items():
+        assert path.name in CHANGING[kind] or path.read_bytes() == content, path
+    if kind == 'train':
+        assert (folder / 'summary.csv').read_bytes().startswith(former[folder / 'summary.csv'])
 
-    programs: Programs
-    folders: Path
-    disk: Path
-
-    def meet(
-        self,
-        kind: str,
-        fault: Callable[[], object] = int,
-        mend: Callable[[], object] = int,
-        before: Callable[[], object] = int,
-        workers: int = 0,
-    ) -> str:
-        """Return the program's one line about a fault, '' if it got to its end all the same; nothing is lost.
-
-        Mended, and given again, it ends as one that met no fault. `before` is called in its own process.
-        """
-        folder = self.disk / 'it'
-        # With hard links as they are.
-        subprocess.run(['cp', '-a', self.folders / kind / 'former' / 'it', folder], check=True)
-        former = {path: path.read_bytes() for path in folder.rglob('*') if path.name not in CHANGING[kind]}
-        rows = (folder / 'summary.csv').read_bytes() if kind == 'train' else b''
-        fault()
-        line = ''
-        if (code := self.programs.start(kind, folder, before=before, workers=workers)) != 0:
-            assert code == 2, self.programs.log.read_text()
-            line = self.programs.error()
-            for path, content in former.items():
-                assert path.read_bytes() == content, path
-            assert kind != 'train' or (folder / 'summary.csv').read_bytes().startswith(rows)
-        mend()
-        assert self.programs.start(kind, folder) == 0, self.programs.log.read_text()
-        assert contents(folder) == contents(self.folders / kind / 'whole' / 'it')
-        shutil.rmtree(folder)
-        assert list(self.disk.iterdir()) == []
-        return line
-
-
-@pytest.fixture
-def refusal(programs: Programs, folders: Path, disk: Path) -> Refusal:
-    return Refusal(programs, folders, disk)
-
-
-FREE = [('train', 0), ('train', 100 * PAGE), ('record', 0), ('export', PAGE)]
-ALL = pytest.mark.slow
-
-
-@pytest.mark.parametrize(('kind', 'free'), [*FREE, *(pytest.param(kind, None, marks=ALL) for kind in CHANGING)])
-def test_a_full_disk(kind: str, free: int | None, refusal: Refusal) -> None:
-    filler = refusal.disk / 'filler'
-
-    def meet(size: int) -> str:
-        def fill() -> None:
-            room = os.statvfs(refusal.disk)
-            filler.write_bytes(bytes(room.f_bavail * room.f_frsize - size))
-
-        return refusal.meet(kind, fill, filler.unlink)
-
-    if free is not None:
-        assert re.search('[Nn]o space (is )?left', meet(free))
-        return
-    size = 0
-    while meet(size):
-        size += PAGE if size < 10 * PAGE else 20 * PAGE
-    assert size >= PAGE
-
-
-# A recording has the file of its lock open, so that its disk cannot be remounted.
-@pytest.mark.parametrize('kind', ['train', 'export'])
-def test_a_disk_that_takes_no_files_any_more(kind: str, refusal: Refusal) -> None:
-    def remount(how: str) -> None:
-        subprocess.run(['mount', '-o', f'remount,{how}', refusal.disk], check=True)
-
-    def in_the_middle() -> None:
-        """Remount with the first step."""
-        function = loop.Stepper.step
-
-        def remounting(*args: Any, **kwargs: Any) -> Any:
-            remount('ro')
-            return function(*args, **kwargs)
-
-        loop.Stepper.step = remounting  # type: ignore[method-assign]
-
-    if kind == 'export':
-        line = refusal.meet(kind, fault=lambda: remount('ro'), mend=lambda: remount('rw'))
-    else:
-        line = refusal.meet(kind, mend=lambda: remount('rw'), before=in_the_middle)
-    assert 'Read-only file system' in line
-
-
-def limit(kind: int, size: int) -> None:
-    resource.setrlimit(kind, (size, size))
-
-
-@pytest.mark.parametrize('kind', ['train', 'record'])
-def test_128_open_files_are_enough_and_too_few_are_told(kind: str, refusal: Refusal) -> None:
-    assert refusal.meet(kind, before=lambda: limit(resource.RLIMIT_NOFILE, 128), workers=4) == ''
-    assert 'Too many open files' in refusal.meet(kind, before=lambda: limit(resource.RLIMIT_NOFILE, 20), workers=4)
-
-
-def limit_memory(more: int) -> None:
-    """Allow so many bytes more than this process has mapped."""
-    pages = int(Path('/proc/self/statm').read_text().split()[0])
-    limit(resource.RLIMIT_AS, pages * PAGE + more)
-
-
-@pytest.mark.parametrize(('kind', 'steps'), [*((kind, 1) for kind in CHANGING), pytest.param('train', 40, marks=ALL)])
-def test_too_little_memory(kind: str, steps: int, refusal: Refusal) -> None:
-    lines = [refusal.meet(kind, before=partial(limit_memory, step * 2**19)) for step in range(steps)]
-    assert 'Cannot allocate memory' in lines[0]
-
-
-def test_a_worker_that_is_killed_for_its_memory(refusal: Refusal) -> None:
-    def killing() -> None:
-        step = loop.Stepper.step
-
-        def killed(*args: Any, **kwargs: Any) -> Any:
-            multiprocessing.active_children()[0].kill()
-            return step(*args, **kwargs)
-
-        loop.Stepper.step = killed  # type: ignore[method-assign]
-
-    line = refusal.meet('train', before=killing, workers=2)
-    assert re.search(r'DataLoader worker \(pid.* (exited unexpectedly|is killed by signal: Killed)', line)
-
-
-def test_a_checkpoint_is_not_passed_over_as_corrupt_for_want_of_memory(programs: Programs, folders: Path) -> None:
-    folder = folders / 'train/whole/it'
-    assert find_newest(folder) is not None
-    assert programs.fork(lambda argv: print(find_newest(folder)), [], before=lambda: limit_memory(0)) == 2
-    assert 'Cannot allocate memory' in programs.error()
+    filler.unlink()
+    assert programs.start(kind, folder) == 0, programs.log.read_text()
+    assert contents(folder) == contents(folders / kind / 'whole' / 'it')

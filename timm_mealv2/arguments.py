@@ -23,8 +23,8 @@ def choose_device(name: str | None, local_rank: int = 0) -> torch.device:
         UserError: If the device cannot be used.
     """
     name = name or ('cuda' if torch.cuda.is_available() else 'cpu')
-    device = torch.device('cuda', local_rank) if name == 'cuda' else torch.device(name)
     try:
+        device = torch.device('cuda', local_rank) if name == 'cuda' else torch.device(name)
         torch.empty(1, device=device)
     except (AssertionError, NotImplementedError, RuntimeError) as error:
         raise UserError(f'--device {name} cannot be used: {one_line(error)}') from error

@@ -1,27 +1,22 @@
-"""What the command line programs share: one-line errors, options with their ranges, and groups of common options."""
+"""What the command line programs share: one-line errors, types of options with their ranges, groups of options."""
 
 import argparse
 import difflib
+import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import PurePath
 from typing import Any, NoReturn
 
 import timm
 import torch
+from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
+from timm.models import get_arch_pretrained_cfgs, split_model_name_tag
+from timm.optim import list_optimizers
 
-from timm_mealv2.errors import UserError, refusal
-from timm_mealv2.option_types import (
-    COUNT,
-    COUNT_OR_0,
-    NOT_NEGATIVE,
-    PIXELS,
-    POSITIVE,
-    PROBABILITY,
-    OneOf,
-    device_text,
-    policy_text,
-)
+from timm_mealv2.errors import UserError, is_full_disk
 from timm_mealv2.version import __version__
 
 
@@ -66,9 +61,8 @@ class HelpFormatter(argparse.HelpFormatter):
 def run_cli(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> None:
     """Run `main(argv)` as a program; returns when it succeeds.
 
-    A `UserError`, and what the machine refuses, becomes one line on stderr and exit code 2; anything else that is not
-    the user's mistake keeps its traceback. Ctrl-C exits with 130, and a reader that closed the pipe (`| head`) with
-    141, as shells report the two signals.
+    A `UserError`, and a full disk, becomes one line on stderr and exit code 2; anything else keeps its traceback.
+    Ctrl-C exits with 130, and a reader that closed the pipe (`| head`) with 141, as shells report the two signals.
     """
     try:
         main(argv)
@@ -84,10 +78,10 @@ def run_cli(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | 
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
     except Exception as error:
-        if (refused := refusal(error)) is None:
+        if not is_full_disk(error):
             raise
-        sys.unraisablehook = lambda _: None  # torch's loader may fail once more where it is taken down
-        print(f'error: {_one_line(refused)} ({_WHOLE})', file=sys.stderr)
+        sys.unraisablehook = lambda _: None  # torch's writer may fail once more where it is taken down
+        print(f'error: {_one_line(str(error).splitlines()[-1])} ({_WHOLE})', file=sys.stderr)
         raise SystemExit(2) from None
 
 
@@ -96,6 +90,106 @@ _WHOLE = 'what was written before is whole; the same command goes on, a training
 
 def _one_line(message: str) -> str:
     return ' '.join(message.split())
+
+
+# Types of options
+
+
+class Range:
+    """An argparse type: a finite int or float within bounds, `above` and `below` excluded, `low` and `high` not."""
+
+    def __init__(
+        self,
+        kind: type,
+        low: float = -math.inf,
+        high: float = math.inf,
+        *,
+        above: float | None = None,
+        below: float | None = None,
+    ) -> None:
+        self.__name__ = kind.__name__  # argparse names it: invalid int value
+        self.kind = kind
+        self.low = low if above is None else math.nextafter(above, math.inf)
+        self.high = high if below is None else math.nextafter(below, -math.inf)
+        lower = f'{low} or more' if above is None else f'above {above}'
+        upper = f'at most {high}' if below is None else f'below {below}'
+        self.text = lower if self.high == math.inf else f'{lower} and {upper}'
+
+    def __call__(self, text: str) -> Any:
+        """Convert `text`; argparse shows what is raised."""
+        value = self.kind(text)
+        if not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f'must be a finite number, got {text}')
+        if not self.low <= value <= self.high:
+            raise argparse.ArgumentTypeError(f'must be {self.text}, got {text}')
+        return value
+
+
+COUNT = Range(int, 1)
+COUNT_OR_0 = Range(int, 0)
+PIXELS = Range(int, 1, 2**16 - 1)
+POSITIVE = Range(float, above=0)
+NOT_NEGATIVE = Range(float, 0)
+PROBABILITY = Range(float, 0, 1)
+SEED = Range(int, 0, 2**32 - 1)
+
+
+def _checked(check: Callable[[str], str | None]) -> Callable[[str], str]:
+    """Make an argparse type of a function that says what is wrong with a text, None if nothing is."""
+
+    def convert(text: str) -> str:
+        if problem := check(text):
+            raise argparse.ArgumentTypeError(f'{text!r}: {problem}')
+        return text
+
+    convert.__name__ = 'str'
+    return convert
+
+
+def one_of(*allowed: str) -> Callable[[str], str]:
+    """Return the type of some texts; timm's options have a type but no `choices`, and keep that."""
+    shown = ', '.join(filter(None, allowed))
+    return _checked(lambda text: None if text in allowed else f'must be one of {shown}')
+
+
+@_checked
+def model_text(text: str) -> str | None:
+    if ':' in text:
+        known = text.startswith(('hf-hub:', 'local-dir:'))
+        return None if known else 'must be a name of timm, hf-hub:USER/REPO or local-dir:FOLDER'
+    architecture, tag = split_model_name_tag(text)
+    if not timm.is_model(architecture):
+        return f'timm has no such model, the nearest is {difflib.get_close_matches(text, timm.list_models(), 1, 0)[0]}'
+    tags = get_arch_pretrained_cfgs(architecture)
+    return f'timm has no such tag, but {", ".join(tags)}' if tag and text not in tags else None
+
+
+@_checked
+def optimizer_text(text: str) -> str | None:
+    known = text.lower() in list_optimizers()
+    return None if known else 'timm has no such optimizer; timm.optim.list_optimizers() lists them'
+
+
+@_checked
+def policy_text(text: str) -> str | None:
+    makers = {'rand': rand_augment_transform, 'augmix': augment_and_mix_transform}
+    try:
+        makers.get(text.split('-')[0], auto_augment_transform)(text, {})
+    except (AssertionError, KeyError, ValueError, IndexError):
+        return 'must be such as rand-m9-mstd0.5, augmix-m5-w2, 3a, v0, v0r, original or originalr'
+    return None
+
+
+@_checked
+def file_text(text: str) -> str | None:
+    return 'there is no such file' if text and not os.path.isfile(text) else None
+
+
+@_checked
+def experiment_text(text: str) -> str | None:
+    path = PurePath(text)
+    outside = text and (path.is_absolute() or '..' in path.parts or not path.parts)
+    return 'must name a folder inside --output' if outside else None
 
 
 # Options
@@ -107,22 +201,22 @@ class Option:
     Args:
         flags: Its names, with a space between them.
         type: Converts its text and checks the range; None leaves the text alone.
-        metavar: Its unit.
         help: What it is, in a few words.
         default: Its value where it is not given.
-        **kwargs: Further arguments of argparse's `add_argument`.
+        **kwargs: Further arguments of argparse's `add_argument`; `metavar` is the last word of the name otherwise.
     """
 
     def __init__(
-        self, flags: str, type: Callable[[str], Any] | None, metavar: str, help: str, default: Any = None, **kwargs: Any
+        self, flags: str, type: Callable[[str], Any] | None, help: str, default: Any = None, **kwargs: Any
     ) -> None:
         self.flags = flags.split()
+        metavar = re.split('[-_ ]', flags)[-1].upper()
         self.kwargs = {'type': type, 'metavar': metavar, 'help': help, 'default': default, **kwargs}
 
 
 def flag(flags: str, help: str) -> Option:
     """An option without a value, False unless it is given."""
-    option = Option(flags, None, '', help)
+    option = Option(flags, None, help)
     option.kwargs = {'action': 'store_true', 'help': help}
     return option
 
@@ -142,30 +236,28 @@ TEACHERS = (
     Option(
         '--teachers',
         str,
-        'TEACHER',
         'NAME.TAG, NAME=CHECKPOINT, local-dir:FOLDER, hf-hub:USER/REPO or python:MODULE:FUNCTION',
         nargs='+',
+        metavar='TEACHER',
     ),
     Option(
         '--teacher-classes',
         str,
-        'TEACHER=FILE',
-        "the student's classes among a teacher's: line k has the teacher's index of class k",
+        "class mapping: line k has the teacher's index of the student's class k",
         nargs='+',
+        metavar='TEACHER=FILE',
     ),
-    Option('--teacher-weights', NOT_NEGATIVE, 'WEIGHT', 'one for each teacher; equal if not given', nargs='+'),
+    Option('--teacher-weights', NOT_NEGATIVE, 'one weight per teacher (default: equal)', nargs='+'),
     Option(
         '--teacher-dtype',
         str,
-        'TYPE',
-        "autocast of the teachers (float16, bfloat16, float32); their weights' type if not given",
+        'autocast dtype of the teachers (default: none)',
         choices=FLOAT_TYPES,
     ),
     Option(
         '--teacher-img-size',
         PIXELS,
-        'PIXELS',
-        "image size for all teachers or for each; the student's if not given",
+        "image size for all teachers, or one per teacher (default: the student's)",
         nargs='+',
     ),
 )
@@ -173,7 +265,6 @@ TUNING = (
     Option(
         '--teacher-tune',
         str,
-        'HOW',
         'on: each in its fastest form; off: as it is, the same digits in each run',
         'on',
         choices=('on', 'off'),
@@ -182,84 +273,71 @@ TUNING = (
 )
 
 DATA = (
-    Option('--data-dir', None, 'PATH', 'folder or tar of the data set'),
-    Option('--dataset', None, 'NAME', 'kind and name: torch/cifar10, hfds/NAME, ...; else a folder', ''),
+    Option('--data-dir', None, 'folder or tar of the data set'),
+    Option('--dataset', None, 'kind and name: torch/cifar10, hfds/NAME, ...; else a folder', ''),
     flag('--dataset-download', help='download the data set, where its kind allows that'),
-    Option('--class-map', str, 'FILE', 'class names in the order of their indices', ''),
+    Option('--class-map', str, 'class names in the order of their indices', '', metavar='FILE'),
     Option(
         '--input-img-mode',
-        OneOf('L', 'LA', 'RGB', 'RGBA', 'CMYK', 'YCbCr', 'HSV', 'LAB'),
-        'MODE',
+        one_of('L', 'LA', 'RGB', 'RGBA', 'CMYK', 'YCbCr', 'HSV', 'LAB'),
         "Pillow's image mode; RGB, or L for one channel",
     ),
-    Option('--input-key', str, 'KEY', 'key of the images in a sample'),
-    Option('--target-key', str, 'KEY', 'key of the labels in a sample'),
+    Option('--input-key', str, 'key of the images in a sample'),
+    Option('--target-key', str, 'key of the labels in a sample'),
     flag('--dataset-trust-remote-code', help="run a Hugging Face data set's own code"),
 )
-TRAIN_SPLIT = Option('--train-split', None, 'NAME', 'training split', 'train')
+TRAIN_SPLIT = Option('--train-split', None, 'training split', 'train')
 
 DEVICE = (
-    Option('--device', device_text, 'NAME', 'device; the CPU where unset and without CUDA', 'cuda'),
-    Option('-b --batch-size', COUNT, 'IMAGES', 'images of a batch, per process', 128),
-    Option('-j --workers', COUNT_OR_0, 'N', 'processes that load images', 4),
+    Option('--device', str, 'device; the CPU where unset and without CUDA', 'cuda'),
+    Option('-b --batch-size', COUNT, 'batch size per process', 128),
+    Option('-j --workers', COUNT_OR_0, 'worker processes that load images', 4),
 )
 
 # What the student is given: with AUGMENTATION, every setting that decides a training sample's pixels.
 INPUT = (
-    Option('--num-classes', COUNT, 'N', "number of classes; the model's own if not given"),
-    Option('--img-size', PIXELS, 'PIXELS', "image size, square; the model's own if not given"),
-    Option('--in-chans', COUNT, 'N', "image channels; the model's own if not given"),
-    Option('--input-size', PIXELS, 'N', 'channels, height and width in pixels', nargs=3),
-    Option('--mean', PROBABILITY, 'MEAN', 'mean of the pixels (0..1) per channel', nargs='+'),
-    Option('--std', POSITIVE, 'STD', 'standard deviation of the pixels (0..1)', nargs='+'),
+    Option('--num-classes', COUNT, "number of classes (default: the model's)"),
+    Option('--img-size', PIXELS, "image size, square (default: the model's)"),
+    Option('--in-chans', COUNT, "image channels (default: the model's)"),
+    Option('--input-size', PIXELS, 'channels, height and width in pixels', nargs=3),
+    Option('--mean', PROBABILITY, 'mean of the pixels (0..1) per channel', nargs='+'),
+    Option('--std', POSITIVE, 'standard deviation of the pixels (0..1)', nargs='+'),
 )
 
 AUGMENTATION = (
-    flag('--no-aug', help='no augmentation: the crops of the evaluation'),
+    flag('--no-aug', help='no augmentation: evaluation crops'),
     Option(
         '--train-crop-mode',
-        OneOf('rrc', 'rkrc', 'rkrr'),
-        'MODE',
+        one_of('rrc', 'rkrc', 'rkrr'),
         'rrc (random resized crop), rkrc or rkrr (aspect ratio kept)',
     ),
-    Option('--scale', POSITIVE, 'SHARE', 'area of the random crop', [0.08, 1.0], nargs='+'),
-    Option('--ratio', POSITIVE, 'RATIO', 'its aspect ratio', [3 / 4, 4 / 3], nargs='+'),
-    Option('--hflip', PROBABILITY, 'P', 'probability of a horizontal flip', 0.5),
-    Option('--vflip', PROBABILITY, 'P', 'probability of a vertical flip', 0.0),
-    Option('--color-jitter', NOT_NEGATIVE, 'STRENGTH', 'color jitter; 0 for none', 0.4),
-    Option('--color-jitter-prob', PROBABILITY, 'P', 'probability of the jitter; 1 if not given'),
-    Option('--grayscale-prob', PROBABILITY, 'P', 'probability of grayscale; 0 if not given'),
-    Option('--gaussian-blur-prob', PROBABILITY, 'P', 'probability of a blur; 0 if not given'),
-    Option('--aa', policy_text, 'POLICY', "timm's AutoAugment policy, such as rand-m9-mstd0.5"),
+    Option('--scale', POSITIVE, 'area range of the random crop', [0.08, 1.0], nargs='+'),
+    Option('--ratio', POSITIVE, 'aspect ratio range of the random crop', [3 / 4, 4 / 3], nargs='+'),
+    Option('--hflip', PROBABILITY, 'probability of horizontal flip', 0.5),
+    Option('--vflip', PROBABILITY, 'probability of vertical flip', 0.0),
+    Option('--color-jitter', NOT_NEGATIVE, 'color jitter; 0 for none', 0.4),
+    Option('--color-jitter-prob', PROBABILITY, 'probability of color jitter (default: 1)'),
+    Option('--grayscale-prob', PROBABILITY, 'probability of grayscale (default: 0)'),
+    Option('--gaussian-blur-prob', PROBABILITY, 'probability of Gaussian blur (default: 0)'),
+    Option('--aa', policy_text, "timm's AutoAugment policy, such as rand-m9-mstd0.5"),
     Option(
         '--train-interpolation',
-        OneOf('random', *INTERPOLATIONS, ''),
-        'NAME',
-        "interpolation of the crops; '' for that of the evaluation",
+        one_of('random', *INTERPOLATIONS, ''),
+        "interpolation for training; '' for that of evaluation",
         'random',
     ),
-    Option('--reprob', PROBABILITY, 'P', 'probability of random erasing', 0.0),
+    Option('--reprob', PROBABILITY, 'probability of random erasing', 0.0),
+    Option('--remode', one_of('const', 'rand', 'pixel'), 'fill of the erased regions: const, rand or pixel', 'pixel'),
+    Option('--recount', COUNT, 'number of erased regions', 1),
+    Option('--mixup', NOT_NEGATIVE, 'Mixup; 0 for none', 0.0),
+    Option('--cutmix', NOT_NEGATIVE, 'CutMix; 0 for none', 0.0),
     Option(
-        '--remode', OneOf('const', 'rand', 'pixel'), 'FILL', 'fill of the erased regions: const, rand or pixel', 'pixel'
+        '--cutmix-minmax', PROBABILITY, "smallest and largest side of CutMix's box, in place of its alpha", nargs='+'
     ),
-    Option('--recount', COUNT, 'N', 'number of erased regions', 1),
-    Option('--mixup', NOT_NEGATIVE, 'ALPHA', 'Mixup; 0 for none', 0.0),
-    Option('--cutmix', NOT_NEGATIVE, 'ALPHA', 'CutMix; 0 for none', 0.0),
+    Option('--mixup-prob', PROBABILITY, 'probability of mixing', 1.0),
+    Option('--mixup-switch-prob', PROBABILITY, 'probability of CutMix where both are on', 0.5),
     Option(
-        '--cutmix-minmax',
-        PROBABILITY,
-        'RATIO',
-        "smallest and largest side of CutMix's box, in place of its alpha",
-        nargs='+',
+        '--mixup-mode', one_of('batch', 'pair', 'elem'), 'one draw for a batch, a pair of images or an image', 'batch'
     ),
-    Option('--mixup-prob', PROBABILITY, 'P', 'probability of mixing', 1.0),
-    Option('--mixup-switch-prob', PROBABILITY, 'P', 'probability of CutMix where both are on', 0.5),
-    Option(
-        '--mixup-mode',
-        OneOf('batch', 'pair', 'elem'),
-        'MODE',
-        'one draw for a batch, a pair of images or an image',
-        'batch',
-    ),
-    Option('--mixup-off-epoch', COUNT_OR_0, 'EPOCH', 'first epoch without mixing; 0 to mix in all', 0),
+    Option('--mixup-off-epoch', COUNT_OR_0, 'first epoch without mixing; 0 to mix in all', 0),
 )

@@ -36,19 +36,6 @@ def one_line(error: BaseException) -> str:
     return text if len(text) <= 300 else f'{text[:300]}...'
 
 
-# The libraries' writers, allocators and worker processes tell of these in the text of errors of their own.
-_REFUSALS = [
-    *map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)),
-    *map(os.strerror, (errno.ENOMEM, errno.EMFILE, errno.ENFILE)),
-    "can't start new thread",
-    'could not create a primitive',  # oneDNN, without memory
-    'DataLoader worker (pid',  # it was killed: for its memory, or as shared memory was full
-]
-
-
-def refusal(error: BaseException) -> str | None:
-    """Return what the machine refused: space, memory, open files, a folder that takes files; None if nothing."""
-    text = 'MemoryError: Cannot allocate memory' if isinstance(error, MemoryError) else str(error)
-    if not any(words in text for words in _REFUSALS):
-        return None
-    return text.strip().splitlines()[-1]  # of a worker's error, behind its traceback
+def is_full_disk(error: BaseException) -> bool:
+    """Whether an error, of the libraries' writers too, tells that the disk or a quota is full."""
+    return any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT))

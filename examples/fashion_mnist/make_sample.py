@@ -22,10 +22,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from timm_mealv2.command_line import OneLineParser, run_cli
+from timm_mealv2.command_line import COUNT, OneLineParser, run_cli
 from timm_mealv2.errors import UserError
 from timm_mealv2.files import replacing
-from timm_mealv2.option_types import COUNT
 
 HERE = Path(__file__).resolve().parent
 SOURCE = Path('/usr/share/datasets/fashion-mnist')

@@ -108,8 +108,8 @@ def test_a_file_can_take_back_what_a_recipe_sets(tmp_path: Path) -> None:
 
 def test_another_program_takes_what_it_has_of_a_training_recipe() -> None:
     parser = OneLineParser(prog='record')
-    rows = [Option(f'--{name}', float, 'X', name) for name in ('hflip', 'img-size')]
-    add_options(parser, [*rows, Option('--recipe', str, 'NAME', 'recipe'), Option('-c --config', str, 'F', 'file')])
+    rows = [Option(f'--{name}', float, name) for name in ('hflip', 'img-size')]
+    add_options(parser, [*rows, Option('--recipe', str, 'recipe'), Option('-c --config', str, 'file')])
     args = parse_with_files(parser, ['--recipe', 'mealv2_resnet50_224'])
     assert (args.hflip, args.img_size) == (0.5, 224)
     assert args.given == {'recipe', 'hflip', 'img_size'}

@@ -15,7 +15,17 @@ from torch.utils.data import IterableDataset
 from tqdm import tqdm
 
 from timm_mealv2.arguments import build_ensemble, choose_device, open_split
-from timm_mealv2.command_line import DATA, DEVICE, FLOAT_TYPES, TEACHERS, OneLineParser, add_options, run_cli
+from timm_mealv2.command_line import (
+    DATA,
+    DEVICE,
+    FLOAT_TYPES,
+    PIXELS,
+    TEACHERS,
+    OneLineParser,
+    add_options,
+    file_text,
+    run_cli,
+)
 from timm_mealv2.data.dataset import class_names, dataset_root, image_mode, image_names, unlabeled
 from timm_mealv2.data.loader import eval_loader
 from timm_mealv2.data.normalize import resolve_pixels
@@ -25,7 +35,6 @@ from timm_mealv2.evaluation import Metrics, evaluate, member_names, metrics_as_j
 from timm_mealv2.files import replacing
 from timm_mealv2.models.ensemble import EnsembleTeacher
 from timm_mealv2.models.factory import TeacherSpec, create_ensemble
-from timm_mealv2.option_types import PIXELS, file_text
 from timm_mealv2.predictions import Predictions, write_page, write_predictions
 
 ENSEMBLE = 'ensemble'

@@ -21,45 +21,45 @@ _logger = logging.getLogger(__name__)
 
 # The names that the options are kept under are those of the functions' parameters.
 _FOLDER = (
-    Option('--out', None, 'DIR', 'folder to make; an earlier export is replaced', required=True),
-    Option('--repo-id', None, 'REPO', 'USER/NAME that it will have on the Hub, for the card'),
-    Option('--card', None, 'FILE', 'Jinja template of the card, in place of the own one', dest='template'),
+    Option('--out', None, 'folder to make; an earlier export is replaced', required=True, metavar='DIR'),
+    Option('--repo-id', None, 'USER/NAME that it will have on the Hub, for the card', metavar='REPO'),
+    Option('--card', None, 'Jinja template of the card, in place of the own one', dest='template', metavar='FILE'),
 )
-_LICENSE = Option('--license', None, 'ID', "its license by the Hub's name, as in apache-2.0; left out if not given")
+_LICENSE = Option('--license', None, "its license by the Hub's name, such as apache-2.0 (default: none)", metavar='ID')
 _EXPORT = (
-    Option('checkpoint', None, 'CHECKPOINT', 'last.pth.tar, model_best.pth.tar or another checkpoint of a run folder'),
+    Option('checkpoint', None, 'last.pth.tar, model_best.pth.tar or another checkpoint of a run folder'),
     *_FOLDER,
     _LICENSE,
     flag('--no-ema', 'the weights themselves, not their average (--model-ema) where there is one'),
-    Option('--dataset-id', None, 'ID', "the Hub's name of the data set, for the card"),
-    Option('--examples', None, 'IMAGE', 'images for the card', [], nargs='+'),
+    Option('--dataset-id', None, "the Hub's name of the data set, for the card"),
+    Option('--examples', None, 'images for the card', [], nargs='+', metavar='IMAGE'),
     flag('--onnx', 'write model.onnx too, compared with the model on the validation images'),
     flag('--int8', 'write model_int8.onnx too (static quantization, calibrated on training images); implies --onnx'),
-    Option('--data-dir', None, 'DIR', "the data set for --onnx and --int8; the run's if not given"),
+    Option('--data-dir', None, "data set for --onnx and --int8 (default: the run's)"),
 )
 _ENSEMBLE = (
-    Option('--teachers', None, 'TEACHER', 'as mealv2-train takes them', nargs='+', required=True),
-    Option('--teacher-weights', float, 'WEIGHT', 'one per teacher', nargs='+', dest='weights'),
-    Option('--teacher-img-size', int, 'PIXELS', 'for all or for each', nargs='+', dest='img_sizes'),
-    Option('--num-classes', int, 'N', 'the class count that all must have'),
+    Option('--teachers', None, 'as mealv2-train takes them', nargs='+', required=True, metavar='TEACHER'),
+    Option('--teacher-weights', float, 'one per teacher', nargs='+', dest='weights'),
+    Option('--teacher-img-size', int, 'for all or for each', nargs='+', dest='img_sizes'),
+    Option('--num-classes', int, 'the class count that all must have'),
     *_FOLDER,
     _LICENSE,
 )
 _CONVERT = (
-    Option('file', None, 'FILE', 'the released file, as in MEALV2_ResNet50_224.pth'),
-    Option('--student', None, 'NAME.TAG', ', '.join(PAPER_ACCURACY), required=True),
+    Option('file', None, 'the released file, as in MEALV2_ResNet50_224.pth'),
+    Option('--student', None, ', '.join(PAPER_ACCURACY), required=True, metavar='NAME.TAG'),
     *_FOLDER,
 )
 _PUSH = (
-    Option('source', None, 'DIR|CHECKPOINT', 'exported folder or training checkpoint'),
-    Option('repo_id', None, 'REPO', 'USER/NAME; made if it is not there'),
-    Option('--message', None, 'TEXT', 'message of the commit'),
+    Option('source', None, 'exported folder or training checkpoint', metavar='DIR|CHECKPOINT'),
+    Option('repo_id', None, 'USER/NAME; made if it is not there', metavar='REPO'),
+    Option('--message', None, 'message of the commit'),
     flag('--private', 'make it private'),
 )
 _PULL = (
-    Option('repo_id', None, 'REPO', 'USER/NAME'),
-    Option('--revision', None, 'NAME', 'branch, tag or commit; the main branch if not given'),
-    Option('--out', None, 'DIR', 'folder to make; NAME in the current one if not given'),
+    Option('repo_id', None, 'USER/NAME', metavar='REPO'),
+    Option('--revision', None, 'branch, tag or commit; the main branch if not given', metavar='NAME'),
+    Option('--out', None, 'folder to make; NAME in the current one if not given', metavar='DIR'),
 )
 
 

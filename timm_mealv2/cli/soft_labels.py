@@ -16,14 +16,18 @@ from tqdm import tqdm
 from timm_mealv2.arguments import build_ensemble, choose_device, open_split
 from timm_mealv2.command_line import (
     AUGMENTATION,
+    COUNT,
     DATA,
     DEVICE,
     INPUT,
+    POSITIVE,
+    SEED,
     TEACHERS,
     TRAIN_SPLIT,
     OneLineParser,
     add_options,
     flag,
+    model_text,
     run_cli,
 )
 from timm_mealv2.data.augmentation import Augmentation
@@ -32,7 +36,6 @@ from timm_mealv2.data.normalize import resolve_pixels
 from timm_mealv2.errors import UserError, one_line
 from timm_mealv2.models.ensemble import EnsembleTeacher
 from timm_mealv2.models.factory import TeacherSpec
-from timm_mealv2.option_types import COUNT, POSITIVE, SEED, model_text
 from timm_mealv2.soft_labels.record import describe, measure_rate, record
 from timm_mealv2.soft_labels.replay import StoredSamples
 from timm_mealv2.soft_labels.store import SoftLabelStore, StoreMeta

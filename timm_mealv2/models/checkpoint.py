@@ -26,7 +26,7 @@ from timm.models import (
 )
 from torch import Tensor, nn
 
-from timm_mealv2.errors import UserError, blamed_on, one_line, refusal
+from timm_mealv2.errors import UserError, blamed_on, one_line
 from timm_mealv2.models.mealv2_students import VANILLA_ARCHITECTURE
 from timm_mealv2.models.pretrained import misfit
 
@@ -90,8 +90,6 @@ class TrainingCheckpoint:
                 with torch.serialization.safe_globals([argparse.Namespace]):
                     contents = torch.load(path, 'cpu', weights_only=True, mmap=zipfile.is_zipfile(path))
         except Exception as error:  # safetensors, zip, pickle and torch each raise errors of their own on a bad file
-            if refusal(error):  # no fault of the file: it must not be passed over as corrupt
-                raise
             raise UserError(f'{label} is not a readable checkpoint: {one_line(error)}') from error
         checkpoint = cls(path, contents if isinstance(contents, dict) else {}, arch)
         state = checkpoint.state_dict()

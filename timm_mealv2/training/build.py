@@ -136,7 +136,7 @@ def _announce(args: argparse.Namespace, parts: Parts, student: nn.Module, proces
     """Log what the run will be."""
     images = parts.pixels.batch_size * processes.world_size * args.grad_accum_steps
     if args.recipe or args.dry_run:
-        _logger.info(f'Settings other than the defaults:\n{settings_text(args, changed=True)}')
+        _logger.info(f'Non-default settings:\n{settings_text(args, changed=True)}')
     if parts.teachers is not None:
         config = parts.pixels.config
         for name, teacher in zip(parts.teachers.names, parts.teachers.teachers, strict=True):
