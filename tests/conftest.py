@@ -9,38 +9,7 @@ os.environ['HF_HUB_OFFLINE'] = '1'  # huggingface_hub reads it when it is import
 os.environ['OMP_NUM_THREADS'] = '1'  # tiny models: more threads only wait for each other, in programs too
 
 import pytest
-from hypothesis import HealthCheck, Phase, settings
 from images import write_images
-
-# As a whole, the suite searches the same examples in every run; `--fuzz-minutes` searches others each time.
-_CHECKS = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
-settings.register_profile(
-    'suite',
-    derandomize=True,
-    database=None,
-    deadline=None,
-    suppress_health_check=_CHECKS,
-    phases=[Phase.explicit, Phase.generate],
-    print_blob=True,
-)
-settings.register_profile('long', settings.get_profile('suite'), derandomize=False)
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption('--fuzz-minutes', type=float, metavar='N', help='go on with each test of tests/fuzz for N minutes')
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    settings.load_profile('long' if config.getoption('--fuzz-minutes') else 'suite')
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say how much tests/fuzz has searched."""
-    searched = [report for report in terminalreporter.getreports('passed') if report.user_properties]
-    if searched:
-        terminalreporter.section('examples: accepted, refused in one line')
-    for report in searched:
-        terminalreporter.line(f'{report.head_line}: {dict(report.user_properties)["examples"]}')
 
 
 @pytest.fixture(autouse=True)

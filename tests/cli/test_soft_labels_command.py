@@ -151,7 +151,7 @@ def test_the_classes_of_a_teacher_are_chosen(folder: Path, tmp_path: Path) -> No
         (('--mixup', '0.2', '--mixup-mode', 'batch'), '--mixup-mode batch: a sample would depend on its batch'),
         (('--data-dir', '/nowhere'), "no data set at '/nowhere'"),
         (('--dataset', 'wds/some', '--data-dir', '/nowhere'), 'wds/some'),
-        (('--device', 'nonsense'), "--device: 'nonsense': must be a device"),
+        (('--device', 'nonsense'), '--device nonsense cannot be used: '),
         (('--teachers', 'resnet999'), 'resnet999'),
         (('--epochs', '0'), '--epochs'),
         (('--device', 'xpu'), '--device xpu cannot be used: '),

@@ -1,48 +1,20 @@
-"""What the searches for faults share: a limit of time, no network, no file written elsewhere, and a count."""
+"""What the searches share: no code, no request, no file written elsewhere; a run, its export, and a store."""
 
-import signal
 import socket
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
 import timm
 import torch
 from huggingface_hub import constants
-from hypothesis import is_hypothesis_test
 from images import write_images
-from outcomes import ENDS, SECONDS, SMALL
+from outcomes import SMALL
 
 from timm_mealv2.cli import soft_labels
 from timm_mealv2.hub.export import export_model
 from timm_mealv2.training.run import main
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item: pytest.Function) -> Iterator[None]:
-    """Search for a fault, with `--fuzz-minutes` again and again where examples are drawn."""
-    minutes = item.config.getoption('--fuzz-minutes') if is_hypothesis_test(item.obj) else None
-    end = time.monotonic() + 60 * (minutes or 0)
-    ENDS.clear()
-    yield
-    while time.monotonic() < end:
-        item.runtest()
-    if ENDS:
-        item.user_properties.append(('examples', f'{ENDS["accepted"]:,}, {ENDS["refused"]:,}'))
-
-
-@pytest.fixture(autouse=True)
-def _limit_of_time() -> Iterator[None]:
-    def hangs(number: int, frame: FrameType | None) -> None:
-        pytest.fail(f'an example takes more than {SECONDS} s')
-
-    former = signal.signal(signal.SIGALRM, hangs)
-    yield
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    signal.signal(signal.SIGALRM, former)
 
 
 @pytest.fixture(autouse=True)
@@ -50,11 +22,7 @@ def _no_request(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No file may cause a request. huggingface_hub is not told that it is offline: it would refrain by itself."""
     requests = []
 
-    connect = socket.socket.connect
-
     def refuse(*args: Any, **kwargs: Any) -> None:
-        if isinstance(args[0], socket.socket) and args[0].family == socket.AF_UNIX:  # processes that load images
-            return connect(*args)
         requests.append(args)
         raise OSError('a test wants to send a request')
 
@@ -66,13 +34,16 @@ def _no_request(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _nothing_written_elsewhere(
+def _nothing_run_or_written_elsewhere(
     monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[None]:
-    """The working folder, the home folder and the folder of temporary files are empty in the end."""
-    elsewhere = tmp_path_factory.mktemp('e')  # short: the path of a worker's socket has 107 bytes at most
+    """The folders of work, home and temporary files are empty in the end; importing `evil` would write there."""
+    elsewhere = tmp_path_factory.mktemp('elsewhere')
     for name in ('home', 'tmp', 'work'):
         (elsewhere / name).mkdir()
+    code = tmp_path_factory.mktemp('code')
+    (code / 'evil.py').write_text(f'open({str(elsewhere / "home" / "mark")!r}, "w")\n')
+    monkeypatch.syspath_prepend(code)
     monkeypatch.setenv('HOME', str(elsewhere / 'home'))
     monkeypatch.setenv('TMPDIR', str(elsewhere / 'tmp'))
     monkeypatch.setattr('tempfile.tempdir', None)
