@@ -208,9 +208,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(['umount', '--lazy', path], check=True)
 
 
-@pytest.mark.parametrize(
-    ('kind', 'free'), [('train', 0), ('train', 100 * PAGE), ('record', 0), ('record', PAGE), ('export', PAGE)]
-)
+@pytest.mark.parametrize(('kind', 'free'), [('train', 0), ('train', 100 * PAGE), ('record', 0), ('export', PAGE)])
 def test_a_full_disk(kind: str, free: int, programs: Programs, folders: Path, disk: Path) -> None:
     folder, filler = disk / 'it', disk / 'filler'
     subprocess.run(['cp', '-a', folders / kind / 'former' / 'it', folder], check=True)  # hard links stay
