@@ -46,7 +46,7 @@ def train(args: argparse.Namespace, processes: int, number: int) -> float:
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(processes)]
     command += [str(ROOT / 'train_distill.py'), '--teachers', *teachers, '--data-dir', str(SAMPLE / 'data')]
     command += '--train-split train.tar --val-split validation.tar --num-classes 10 --input-size 1 32 32'.split()
-    command += '--mean 0.286 --std 0.353 --workers 0 --device cpu --teacher-tune off --epochs 2'.split()
+    command += '--mean 0.286 --std 0.353 --workers 0 --device cpu --teacher-optimize off --epochs 2'.split()
     command += ['--model', args.student, '--total-batch-size', str(args.total_batch_size)]
     command += ['--output', str(args.out), '--experiment', name]
     environment = {**os.environ, 'OMP_NUM_THREADS': str(args.cores // processes)}

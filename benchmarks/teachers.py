@@ -1,4 +1,4 @@
-r"""Time of teachers in the forms that tuning chooses from, and how far their predictions differ.
+r"""Time of teachers as they are, optimized for inference and compiled, and how far their predictions differ.
 
     python benchmarks/teachers.py --teachers resnet50 vit_tiny_patch16_224 --batch-size 8
 
@@ -7,6 +7,7 @@ eager. The weights are random but for the statistics of batch norm, which see a 
 """
 
 import argparse
+import copy
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -14,13 +15,13 @@ from functools import partial
 import timm
 import torch
 from measuring import in_turn, publish, ratios, spread
-from torch import Tensor, nn
+from torch import Tensor
 
 from timm_mealv2.command_line import OneLineParser, run_cli
-from timm_mealv2.models.tuning import PLAIN, make_form
+from timm_mealv2.models.ensemble import EnsembleTeacher
 
 TEACHERS = ('resnet50', 'resnet34', 'efficientnet_b0', 'mobilenetv3_large_100', 'vit_tiny_patch16_224')
-FORMS = ('channels_last', 'folded', 'channels_last+folded', 'channels_last+inductor')
+PLAIN = 'as it is'
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -36,10 +37,10 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run(module: nn.Module, x: Tensor, number: int = 0) -> float:
+def run(ensemble: EnsembleTeacher, x: Tensor, number: int = 0) -> float:
     """Return the milliseconds of a forward pass."""
     began = time.perf_counter()
-    module(x)
+    ensemble(x)
     if x.is_cuda:
         torch.cuda.synchronize()
     return 1e3 * (time.perf_counter() - began)
@@ -51,22 +52,13 @@ def measure(name: str, args: argparse.Namespace) -> list[list[str]]:
     teacher = timm.create_model(name).to(args.device)
     x = torch.randn(args.batch_size, 3, 224, 224, device=args.device)
     teacher.train()(x)
-    teacher.eval()
-    arms, differences = {}, {}
-    with torch.inference_mode():
-        plain = teacher(x).softmax(dim=1)
-        arms[PLAIN], differences[PLAIN] = partial(run, teacher, x), '0'
-    for steps in FORMS:
-        try:
-            form = make_form(teacher, steps, x, x.shape)
-        except ValueError:  # it has no batch norm
-            continue
-        pixels = x.contiguous(memory_format=torch.channels_last) if form.channels_last else x
-        with torch.inference_mode():
-            difference = (form.module(pixels).softmax(dim=1) - plain).abs().max().item()
-        arms[steps], differences[steps] = partial(run, form.module, pixels), f'{difference:.0e}'
-    with torch.inference_mode():
-        times = in_turn(arms, args.rounds)
+    ensembles = {name: EnsembleTeacher([copy.deepcopy(teacher)]) for name in (PLAIN, 'optimized', 'and compiled')}
+    ensembles['optimized'].optimize_for_inference()
+    ensembles['and compiled'].optimize_for_inference()
+    ensembles['and compiled'].compile_each()
+    plain = ensembles[PLAIN](x).exp()
+    differences = {form: f'{(own(x).exp() - plain).abs().max().item():.0e}' for form, own in ensembles.items()}
+    times = in_turn({form: partial(run, own, x) for form, own in ensembles.items()}, args.rounds)
     rows = zip(times, times.values(), strict=True)
     return [[name, form, spread(own, 1), spread(ratios(own, times[PLAIN])), differences[form]] for form, own in rows]
 

@@ -135,7 +135,10 @@ class Programs:
     def start(self, kind: str, folder: Path, more: bool = True) -> int:
         """Run one of them in `folder`; return its exit code. Without `more` it stops early."""
         if kind == 'train':
-            argv = [*self.options, *'--model test_resnet --batch-size 4 --lr 0.05 --warmup-epochs 0'.split()]
+            argv = [
+                *self.options,
+                *'--model test_resnet --batch-size 4 --lr 0.05 --warmup-epochs 0 --teacher-optimize off'.split(),
+            ]
             argv += ['--epochs', '2' if more else '1', '--output', str(folder.parent), '--experiment', folder.name]
             return self.fork(run.main, [*argv, '--resume', 'auto'])
         if kind == 'record':

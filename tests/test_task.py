@@ -146,6 +146,14 @@ def test_a_float64_student_keeps_float64_everywhere(live: bool) -> None:
     assert {p.grad.dtype for p in task.get_trainable_module().parameters()} == {torch.float64}
 
 
+def test_nothing_of_the_teachers_is_in_what_trains() -> None:
+    task = make_task()
+    teachers = {id(tensor) for tensor in (*task.teacher.parameters(), *task.teacher.buffers())}
+    trained = task.get_trainable_module()
+    assert teachers
+    assert not teachers & {id(tensor) for tensor in (*trained.parameters(), *trained.buffers())}
+
+
 def test_converting_the_task_converts_student_discriminator_and_teachers() -> None:
     task = make_task().to(torch.float64)
     assert {p.dtype for p in task.parameters()} == {torch.float64}
@@ -400,6 +408,14 @@ def test_state_dict_has_no_teacher_and_loads_strictly() -> None:
     del state[next(iter(state))]
     with pytest.raises(RuntimeError, match='Missing key'):
         other.load_state_dict(state)
+
+
+def test_a_state_dict_with_teachers_leaves_them_as_they_are() -> None:
+    task = make_task()
+    before = {name: value.clone() for name, value in task.teacher.state_dict().items()}
+    others = {f'teacher.{name}': value + 1 for name, value in before.items()}
+    task.load_state_dict({**task.state_dict(), **others, 'teacher.former': torch.zeros(1)})
+    assert all(torch.equal(value, before[name]) for name, value in task.teacher.state_dict().items())
 
 
 def test_inside_another_module_it_loads_its_own_state_dict() -> None:

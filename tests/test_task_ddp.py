@@ -12,10 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from timm_mealv2 import MealV2Task
-from timm_mealv2.models import tuning
 from timm_mealv2.task import scale_discriminator_lr
-from timm_mealv2.training.distributed import Processes
-from timm_mealv2.training.teacher_tuning import tune_on_first_batch
 
 BATCH = 8
 STEPS = 3
@@ -27,7 +24,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     'stored_labels': {'stored': True},
     'accumulated': {'accumulate': 2},
     'compiled': {'compiled': True},
-    'tuned': {'tuned': True},
+    'optimized': {'optimized': True},
 }
 
 
@@ -40,7 +37,7 @@ def train(scenario: str, rank: int, world_size: int) -> dict[str, Any]:
     """Train with this process's share of every batch; return the losses, the gradients and the weights."""
     options = dict(SCENARIOS[scenario])
     accumulate, stored = options.pop('accumulate', 1), options.pop('stored', False)
-    compiled, tuned = options.pop('compiled', False), options.pop('tuned', False)
+    compiled, optimized = options.pop('compiled', False), options.pop('optimized', False)
     teachers = None if stored else [build_model('test_resnet', seed) for seed in (1, 2)]
     # The student has no batch statistics. Its processes start from different weights: rank 0's have to win.
     student = build_model('test_vit', seed=10 + rank, img_size=32)
@@ -58,11 +55,8 @@ def train(scenario: str, rank: int, world_size: int) -> dict[str, Any]:
         assert not task.trainable_module.find_unused_parameters
         assert not any('teacher' in name for name, _ in task.trainable_module.named_parameters())
     task.train()
-    if tuned:
-        if rank:  # the first process alone measures
-            task.tune_teachers = None  # type: ignore[assignment]
-        group = dist.group.WORLD if world_size > 1 else None
-        tune_on_first_batch(task, Processes(torch.device('cpu'), rank, world_size, group), False, None, [])
+    if optimized:
+        task.teacher.optimize_for_inference()
 
     generator = torch.Generator().manual_seed(0)
     losses, gradients = [], []
@@ -85,7 +79,9 @@ def train(scenario: str, rank: int, world_size: int) -> dict[str, Any]:
         'losses': losses,
         'gradients': gradients,
         'checkpoint': task.get_checkpoint_state(),
-        'forms': [] if task.teacher is None else [form.name for form in task.teacher._forms.values()],
+        'optimized': []
+        if task.teacher is None
+        else [a is not b for a, b in zip(task.teacher.running, task.teacher.teachers, strict=True)],
         'eval_type': type(task.get_eval_model()).__name__,
     }
 
@@ -98,8 +94,6 @@ def backward(task: MealV2Task, part: tuple[Tensor, Tensor], accumulate: int) -> 
 
 def worker(rank: int, world_size: int, folder: str) -> None:
     torch.set_num_threads(1)
-    tuning._fastest = lambda times: len(times) - 1  # no matter how long it took
-    tuning._LEAST = {}
     dist.init_process_group('gloo', init_method=f'file://{folder}/meeting-point', rank=rank, world_size=world_size)
     for scenario in SCENARIOS:
         torch.save(train(scenario, rank, world_size), f'{folder}/{scenario}-{rank}.pt')
@@ -139,9 +133,9 @@ def test_two_processes_equal_one_with_the_double_batch(two_processes: Path, scen
             torch.testing.assert_close(value, expected_d[name], rtol=1e-8, atol=1e-11)
 
 
-def test_both_processes_run_their_teachers_in_the_forms_that_the_first_has_chosen(two_processes: Path) -> None:
+def test_both_processes_decide_alike_which_teachers_are_optimized(two_processes: Path) -> None:
     for rank in (0, 1):
-        assert torch.load(two_processes / f'tuned-{rank}.pt')['forms'] == ['channels_last+folded'] * 2
+        assert torch.load(two_processes / f'optimized-{rank}.pt')['optimized'] == [True, True]
 
 
 def test_a_distributed_task_evaluates_the_bare_student(two_processes: Path) -> None:

@@ -63,5 +63,6 @@ def build_ensemble(args: argparse.Namespace, **kwargs: Any) -> EnsembleTeacher:
         weights=args.teacher_weights,
         img_sizes=args.teacher_img_size,
         classes=read_classes(args.teacher_classes or ()),
+        optimize=args.teacher_optimize == 'on',
         **kwargs,
     )

@@ -260,16 +260,13 @@ TEACHERS = (
         "image size for all teachers, or one per teacher (default: the student's)",
         nargs='+',
     ),
-)
-TUNING = (
     Option(
-        '--teacher-tune',
+        '--teacher-optimize',
         str,
-        'on: each in its fastest form; off: as it is, the same digits in each run',
+        'on: teachers in channels_last, with folded batch norm; off: as they are',
         'on',
         choices=('on', 'off'),
     ),
-    flag('--teacher-compile', 'a compiled form of each teacher may be chosen too'),
 )
 
 DATA = (

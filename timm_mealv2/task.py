@@ -28,7 +28,6 @@ from timm_mealv2.losses import (
 )
 from timm_mealv2.models.ensemble import EnsembleTeacher
 from timm_mealv2.models.factory import TeacherSpec, create_ensemble
-from timm_mealv2.models.tuning import Tuning
 
 _logger = logging.getLogger(__name__)
 
@@ -74,14 +73,11 @@ class MealV2TrainableModule(nn.Module):
         return lambda name: layers.get(name.removeprefix('student.'), last)
 
     def forward(self, input: Tensor, teacher_rows: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Run the student and, where there is one, the discriminator.
+        """Return student logits [B, C], the discriminator's loss and its accuracy; None, None without teacher rows.
 
         Args:
             input: Images [B, ...].
             teacher_rows: The discriminator's teacher rows [B, C], without gradient.
-
-        Returns:
-            Student logits [B, C], the discriminator's loss and its accuracy (None without a discriminator or rows).
         """
         output = self.student(input)
         if self.discriminator_loss is None or teacher_rows is None:
@@ -107,15 +103,11 @@ class MealV2Task(TrainingTask):
       the student harder to tell apart, and no final ReLU.
 
     With `teacher_model=None` the teachers' predictions come with the target: float32 [B, 1 + 2K], a row being the hard
-    label (-1 where unknown), K class indices, K probabilities. What these leave of 1 is spread evenly over the other
-    classes (see `label_rest`), and the discriminator's rows are log-probabilities on both sides, as logits are not
-    stored.
+    label (-1 where unknown), K class indices, K probabilities (for the rest of 1 see `label_rest`). The discriminator's
+    rows are then log-probabilities on both sides, as logits are not stored.
 
     `after_teachers`, where it is set, is called in each step when live teachers have predicted: for measuring time.
-
-    `timm.optim.create_optimizer_v2(task.get_trainable_module(), ...)`, called before `compile` and
-    `prepare_distributed`, makes the parameter groups: no weight decay for the discriminator, which layer decay counts
-    to the last layer. `scale_discriminator_lr` then sets its learning rate.
+    Make the optimizer of `get_trainable_module()`, before `compile` and `prepare_distributed`.
 
     Args:
         student_model: The student. Input is taken as normalized with the mean and std of its `pretrained_cfg` as it is
@@ -126,12 +118,11 @@ class MealV2Task(TrainingTask):
         discriminator_mode: 'official' or 'adversarial'.
         hard_label_weight: Weight of `criterion(output, target)`. At 0 the target is not looked at, stored labels apart.
         criterion: Loss on class indices [B] or, from Mixup, on soft targets [B, C]; cross-entropy if None. Rows whose
-            index is -1 are left out (choosing rows waits for the device once a step).
+            index is -1 are left out.
         device: Device of discriminator and teachers; the student's if None.
         dtype: Dtype of the discriminator, the student's if None; at least float32.
-        label_rest: What becomes of the probability beyond the stored labels' K classes: 'uniform', 'renormalize' or
-            'drop', see `timm_mealv2.losses.sparse_similarity_loss`. A discriminator goes with 'uniform' alone: its
-            rows are whole distributions.
+        label_rest: What becomes of the probability beyond the stored labels' K classes: 'uniform', or, without a
+            discriminator, 'renormalize' or 'drop'; see `timm_mealv2.losses.sparse_similarity_loss`.
         discriminator_reduction: Factor by which each hidden layer of the discriminator is narrower than the one before.
 
     Raises:
@@ -175,6 +166,8 @@ class MealV2Task(TrainingTask):
         discriminator_loss, rows = self._build_discriminator(discriminator_mode, discriminator_reduction)
         self.trainable_module: nn.Module = MealV2TrainableModule(student_model, discriminator_loss, rows)
         self.register_buffer('first_output_weights', self._output_weights(), persistent=False)
+        self.register_state_dict_post_hook(_leave_out_teachers)
+        self.register_load_state_dict_pre_hook(_keep_teachers)
         if self.verbose:
             _logger.info(
                 f'MealV2Task: {num_classes} classes, discriminator '
@@ -191,10 +184,9 @@ class MealV2Task(TrainingTask):
                 float32 [B, 1 + 2K] if there are no live teachers.
 
         Returns:
-            'loss' (scalar) and 'output' (student logits [B, C]) carry gradient. Detached scalars on the device:
-            'similarity_loss', 'kl' (of p to the student, nats), 'teacher_agreement' (share of equal top-1, 0..1), with
-            a discriminator 'discriminator_loss' and 'discriminator_accuracy' (0..1), with a hard label weight
-            'hard_label_loss'.
+            'loss' (scalar) and 'output' (student logits [B, C]), with gradient. Scalars without: 'similarity_loss',
+            'kl' (of p to the student, nats), 'teacher_agreement' (share of equal top-1, 0..1), and where they are on
+            'discriminator_loss', 'discriminator_accuracy' (0..1) and 'hard_label_loss'.
         """
         teacher_rows: Tensor | None
         # The teachers first: their activations are gone before the student's are made.
@@ -231,9 +223,8 @@ class MealV2Task(TrainingTask):
     def discriminator_warning(self) -> str | None:
         """Return what to tell the user about a discriminator that has learned nothing since it got its weights.
 
-        To be asked for once after some updates; it waits for the device. An output whose weights have not moved is dead
-        (the ReLU after it is 0 for every row) or gets no signal from dead hidden units; where both are, the loss stays
-        at ln 2.
+        An output whose weights have not moved is dead (the ReLU after it is 0 for every row) or gets no signal from
+        dead hidden units; where both are, the loss stays at ln 2. Waits for the device.
         """
         weights = self._output_weights()
         dead = [] if weights is None else weights.eq(self.get_buffer('first_output_weights')).all(dim=1).tolist()
@@ -250,17 +241,14 @@ class MealV2Task(TrainingTask):
         self.trainable_module = DistributedDataParallel(self.trainable_module, device_ids=device_ids, **ddp_kwargs)
         return self
 
-    def compile(
-        self, backend: str = 'inductor', mode: str | None = None, teachers: bool = True, **compile_kwargs: Any
-    ) -> nn.Module:
-        """Compile what trains, the student's evaluation and, if `teachers`, these, before DDP; return the student."""
+    def compile(self, backend: str = 'inductor', mode: str | None = None, **compile_kwargs: Any) -> nn.Module:
+        """Compile what trains, the student's evaluation and each teacher, before DDP; return the student."""
         options = {'backend': backend, 'mode': mode, **compile_kwargs}
         eval_model: Any = torch.compile(self.get_eval_model(), **options)
         trainable_module: Any = torch.compile(self.trainable_module, **options)
         self.eval_model, self.trainable_module = eval_model, trainable_module
-        if self.teacher is not None and teachers:
-            for teacher in self.teacher.teachers:
-                teacher.compile(**options)
+        if self.teacher is not None:
+            self.teacher.compile_each(**options)
         return self.eval_model
 
     def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> nn.Module | None:
@@ -268,11 +256,6 @@ class MealV2Task(TrainingTask):
         model = super().get_eval_model(module=module, ema=ema)
         trainable = unwrap_model(model)
         return trainable.student if isinstance(trainable, MealV2TrainableModule) else model
-
-    def tune_teachers(self, input: Tensor, compile: bool = False) -> list[Tuning]:
-        """Tune the live teachers for a batch [B, chans, H, W] of the student's images; see `EnsembleTeacher.tune`."""
-        assert self.teacher is not None
-        return self.teacher.tune(self._pixels_for(self.teacher, input), compile)
 
     @torch.no_grad()
     def nonfinite_teachers(self, input: Tensor) -> list[str]:
@@ -301,11 +284,7 @@ class MealV2Task(TrainingTask):
     def load_task_state(
         self, state: dict[str, Any] | None, strict: bool = True, module: nn.Module | None = None, ema: bool = False
     ) -> None:
-        """Load what `get_task_state` returned. Without a discriminator in `state` the present one is kept.
-
-        Raises:
-            UserError: If `state` holds a discriminator and the task none; ignored if not `strict`.
-        """
+        """Load what `get_task_state` returned. Without a discriminator in `state` the present one is kept."""
         discriminator = _discriminator_of(module if module is not None else self.get_trainable_module(ema=ema))
         discriminator_state = (state or {}).get('discriminator')
         if discriminator is not None and discriminator_state is not None:
@@ -391,11 +370,10 @@ def scale_discriminator_lr(
     """Give the discriminator `scale` times the learning rate of the optimizer, now and through timm's schedulers.
 
     Its parameters are moved to groups of their own, which get timm's `lr_scale`. Call it before the scheduler is
-    made and before a checkpoint is loaded. Without a discriminator there is nothing to do.
+    made and before a checkpoint is loaded.
 
     Args:
-        optimizer_or_groups: An optimizer over `task.get_trainable_module()`, or the list of its parameter groups;
-            changed in place.
+        optimizer_or_groups: An optimizer over `task.get_trainable_module()`, or its parameter groups; changed in place.
         scale: Factor on the learning rate.
     """
     groups = optimizer_or_groups
@@ -416,6 +394,18 @@ def scale_discriminator_lr(
             # A timm scheduler multiplies initial_lr, where there is one, by lr_scale; without any, lr stays this.
             group['lr'] = group.setdefault('initial_lr', group['lr']) * scale
     assert found == len(wanted), 'the optimizer lacks the discriminator: make it from task.get_trainable_module()'
+
+
+def _leave_out_teachers(task: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    for key in [key for key in state_dict if key.startswith(f'{prefix}teacher.')]:
+        del state_dict[key]
+
+
+def _keep_teachers(task: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    """Load a task's teachers with their own weights: a state dict has none of theirs."""
+    _leave_out_teachers(task, state_dict, prefix, None)
+    if isinstance(task, MealV2Task) and task.teacher is not None:
+        state_dict.update(task.teacher.state_dict(prefix=f'{prefix}teacher.'))
 
 
 def _discriminator_of(module: nn.Module | None) -> nn.Module | None:

@@ -1,18 +1,27 @@
-"""The students: registered names and what their configs say."""
+"""The students: registered names, what their configs say, and released weights, loaded strictly by timm."""
 
+import http.server
+import json
+import os
 import runpy
 import subprocess
 import sys
+import threading
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+import safetensors.torch
 import timm
+import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from timm_mealv2.errors import UserError
 from timm_mealv2.models import mealv2_students
 
 NAME = 'mealv2_mobilenetv3_small_075'
+ARCHITECTURE = 'tf_mobilenetv3_small_075'
 ROOT = Path(__file__).parents[2]
 RELEASE = 'https://github.com/szq0214/MEAL-V2/releases/download/v1.0.0/'
 
@@ -39,6 +48,33 @@ ARCHITECTURES = {
     'mealv2_mobilenetv3_large_100': 'tf_mobilenetv3_large_100',
     'mealv2_efficientnet_b0': 'tf_efficientnet_b0',
 }
+
+
+@pytest.fixture(autouse=True)
+def no_namespace(monkeypatch):
+    monkeypatch.delenv('MEALV2_HUB_NAMESPACE', raising=False)
+
+
+@pytest.fixture
+def released(tmp_path):
+    """A file as the release has them: the state dict of a DataParallel model."""
+    path = tmp_path / 'student.pth'
+    torch.manual_seed(0)
+    torch.save(torch.nn.DataParallel(timm.create_model(ARCHITECTURE)).state_dict(), path)
+    return path
+
+
+def read(released):
+    return {key.removeprefix('module.'): value for key, value in torch.load(released, weights_only=True).items()}
+
+
+def from_file(path, name=NAME, **kwargs):
+    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay={'file': str(path)}, **kwargs)
+
+
+def assert_equal(state, expected, without=()):
+    assert state.keys() == expected.keys()
+    assert not [key for key in expected if key not in without and not torch.equal(state[key], expected[key])]
 
 
 def test_every_student_is_registered_under_its_tags():
@@ -88,12 +124,6 @@ def test_student_without_released_file_names_the_recipe():
         timm.create_model('mealv2_resnet18', pretrained=True)
 
 
-@pytest.mark.parametrize('pretrained', [False, True])
-def test_unknown_tag_lists_the_known_ones(pretrained):
-    with pytest.raises(UserError, match=r"no tag 'in22k'.*mealv2_resnet50\.cutmix_in1k"):
-        timm.create_model('mealv2_resnet50.in22k', pretrained=pretrained)
-
-
 def test_torch_hub_with_an_old_timm_says_so(monkeypatch):
     monkeypatch.setattr(timm, '__version__', '1.0.9')
     with pytest.raises(ImportError, match=r'needs timm 1\.0\.31 or newer, found 1\.0\.9: pip install -U timm'):
@@ -108,3 +138,185 @@ def test_torch_hub_offers_every_student_and_needs_no_installed_package(tmp_path)
         [sys.executable, '-I', '-c', code], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert (result.stdout, result.stderr) == ('3\n', '')
+
+
+# Released weights: timm's ways of building a model with them
+
+
+def test_weights_and_nothing_else_come_from_the_file(released):
+    model = from_file(released)
+    assert_equal(model.state_dict(), read(released))
+    assert not {'file', 'state_dict'} & set(model.pretrained_cfg)  # else they would be in checkpoints and config.json
+    assert model.training
+
+
+def test_num_classes_replaces_the_head_alone(released):
+    model = from_file(released, num_classes=7)
+    weights = read(released)
+    head = {'classifier.weight', 'classifier.bias'}
+    assert_equal(model.state_dict(), weights, without=head)
+    assert model.num_classes == 7
+    assert model.classifier.weight.shape == (7, 1024)
+
+    headless = from_file(released, num_classes=0)
+    assert_equal(headless.state_dict(), {key: value for key, value in weights.items() if key not in head})
+
+
+def test_in_chans_sums_the_first_convolution(released):
+    model = from_file(released, in_chans=1)
+    weights = read(released)
+    assert_equal(model.state_dict(), weights, without={'conv_stem.weight'})
+    torch.testing.assert_close(model.conv_stem.weight.detach(), weights['conv_stem.weight'].sum(1, keepdim=True))
+    assert model(torch.zeros(1, 1, 64, 64)).shape == (1, 1000)
+
+
+def test_features_only_has_the_weights(released):
+    model = from_file(released, features_only=True, out_indices=(1, 3))
+    weights = read(released)
+    assert_equal(model.state_dict(), {key: weights[key] for key in model.state_dict()})
+    assert [x.shape[1] for x in model(torch.zeros(1, 3, 64, 64))] == model.feature_info.channels() == [16, 40]
+
+
+def test_checkpoint_path_takes_a_released_file(released):
+    assert_equal(timm.create_model(NAME, checkpoint_path=released).state_dict(), read(released))
+
+
+def test_a_folder_saved_by_timm_is_loaded(tmp_path):
+    trained = timm.create_model(NAME, num_classes=5)
+    timm.models.save_for_hf(trained, tmp_path / 'saved', safe_serialization=True)
+    load = partial(timm.create_model, f'local-dir:{tmp_path / "saved"}', pretrained=True)
+    assert_equal(load().state_dict(), trained.state_dict())
+    assert load(num_classes=2).num_classes == 2
+
+
+def test_torch_hub_loads_a_student(released):
+    load = partial(torch.hub.load, str(ROOT), source='local')
+    model = load(NAME, pretrained=True, pretrained_cfg_overlay={'file': str(released)})
+    assert_equal(model.state_dict(), read(released))
+    assert load('mealv2_resnet50', pretrained_cfg='in1k_380', device='meta').pretrained_cfg['tag'] == 'in1k_380'
+
+
+# Files that do not fit
+
+
+@pytest.mark.parametrize('kwargs', [{}, {'num_classes': 7}, {'in_chans': 1}, {'features_only': True}])
+def test_a_file_that_lacks_a_weight_is_refused_whatever_is_asked_for(released, kwargs):
+    weights = read(released)
+    del weights['conv_stem.weight']
+    torch.save(weights, released)
+    with pytest.raises(UserError, match=rf'{released} cannot be loaded into {NAME}: .*1 keys are missing: conv_stem'):
+        from_file(released, **kwargs)
+
+
+def test_a_file_of_another_architecture_or_class_count_is_refused_in_one_line(released):
+    with pytest.raises(UserError, match=r'mealv2_resnet18: RuntimeError: 117 keys are missing: conv1\.weight, '):
+        from_file(released, name='mealv2_resnet18')
+    torch.save(timm.create_model(ARCHITECTURE, num_classes=999).state_dict(), released)
+    with pytest.raises(UserError, match=r'size mismatch for classifier\.weight') as error:
+        from_file(released)
+    assert '\n' not in str(error.value)
+
+
+def test_an_absent_or_truncated_file_is_one_line(released, tmp_path):
+    with pytest.raises(UserError, match=r'absent\.pth cannot be loaded into .*FileNotFoundError'):
+        from_file(tmp_path / 'absent.pth')
+    released.write_bytes(released.read_bytes()[:100_000])
+    with pytest.raises(UserError, match=r'student\.pth cannot be loaded into ') as error:
+        from_file(released)
+    assert '\n' not in str(error.value)
+
+
+def test_an_address_that_cannot_be_reached_is_one_line():
+    with pytest.raises(UserError, match=r'http://127.0.0.1:1/a\.pth cannot be loaded into .*refused'):
+        timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay={'url': 'http://127.0.0.1:1/a.pth'})
+
+
+# The Hub
+
+
+class HubHandler(http.server.BaseHTTPRequestHandler):
+    """As much of the Hub as serves files of repositories: `server.files` has path -> content."""
+
+    server: Any
+
+    def log_message(self, *args):
+        pass
+
+    def do_HEAD(self):
+        self.server.requests.append(f'{self.command} {self.path}')
+        content = self.server.files.get(self.path)
+        known = any(path.startswith(self.path.partition('/resolve/')[0] + '/') for path in self.server.files)
+        self.send_response(200 if content is not None else 404)
+        self.send_header('Content-Length', str(len(content or b'')))
+        if content is None:
+            self.send_header('X-Error-Code', 'EntryNotFound' if known else 'RepoNotFound')
+        else:
+            self.send_header('ETag', '"0123456789abcdef"')
+            self.send_header('X-Repo-Commit', '1' * 40)
+        self.end_headers()
+
+    def do_GET(self):
+        self.do_HEAD()
+        self.wfile.write(self.server.files.get(self.path, b''))
+
+
+LOAD_FROM_HUB = """
+import json, os, sys
+import timm, torch, timm_mealv2
+
+folder, answers = sys.argv[1], {}
+for name in sys.argv[2:]:
+    try:
+        model = timm.create_model(name, pretrained=True)
+        torch.save(model.state_dict(), f'{folder}/{name}.pth')
+        answers[name] = model.pretrained_cfg['hf_hub_id']
+    except timm_mealv2.errors.UserError as error:
+        answers[name] = str(error)
+print(json.dumps(answers))
+"""
+
+
+def test_namespace_takes_the_weights_from_the_hub(tmp_path):
+    resnet, mobilenet, efficientnet = 'mealv2_resnet18', NAME, 'mealv2_efficientnet_b0'
+    cutmix = 'mealv2_resnet50.cutmix_in1k'
+    expected = {name: timm.create_model(name).state_dict() for name in (resnet, mobilenet)}
+    torch.save(expected[mobilenet], tmp_path / 'pytorch_model.bin')
+    repositories = {
+        f'/me/{resnet}.in1k/resolve/main/model.safetensors': safetensors.torch.save(expected[resnet]),
+        f'/me/{mobilenet}.in1k/resolve/main/pytorch_model.bin': (tmp_path / 'pytorch_model.bin').read_bytes(),
+        f'/me/{efficientnet}.in1k/resolve/main/model.safetensors': safetensors.torch.save(expected[resnet]),
+    }
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), HubHandler) as hub:
+        hub.files, hub.requests = repositories, []
+        threading.Thread(target=partial(hub.serve_forever, poll_interval=0.02), daemon=True).start()
+        environment = {key: value for key, value in os.environ.items() if key != 'HF_HUB_OFFLINE'} | {
+            'HF_ENDPOINT': f'http://127.0.0.1:{hub.server_port}',
+            'HF_HOME': str(tmp_path / 'hf'),
+            'HF_HUB_DISABLE_XET': '1',
+            'MEALV2_HUB_NAMESPACE': 'me',
+            'NO_PROXY': '127.0.0.1',
+            'PYTHONPATH': str(ROOT),
+        }
+        command = [sys.executable, '-c', LOAD_FROM_HUB, tmp_path, resnet, mobilenet, efficientnet, cutmix]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        hub.shutdown()
+        assert result.returncode == 0, result.stderr
+        answers = json.loads(result.stdout)
+
+    for name, weights in expected.items():
+        assert answers[name] == f'me/{name}.in1k'
+        assert_equal(torch.load(tmp_path / f'{name}.pth', weights_only=True), weights)
+    assert answers[efficientnet].startswith(f'me/{efficientnet}.in1k cannot be loaded into {efficientnet}: ')
+    assert answers[cutmix].startswith(
+        f'me/{cutmix} cannot be loaded into mealv2_resnet50: RepositoryNotFoundError: 404'
+    )
+    assert '\n' not in answers[cutmix]
+    # What is asked for: safetensors first, then the pickle.
+    assert f'HEAD /me/{mobilenet}.in1k/resolve/main/model.safetensors' in hub.requests
+    assert f'HEAD /me/{cutmix}/resolve/main/model.safetensors' in hub.requests
+
+
+def test_given_weights_come_before_the_namespace(released, monkeypatch):
+    monkeypatch.setenv('MEALV2_HUB_NAMESPACE', 'me')
+    assert_equal(from_file(released).state_dict(), read(released))
+    assert 'hf_hub_id' not in timm.create_model(NAME, device='meta').pretrained_cfg

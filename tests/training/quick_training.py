@@ -12,7 +12,7 @@ REPOSITORY = Path(__file__).parents[2]
 SMALL = (
     '--model test_resnet --num-classes 3 --img-size 16 --batch-size 4 --workers 0 --lr 0.05 --epochs 2 '
     '--warmup-epochs 0 --log-interval 2 --device cpu --color-jitter 0 --smoothing 0 --weight-decay 0 '
-    '--teacher-tune off'
+    '--teacher-optimize off'
 ).split()
 
 Train = Callable[..., Path]

@@ -22,7 +22,7 @@ PROGRAM = str(Path(__file__).parents[2] / 'train_distill.py')
 OPTIONS = (
     '--model test_resnet --num-classes 3 --img-size 16 --batch-size 3 --workers 0 --epochs 3 --lr 0.02 --device cpu '
     '--warmup-epochs 0 --log-interval 100 --no-preflight --model-ema --mixup 0.2 --drop 0.1 --recovery-interval 1 '
-    '--experiment run --teacher-tune off'
+    '--experiment run --teacher-optimize off'
 ).split()
 # Run by each process before the program: rank 1 gets a signal in its 6th step unless it is of a restarted group.
 STRUCK = """

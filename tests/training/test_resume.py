@@ -28,13 +28,13 @@ EVERYTHING = (
     '--sched plateau --patience-epochs 0 --warmup-epochs 1 --device cpu --log-interval 100 --no-preflight '
     '--grad-accum-steps 2 --clip-grad 1 --model-ema --model-ema-decay 0.9 --mixup 0.4 --cutmix 0.5 --reprob 0.5 '
     '--drop 0.2 --drop-path 0.1 --discriminator-lr-scale 0.5 --hard-label-weight 0.3 --eval-metric loss '
-    '--checkpoint-hist 2 --recovery-interval 2 --resume auto --experiment run --teacher-tune off'
+    '--checkpoint-hist 2 --recovery-interval 2 --resume auto --experiment run --teacher-optimize off'
 ).split()
 # The same with worker processes, half precision with a loss scaler, a schedule by updates, no recovery files.
 OTHERWISE = (*'--workers 2 --amp --sched cosine --sched-on-updates --epochs 3 --recovery-interval 0'.split(),)
 PLAIN = (
     '--model test_resnet --num-classes 3 --img-size 16 --batch-size 7 --workers 0 --epochs 3 --lr 0.02 --device cpu '
-    '--warmup-epochs 0 --experiment run --teacher-tune off'
+    '--warmup-epochs 0 --experiment run --teacher-optimize off'
 ).split()
 
 

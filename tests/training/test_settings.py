@@ -218,5 +218,5 @@ def test_a_recipe_can_be_read_copied_changed_and_checked(
 
 
 def test_on_and_off_need_no_quotes_in_a_file(tmp_path: Path) -> None:
-    (tmp_path / 'c.yaml').write_text('teacher_tune: off\n')  # for YAML the two words are true and false
-    assert parse_args(['-c', str(tmp_path / 'c.yaml')]).teacher_tune == 'off'
+    (tmp_path / 'c.yaml').write_text('teacher_optimize: off\n')  # for YAML the two words are true and false
+    assert parse_args(['-c', str(tmp_path / 'c.yaml')]).teacher_optimize == 'off'

@@ -48,12 +48,11 @@ def test_the_student_learns_the_renormalized_classes(image_folder: Path, tmp_pat
 @pytest.mark.parametrize(
     ('lines', 'message'),
     [
-        ('0\nx\n', "line 2 must be one class index, got 'x'"),
-        ('0\n-1\n2\n', "line 2 must be one class index, got '-1'"),
-        ('0\n1\n5\n', 'from 0 to 4, got 5'),
-        ('0\n1\n1\n', r'must be at least one and differ, got \[0, 1, 1\]'),
-        ('0\n1\n', 'one class for each of the 3, got 2'),
-        (None, 'cannot read'),
+        ('0\nx\n', "a class index a line: .*'x'"),
+        ('0\n1\n5\n', r'from 0 to 4, for each of the 3, got 3: \[0, 1, 5\]'),
+        ('0\n1\n1\n', r'got 3: \[0, 1, 1\]'),
+        ('0\n1\n', r'got 2: \[0, 1\]'),
+        (None, 'must be TEACHER=FILE, .* No such file'),
     ],
 )
 def test_impossible_files(image_folder: Path, tmp_path: Path, teacher: str, lines: str | None, message: str) -> None:
@@ -66,7 +65,7 @@ def test_impossible_files(image_folder: Path, tmp_path: Path, teacher: str, line
 
 
 def test_impossible_options(image_folder: Path, tmp_path: Path, teacher: str) -> None:
-    with pytest.raises(UserError, match='cannot read x'):
+    with pytest.raises(UserError, match=r'must be TEACHER=FILE, .* No such file'):
         run(image_folder, tmp_path, '--teachers', teacher, '--teacher-classes', 'other=x')
     with pytest.raises(UserError, match='--teacher-classes a=x: needs --teachers'):
         run(image_folder, tmp_path, '--teacher-classes', 'a=x')

@@ -2,15 +2,16 @@
 
 import argparse
 import os
+import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import safetensors.torch
 import torch
-from huggingface_hub import try_to_load_from_cache
 from timm.data import resolve_input_data_config
 from timm.models import (
     PretrainedCfg,
@@ -20,20 +21,39 @@ from timm.models import (
     get_arch_name,
     get_model_input_config,
     get_pretrained_cfg,
+    is_model,
     is_model_in_modules,
-    parse_model_name,
     resolve_model_input_args,
 )
 from torch import Tensor, nn
 
-from timm_mealv2.errors import UserError, blamed_on, one_line
+from timm_mealv2.errors import UserError, one_line
 from timm_mealv2.models.mealv2_students import VANILLA_ARCHITECTURE
-from timm_mealv2.models.pretrained import misfit
 
 _DATA_CONFIG = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
 
 # Arguments of timm's factory that choose weights, places or devices. `pretrained_window_sizes` is a layer's argument.
 _NOT_OF_AN_ARCHITECTURE = ('model_name', 'checkpoint_path', 'cache_dir', 'device', 'dtype', 'features_only', 'teachers')
+
+# What torch, zip, pickle and safetensors raise for a file that is no checkpoint, or a part of one.
+_UNREADABLE = (
+    *(AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError, ValueError),
+    *(pickle.UnpicklingError, safetensors.SafetensorError, zipfile.BadZipFile),
+)
+
+# Arguments of a network by the names of the training programs' options.
+_BUILT_WITH = {'global_pool': 'gp', 'bn_eps': 'bn_eps', 'bn_momentum': 'bn_momentum'}
+
+
+@contextmanager
+def making(text: str, remedy: str = '') -> Iterator[None]:
+    """Turn into a `UserError` whatever timm's factory, or a user's own function, raises for a user's text."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f'{text} cannot be made: {type(error).__name__}: {one_line(error)}{remedy}') from error
 
 
 def is_ensemble(architecture: str) -> bool:
@@ -73,33 +93,25 @@ class TrainingCheckpoint:
 
         The file is one of torch (.pth, .pth.tar) or .safetensors; `arch` is for one that does not tell it. `verify`
         compares it with its checksums first, which torch's zip files have.
-
-        Raises:
-            UserError: If the file is not there, is damaged, cannot be read, or holds no state dict.
         """
         label = f'{arch}={os.fspath(path)}' if arch else os.fspath(path)
         path = Path(path)
-        if not path.is_file():
-            raise UserError(f'{label}: there is no such file.')
         try:
-            if verify and (part := damage(path)) is not None:
-                raise UserError(f'the checksum of {part} is wrong')
+            if verify and path.is_file() and (part := damage(path)) is not None:
+                raise ValueError(f'the checksum of {part} is wrong')
             if path.suffix == '.safetensors':
                 contents = safetensors.torch.load_file(path)
             else:
-                with torch.serialization.safe_globals([argparse.Namespace]):
+                with torch.serialization.safe_globals([argparse.Namespace]):  # timm's own files have one
                     contents = torch.load(path, 'cpu', weights_only=True, mmap=zipfile.is_zipfile(path))
-        except Exception as error:  # safetensors, zip, pickle and torch each raise errors of their own on a bad file
+        except _UNREADABLE as error:
             raise UserError(f'{label} is not a readable checkpoint: {one_line(error)}') from error
         checkpoint = cls(path, contents if isinstance(contents, dict) else {}, arch)
         state = checkpoint.state_dict()
         if not state or not all(isinstance(value, Tensor) for value in state.values()):
-            expected = 'tensors by name, as torch.save(model.state_dict())'
-            raise UserError(f'{label} holds no state dict: expected {expected}.')
-        for key, kinds in _ENTRIES.items():
-            if not isinstance(checkpoint.contents.get(key), (*kinds, type(None))):
-                received = type(checkpoint.contents[key]).__name__
-                raise UserError(f'{label} is no checkpoint of mealv2-train or timm: its {key} is of type {received}.')
+            raise UserError(
+                f'{label} holds no state dict: expected tensors by name, as torch.save(model.state_dict()).'
+            )
         return checkpoint
 
     def __str__(self) -> str:
@@ -122,7 +134,7 @@ class TrainingCheckpoint:
     def data_config(self) -> dict[str, Any]:
         """What the pixels of the training were: 'input_size', 'mean', 'std' and the like; {} if the file has none."""
         given = self.contents.get('data_config') or {}
-        return {key: tuple(v) if isinstance(v, list) else v for key, v in given.items() if key in _DATA_CONFIG}
+        return _plain({key: value for key, value in given.items() if key in _DATA_CONFIG})
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -130,91 +142,75 @@ class TrainingCheckpoint:
         return tuple(self.contents.get('class_names') or ())
 
     def build(self, num_classes: int | None = None, ema: bool = True) -> nn.Module:
-        """Rebuild the model and load its weights strictly.
+        """Rebuild the model on the CPU and load its weights strictly; nothing is downloaded.
 
-        Where the file has a training program's arguments for this architecture, the model is built with them
-        (model_kwargs, input channels, global pooling, batch norm's epsilon and momentum, image size), and its
-        `pretrained_cfg` says what its pixels were (`data_config`, or the arguments). For a bare state dict that of
-        the architecture and its tag is taken. The class count is the width of the classifier in the file.
+        The model is made from the file's `model_config`. Files without one are timm's own, older ones and bare state
+        dicts: there it is made from the training program's arguments, where they are for this architecture, and from
+        the shapes of classifier and first convolution. Its `pretrained_cfg` says what its pixels were.
 
         Args:
             num_classes: The class count where the file does not show it.
             ema: Take the averaged weights where the file has them.
-
-        Returns:
-            The model on the CPU, in timm's initial mode (training).
-
-        Raises:
-            UserError: If the file does not tell its architecture, or does not fit it.
         """
-        with blamed_on(str(self)):
-            arch, args, arguments = self._description()
-            state, data_config = self.state_dict(ema), self.data_config
-            arguments['num_classes'] = _classifier_width(arch, state) or args.get('num_classes') or num_classes
-        size_args = {key: args.get(key) for key in ('input_size', 'img_size', 'in_chans')}
-        if not args and 'input_size' in data_config:
-            size_args['input_size'] = data_config['input_size']
-
-        def create(**changes: Any) -> nn.Module:
-            try:
-                kwargs = resolve_model_input_args(arch, {**size_args, **changes}, **arguments)
-                model: nn.Module = create_model(**kwargs)
-            except Exception as error:  # the arguments come from the user's file, and any of them can be the cause
-                raise UserError(f'{self} cannot be rebuilt from what the file says: {one_line(error)}') from error
-            return model
-
-        model = create()
-        in_chans = _first_conv_chans(model, state)
-        if in_chans != get_model_input_config(model)['input_size'][0]:
-            args = {**args, 'in_chans': in_chans, 'input_size': None}
-            model = create(in_chans=in_chans, input_size=None)
+        config = self.contents.get('model_config') or {}
+        arch = self.arch or config.get('architecture') or self.args.get('model') or ''
+        state, overlay = self.state_dict(ema), self.data_config
+        model: Any
+        with making(str(self)):
+            if config and _same_architecture(arch, config['architecture']):
+                sizes = {key: config[key] for key in ('num_classes', 'in_chans')}
+                model = _create(self, arch, {**architecture_arguments(config['model_args']), **sizes})
+                overlay = {**config['pretrained_cfg'], **overlay}
+            else:
+                model, args = self._inferred(arch, state, num_classes)
+                overlay = overlay or resolve_input_data_config(model, args)
         try:
-            model.load_state_dict(state, strict=True)
+            model.load_state_dict(state)
         except RuntimeError as error:
-            raise UserError(f'{self} does not fit the architecture: {misfit(model.state_dict(), state)}.') from error
-        cfg = filter_pretrained_cfg(model.pretrained_cfg, remove_source=True)
-        with blamed_on(str(self)):
-            cfg.update(data_config or resolve_input_data_config(model, args))
+            raise UserError(f'{self} does not fit the architecture {arch}: {one_line(error)}') from error
+        cfg = filter_pretrained_cfg({**model.pretrained_cfg, **_plain(overlay)}, remove_source=True)
         cfg['num_classes'] = model.num_classes
         model.pretrained_cfg = model.default_cfg = cfg
         return model
 
-    def _description(self) -> tuple[str, dict[str, Any], dict[str, Any]]:
-        """The architecture, the training program's arguments where they are for it, and those of the network."""
-        args = self.args
-        named = str(args.get('model') or '')
-        source, place = parse_model_name(named) if named else (None, '')
-        trained = None if source else named or None
-        model_args: dict[str, Any] = {}
-        if source and self.arch is None:
-            trained, model_args = self._exported_architecture(source, place)
-        arch = self.arch or trained
-        if arch is None:
-            raise UserError(f'{self} does not tell its model: name its architecture, as NAME=PATH.')
-        if is_ensemble(arch):  # the file's arguments could name code as a teacher
-            remedy = 'give each of its teachers as NAME=PATH'
-            raise UserError(f'{self}: an ensemble has no checkpoint of its own; {remedy}.')
-        bare, trained_bare = (get_arch_name(name or arch) for name in (arch, trained))
-        if VANILLA_ARCHITECTURE.get(bare, bare) != VANILLA_ARCHITECTURE.get(trained_bare, trained_bare):
-            args = {}
+    def _inferred(self, arch: str, state: dict[str, Tensor], num_classes: int | None) -> tuple[Any, dict[str, Any]]:
+        """A model from arguments and shapes, and the arguments."""
+        args = self.args if _same_architecture(arch, self.args.get('model') or arch) else {}
         arguments = {name: args.get(key) for name, key in _BUILT_WITH.items()}
-        return arch, args, {**arguments, **model_args, **architecture_arguments(args.get('model_kwargs'))}
+        if arch.startswith('local-dir:'):  # the training began with an exported model
+            exported = resolve_model_input_args(arch)
+            arch = exported['model_name']
+            arguments |= architecture_arguments(exported)
+        arguments |= architecture_arguments(args.get('model_kwargs'))
+        arguments['num_classes'] = _classifier_width(arch, state) or args.get('num_classes') or num_classes
+        sizes = {key: args.get(key) for key in ('input_size', 'img_size', 'in_chans')}
+        if not args and 'input_size' in self.data_config:
+            sizes['input_size'] = self.data_config['input_size']
+        model = _create(self, arch, arguments, sizes)
+        in_chans = _first_conv_chans(model, state)
+        if in_chans != get_model_input_config(model)['input_size'][0]:
+            sizes |= {'in_chans': in_chans, 'input_size': None}
+            model = _create(self, arch, arguments, sizes)
+        return model, {**args, **sizes}
 
-    def _exported_architecture(self, source: str, place: str) -> tuple[str, dict[str, Any]]:
-        """Architecture and arguments of the exported model that the training began with; nothing is downloaded."""
-        folder: Any = place
-        if source == 'hf-hub':
-            repository, _, revision = place.partition('@')
-            config = try_to_load_from_cache(repository, 'config.json', revision=revision or None)
-            folder = os.path.dirname(config) if isinstance(config, str) else ''
-        try:
-            kwargs = resolve_model_input_args(f'local-dir:{folder}')
-        except Exception as error:  # whatever a folder or its config.json may lack
-            raise UserError(
-                f'{self} was trained from {self.args["model"]}, whose config.json is not on this machine: '
-                'name its architecture, as NAME=PATH.'
-            ) from error
-        return kwargs['model_name'], architecture_arguments(kwargs)
+
+def _create(
+    checkpoint: TrainingCheckpoint, arch: str, arguments: dict[str, Any], sizes: dict[str, Any] | None = None
+) -> nn.Module:
+    """Create the model of a file, which names no other source of code, weights or configs than timm's registry."""
+    if not is_model(arch) or is_ensemble(arch):
+        raise UserError(f'{checkpoint} names no architecture of timm ({arch!r}): name its architecture, as NAME=PATH.')
+    model: nn.Module = create_model(**resolve_model_input_args(arch, sizes or {}, **arguments))
+    return model
+
+
+def _same_architecture(a: str, b: str) -> bool:
+    a, b = (get_arch_name(name) for name in (a, b))
+    return VANILLA_ARCHITECTURE.get(a, a) == VANILLA_ARCHITECTURE.get(b, b)
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
 
 
 def damage(path: Path) -> str | None:
@@ -223,12 +219,6 @@ def damage(path: Path) -> str | None:
         return None
     with zipfile.ZipFile(path) as file:
         return file.testzip()
-
-
-_ENTRIES = {'args': (dict, argparse.Namespace), 'data_config': (dict,), 'class_names': (list, tuple)}
-
-# Arguments of a network by the names of the training program's options.
-_BUILT_WITH = {'global_pool': 'gp', 'bn_eps': 'bn_eps', 'bn_momentum': 'bn_momentum'}
 
 
 def _classifier_width(arch: str, state: dict[str, Tensor]) -> int | None:

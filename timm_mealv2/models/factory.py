@@ -34,10 +34,9 @@ from timm.models import (
 from timm.utils import unwrap_model
 from torch import nn
 
-from timm_mealv2.errors import UserError, one_line
-from timm_mealv2.models.checkpoint import TrainingCheckpoint, architecture_arguments, is_ensemble
-from timm_mealv2.models.ensemble import EnsembleTeacher
-from timm_mealv2.models.teacher import ClassSubset, teacher_name
+from timm_mealv2.errors import UserError
+from timm_mealv2.models.checkpoint import TrainingCheckpoint, architecture_arguments, is_ensemble, making
+from timm_mealv2.models.ensemble import ClassSubset, EnsembleTeacher, teacher_name
 
 _logger = logging.getLogger(__name__)
 
@@ -73,9 +72,11 @@ class TeacherSpec:
     @classmethod
     def parse_all(cls, texts: Sequence[str]) -> list[Self]:
         """Parse texts, each of which may name several timm models: `A,B`. Commas in other texts belong to them."""
-        specs = [cls.parse(text) for text in texts]
-        parts = [spec.name.split(',') if spec.kind == 'timm' else [str(spec)] for spec in specs]
-        return [cls.parse(part.strip()) for some in parts for part in some if part.strip()]
+        parts: list[str] = []
+        for text in texts:
+            whole = '=' in text or text.startswith(tuple(_PREFIXES))
+            parts += [text] if whole else text.split(',')
+        return [cls.parse(part.strip()) for part in parts if part.strip()]
 
     def __str__(self) -> str:
         if self.kind == 'checkpoint':
@@ -88,26 +89,19 @@ class TeacherSpec:
 
     def check(self) -> None:
         """Raise a `UserError` where the teacher cannot be built, as far as can be told without a download."""
-        if self.kind == 'timm':
+        if self.kind in ('timm', 'checkpoint'):
             name = _known(self.name)
-            if not is_ensemble(name) and not get_pretrained_cfg(name).has_weights:
+            if self.kind == 'checkpoint':
+                if not Path(self.path or '').is_file():
+                    raise UserError(f'{self}: there is no such file.')
+            elif not is_ensemble(name) and not get_pretrained_cfg(name).has_weights:
                 tagged = [tagged for tagged, cfg in get_arch_pretrained_cfgs(name).items() if cfg.has_weights]
                 remedy = f'name one that has ({", ".join(tagged)}), or ' if tagged else ''
                 raise UserError(f'{self} has no pretrained weights: {remedy}give {name}=PATH.')
-        elif self.kind == 'checkpoint':
-            if is_ensemble(_known(self.name)):
-                raise UserError(f'{self}: an ensemble has no checkpoint of its own; give each teacher as NAME=PATH.')
-            if not Path(self.path or '').is_file():
-                raise UserError(f'{self}: there is no such file.')
-        elif self.kind == 'local-dir':
-            config = Path(self.path or '', 'config.json')
-            if not config.is_file():
-                fault = f'Config file not found: {config} (a file of yours is NAME=PATH)'
-                raise UserError(f'{self} cannot be loaded: {fault}')
-        elif self.kind == 'python':
-            module_name, _, function = self.name.partition(':')
-            if not function.isidentifier() or not all(part.isidentifier() for part in module_name.split('.')):
-                raise UserError(f'{self} must be python:package.module:function.')
+        elif self.kind == 'local-dir' and not Path(self.path or '', 'config.json').is_file():
+            raise UserError(f'{self}: there is no config.json in it (a file of yours is NAME=PATH).')
+        elif self.kind == 'python' and not all(self.name.partition(':')[::2]):
+            raise UserError(f'{self} must be python:package.module:function.')
 
     def build(
         self,
@@ -118,29 +112,14 @@ class TeacherSpec:
         pretrained: bool = True,
         cache_dir: str | Path | None = None,
     ) -> nn.Module:
-        """Build the teacher on the CPU; the arguments are those of `create_ensemble`, for this teacher alone.
-
-        Raises:
-            UserError: If the teacher is unknown, cannot be loaded, or has another class count.
-        """
-        if pretrained or self.kind not in ('timm', 'local-dir', 'hf-hub'):
-            self.check()
-        if self.kind == 'python':
-            return self._call_function()
+        """Build the teacher on the CPU; the arguments are those of `create_ensemble`, for this teacher alone."""
         if self.kind == 'checkpoint':
-            model = TrainingCheckpoint.read(self.path or '', _known(self.name)).build(num_classes)
-        else:
-            try:
-                arguments = self._model_arguments(num_classes, in_chans, img_size, pretrained, cache_dir)
-                model = create_model(pretrained=pretrained, **arguments)
-            except UserError:
-                raise
-            except Exception as error:  # names, folders, configs and the network are the user's, whatever they raise
-                remedy = 'a download needs the network; a file of yours is NAME=PATH'
-                raise UserError(f'{self} cannot be loaded: {one_line(error)} ({remedy})') from error
-        for module in model.modules():
-            if isinstance(module, nn.Conv2d):  # the faster layout for inference, which all of timm's models take
-                module.to(memory_format=torch.channels_last)
+            return TrainingCheckpoint.read(self.path or '', _known(self.name)).build(num_classes)
+        with making(str(self), remedy=' (a download needs the network; a file of yours is NAME=PATH)'):
+            if self.kind == 'python':
+                return self._call_function()
+            arguments = self._model_arguments(num_classes, in_chans, img_size, pretrained, cache_dir)
+            model: nn.Module = create_model(pretrained=pretrained, **arguments)
         return model
 
     def _model_arguments(
@@ -161,14 +140,9 @@ class TeacherSpec:
         if is_ensemble(architecture):  # its arguments are those of `create_ensemble`
             return {'model_name': name, 'num_classes': num_classes, 'in_chans': in_chans, 'cache_dir': cache_dir}
         resolved = resolve_model_input_args(name, {'img_size': img_size}, cache_dir=cache_dir)
-        cfg = resolved['pretrained_cfg']
-        kwargs = architecture_arguments(resolved)
+        cfg, kwargs = resolved['pretrained_cfg'], architecture_arguments(resolved)
         if pretrained:
-            if kwargs.get('num_classes', cfg['num_classes']) != cfg['num_classes']:  # timm would make a new head
-                raise UserError(
-                    f"{self} contradicts itself: its config's model_args say {kwargs['num_classes']} classes, "
-                    f'its pretrained_cfg {cfg["num_classes"]}; export it again.'
-                )
+            kwargs['num_classes'] = cfg['num_classes']  # another count would be timm's new head, of random weights
             _check_count(str(self), 'classes', cfg['num_classes'], num_classes)
         elif num_classes is not None:
             kwargs['num_classes'] = num_classes
@@ -182,14 +156,7 @@ class TeacherSpec:
         module_name, _, function = self.name.partition(':')
         if os.getcwd() not in sys.path:  # an installed program has its own folder there, `python -m` the working one
             sys.path.insert(0, os.getcwd())
-        try:
-            model = getattr(importlib.import_module(module_name), function)()
-        except UserError:
-            raise
-        except Exception as error:  # the user's code, which may raise anything
-            raise UserError(f'{self} cannot be made: {type(error).__name__}: {one_line(error)}') from error
-        if not isinstance(model, nn.Module):
-            raise UserError(f'{self} must return an nn.Module, got {type(model).__name__}.')
+        model: nn.Module = getattr(importlib.import_module(module_name), function)()
         return model
 
 
@@ -197,24 +164,16 @@ def read_classes(texts: Sequence[str]) -> dict[str, list[int]]:
     """Read the files of texts `TEACHER=FILE`, split at the last `=`, as `create_ensemble` takes `classes`.
 
     A file has one class index a line, but for blank lines and `#` comments.
-
-    Raises:
-        UserError: If a text or a file is of another form, a teacher is there twice, or a file cannot be read.
     """
     classes: dict[str, list[int]] = {}
     for text in texts:
         name, _, path = text.rpartition('=')
-        if not name or name in classes:
-            fault = 'the classes of this teacher are given twice' if name else 'must be TEACHER=FILE'
-            raise UserError(f'--teacher-classes {text}: {fault}.')
         try:
             lines = [line.partition('#')[0].strip() for line in Path(path).read_text(encoding='utf-8').splitlines()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f'--teacher-classes {text}: cannot read {path}: {error}') from error
-        for number, line in enumerate(lines, 1):
-            if line and not line.isdecimal():
-                raise UserError(f'--teacher-classes {text}: line {number} must be one class index, got {line!r}.')
-        classes[name] = [int(line) for line in lines if line]
+            classes[name] = [int(line) for line in lines if line]
+        except (OSError, ValueError) as error:
+            fault = 'must be TEACHER=FILE, and the file a class index a line'
+            raise UserError(f'--teacher-classes {text}: {fault}: {error}') from error
     return classes
 
 
@@ -230,6 +189,7 @@ def create_ensemble(
     device: torch.device | str | None = None,
     pretrained: bool = True,
     cache_dir: str | Path | None = None,
+    optimize: bool = False,
 ) -> EnsembleTeacher:
     """Make an ensemble from modules and from texts that name teachers (see the head of this file).
 
@@ -237,7 +197,7 @@ def create_ensemble(
     which of its classes to take.
 
     Args:
-        teachers: One or several modules, texts (`A,B` names two timm models) or parsed texts.
+        teachers: One or several modules, texts (`A,B` names two timm models), or texts parsed and checked before.
         num_classes: The class count that all must have; not checked if None.
         in_chans: Input channels; a named model whose weights have others gets timm's adapted first convolution.
         weights: One per teacher; equal if None.
@@ -250,6 +210,7 @@ def create_ensemble(
         pretrained: False gives named models random weights and `num_classes` classes, for tests; checkpoints
             (`NAME=PATH`) are loaded all the same.
         cache_dir: Where downloads are kept; timm's place if None.
+        optimize: Call `EnsembleTeacher.optimize_for_inference`.
 
     Raises:
         UserError: If a teacher is unknown, cannot be loaded, or does not fit the others.
@@ -257,20 +218,21 @@ def create_ensemble(
     given = [teachers] if isinstance(teachers, str | TeacherSpec | nn.Module) else teachers
     members: list[TeacherSpec | nn.Module] = []
     for teacher in given:
-        members += TeacherSpec.parse_all([teacher]) if isinstance(teacher, str) else [teacher]
-    sizes: list[int | None] = [None] * len(members) if img_sizes is None else list(img_sizes)
-    if len(sizes) == 1:
-        sizes *= len(members)
-    if len(sizes) != len(members):
-        raise UserError(f'img_sizes must be one for all or one per teacher ({len(members)}), got {len(sizes)}.')
+        if not isinstance(teacher, str):
+            members.append(teacher)
+            continue
+        for spec in TeacherSpec.parse_all([teacher]):  # all are checked before the first is built or downloaded
+            if pretrained:
+                spec.check()
+            members.append(spec)
+    sizes: list[int | None] = [None] if img_sizes is None else list(img_sizes)
+    if len(sizes) not in (1, len(members)):
+        raise UserError(f'Image sizes must be one for all teachers or one for each ({len(members)}), got {sizes}.')
+    sizes *= len(members) // len(sizes)
     names = [teacher_name(member) if isinstance(member, nn.Module) else str(member) for member in members]
     classes = classes or {}
-    for name in classes:
-        if name not in names:
-            raise UserError(f'Classes are given for {name}, which is no teacher: name one of {", ".join(names)}.')
-    for member in members:  # all of them before the first is built or downloaded
-        if isinstance(member, TeacherSpec) and pretrained:
-            member.check()
+    if unknown := [name for name in classes if name not in names]:
+        raise UserError(f'Classes are given for {unknown[0]}, which is no teacher: name one of {", ".join(names)}.')
     modules = []
     for member, name, size in zip(members, names, sizes, strict=True):
         module = member
@@ -283,20 +245,22 @@ def create_ensemble(
     ensemble = EnsembleTeacher(modules, weights, names=names, img_sizes=sizes, autocast_dtype=autocast_dtype)
     _check_count(ensemble.names[0], 'classes', ensemble.num_classes, num_classes)
     _check_count(ensemble.names[0], 'input channels', ensemble.in_chans, in_chans)
-    return ensemble.to(device) if device is not None else ensemble
+    if optimize:
+        ensemble.optimize_for_inference()
+    return ensemble if device is None else ensemble.to(device)
 
 
 def _subset(teacher: nn.Module, name: str, classes: Sequence[int], num_classes: int | None) -> nn.Module:
     """The teacher, or each member of an ensemble, with these of its classes alone."""
-    if num_classes is not None and len(classes) != num_classes:
-        raise UserError(f'Teacher {name} must have one class for each of the {num_classes}, got {len(classes)}.')
     inner = unwrap_model(teacher)
-    try:
-        if not isinstance(inner, EnsembleTeacher):
-            return ClassSubset(teacher, classes)
-        members = [ClassSubset(member, classes) for member in inner.teachers]
-    except UserError as error:
-        raise UserError(f'Teacher {name}: {error}') from error
+    width = inner.num_classes
+    if len(classes) != (num_classes or len(classes)) or len(set(classes) & set(range(width))) != len(classes):
+        each = f'for each of the {num_classes}' if num_classes else 'for each'
+        got = f'got {len(classes)}: {str(list(classes))[:60]}'
+        raise UserError(f'Teacher {name} must have a class of its own, from 0 to {width - 1}, {each}, {got}')
+    if not isinstance(inner, EnsembleTeacher):
+        return ClassSubset(teacher, classes)
+    members = [ClassSubset(member, classes) for member in inner.teachers]
     subset = EnsembleTeacher(members, inner.weights, names=inner.names, img_sizes=inner.img_sizes)
     subset.autocast_dtypes = inner.autocast_dtypes
     return subset

@@ -1,20 +1,30 @@
 """The MEAL V2 (and V1) students as timm models, with the weights that the authors released.
 
 Every student is one of timm's own architectures with another pretrained config: what the weights were trained with
-(ImageNet mean and std, bilinear, crop 0.875) and where they are. timm groups models by the name of the module that
-registers them, hence the prefix of this file's name.
+(ImageNet mean and std, bilinear, crop 0.875) and where they are: on the authors' release page, or, with the environment
+variable MEALV2_HUB_NAMESPACE, in that namespace of the Hub. timm groups models by the name of the module that registers
+them, hence the prefix of this file's name.
 """
 
+import os
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import generate_default_cfgs, register_model
+from timm.models import (
+    clean_state_dict,
+    generate_default_cfgs,
+    get_arch_pretrained_cfgs,
+    register_model,
+    resolve_pretrained_cfg,
+)
 from timm.models.efficientnet import tf_efficientnet_b0
 from timm.models.mobilenetv3 import tf_mobilenetv3_large_100, tf_mobilenetv3_small_075, tf_mobilenetv3_small_100
 from timm.models.resnet import resnet18, resnet50
-from torch import nn
+from torch import Tensor, nn
 
-from timm_mealv2.models.pretrained import create_student
+from timm_mealv2.errors import UserError, one_line
 
 RELEASE = 'https://github.com/szq0214/MEAL-V2/releases/download/v1.0.0/'
 
@@ -72,43 +82,80 @@ VANILLA_ARCHITECTURE: dict[str, str] = {
 """timm's own name of each student's architecture: what an exported `config.json` names, so that plain timm loads it."""
 
 
+def _create(name: str, architecture: Callable[..., nn.Module], pretrained: bool, **kwargs: Any) -> nn.Module:
+    """Build timm's architecture with the student's own pretrained config; timm loads the weights."""
+    cfg = resolve_pretrained_cfg(name, kwargs.pop('pretrained_cfg', None), kwargs.pop('pretrained_cfg_overlay', None))
+    cfg = replace(cfg, architecture=name)
+    if not pretrained:
+        return architecture(pretrained_cfg=cfg, **kwargs)
+    registered = get_arch_pretrained_cfgs(name).get(f'{name}.{cfg.tag}')
+    namespace = os.environ.get('MEALV2_HUB_NAMESPACE')
+    if namespace and registered is not None and cfg == registered:  # not where the user gives another source
+        cfg = replace(cfg, url=None, hf_hub_id=f'{namespace}/{name}.{cfg.tag}')
+    source = cfg.file or cfg.hf_hub_id or cfg.url
+    if source is None and cfg.state_dict is None:
+        raise UserError(
+            f'{name}: no weights were released; train it with `mealv2-train --recipe {name}_{cfg.input_size[-1]}`, '
+            f'or give pretrained_cfg_overlay=dict(file=...).'
+        )
+    try:
+        model: Any = architecture(pretrained=True, pretrained_cfg=cfg, pretrained_filter_fn=_complete, **kwargs)
+    except (OSError, RuntimeError) as error:
+        fault = f'{type(error).__name__}: {one_line(error)}'
+        raise UserError(f'{source or "the given state_dict"} cannot be loaded into {name}: {fault}') from error
+    for key in ('file', 'state_dict'):  # a path of this machine, and tensors, would be in every checkpoint
+        model.pretrained_cfg.pop(key, None)
+    return model
+
+
+def _complete(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Drop the prefix that DataParallel gave the released files' keys; refuse what timm would leave random.
+
+    timm is not strict where another number of classes is asked for.
+    """
+    state_dict = clean_state_dict(state_dict)
+    if missing := [key for key in model.state_dict() if key not in state_dict]:
+        raise RuntimeError(f'{len(missing)} keys are missing: {", ".join(missing[:3])}, ...')
+    return state_dict
+
+
 @register_model
 def mealv1_resnet50(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """MEAL V1 ResNet-50."""
-    return create_student('mealv1_resnet50', resnet50, pretrained, **kwargs)
+    return _create('mealv1_resnet50', resnet50, pretrained, **kwargs)
 
 
 @register_model
 def mealv2_resnet18(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """MEAL V2 ResNet-18; no weights were released."""
-    return create_student('mealv2_resnet18', resnet18, pretrained, **kwargs)
+    return _create('mealv2_resnet18', resnet18, pretrained, **kwargs)
 
 
 @register_model
 def mealv2_resnet50(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """MEAL V2 ResNet-50; tags in1k (224), in1k_380 and cutmix_in1k."""
-    return create_student('mealv2_resnet50', resnet50, pretrained, **kwargs)
+    return _create('mealv2_resnet50', resnet50, pretrained, **kwargs)
 
 
 @register_model
 def mealv2_mobilenetv3_small_075(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """MEAL V2 MobileNetV3-Small 0.75."""
-    return create_student('mealv2_mobilenetv3_small_075', tf_mobilenetv3_small_075, pretrained, **kwargs)
+    return _create('mealv2_mobilenetv3_small_075', tf_mobilenetv3_small_075, pretrained, **kwargs)
 
 
 @register_model
 def mealv2_mobilenetv3_small_100(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """MEAL V2 MobileNetV3-Small 1.0."""
-    return create_student('mealv2_mobilenetv3_small_100', tf_mobilenetv3_small_100, pretrained, **kwargs)
+    return _create('mealv2_mobilenetv3_small_100', tf_mobilenetv3_small_100, pretrained, **kwargs)
 
 
 @register_model
 def mealv2_mobilenetv3_large_100(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """MEAL V2 MobileNetV3-Large 1.0."""
-    return create_student('mealv2_mobilenetv3_large_100', tf_mobilenetv3_large_100, pretrained, **kwargs)
+    return _create('mealv2_mobilenetv3_large_100', tf_mobilenetv3_large_100, pretrained, **kwargs)
 
 
 @register_model
 def mealv2_efficientnet_b0(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """MEAL V2 EfficientNet-B0."""
-    return create_student('mealv2_efficientnet_b0', tf_efficientnet_b0, pretrained, **kwargs)
+    return _create('mealv2_efficientnet_b0', tf_efficientnet_b0, pretrained, **kwargs)

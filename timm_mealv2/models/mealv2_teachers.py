@@ -1,6 +1,5 @@
 """The registered ensembles of teachers. timm groups models by the file that registers them, hence this file's name."""
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -69,31 +68,30 @@ def _create(
     named = model_args.pop('teachers', ())
     teachers = named if teachers is None else teachers
     kwargs = {**model_args, **kwargs}
-    overlay = dict(pretrained_cfg_overlay or {})
-    if any(overlay.get(key) for key in ('file', 'url', 'hf_hub_id')) or (given.get('file') and not from_file):
-        raise UserError(f'{name} has no weights file of its own: give each teacher its file, as NAME=PATH.')
     if (img_size := kwargs.pop('img_size', None)) is not None:
         kwargs.setdefault('img_sizes', [img_size])
-    if unknown := [key for key in kwargs if key not in inspect.signature(create_ensemble).parameters]:
-        raise UserError(f'{name} has no features, layers or pooling of its own: leave out {", ".join(unknown)}.')
     specs: list[TeacherSpec | nn.Module] = []
     for member in [teachers] if isinstance(teachers, str | nn.Module) else teachers:
         specs += TeacherSpec.parse_all([member]) if isinstance(member, str) else [member]
     if not specs and not pretrained and not from_file:
         specs = [TeacherSpec.parse('resnet18')]  # for programs that create every model of timm's list
-
     if name != 'mealv2_ensemble' or pretrained_cfg:
         given = given or resolve_pretrained_cfg(name, pretrained_cfg).to_dict()
-    for spec in specs:
-        if from_file and isinstance(spec, TeacherSpec) and spec.kind == 'python':
-            raise UserError(f'{spec} is refused in a config.json: code is run only where you name it yourself.')
     if given.get('source') == 'local-dir':  # the paths that a config.json names are taken from its folder
         folder = given['file']
         specs = [spec.under(folder) if isinstance(spec, TeacherSpec) else spec for spec in specs]
         classes = kwargs.get('classes') or {}
         kwargs['classes'] = {str(TeacherSpec.parse(text).under(folder)): indices for text, indices in classes.items()}
+    for spec in specs:
+        if not isinstance(spec, TeacherSpec):
+            continue
+        if from_file and spec.kind == 'python':
+            raise UserError(f'{spec} is refused in a config.json: code is run only where you name it yourself.')
+        if pretrained:
+            spec.check()
     ensemble = create_ensemble(specs, pretrained=pretrained, **kwargs)
-    ensemble.pretrained_cfg.update(filter_pretrained_cfg({**given, **overlay}, remove_source=True))
+    changes = {**given, **(pretrained_cfg_overlay or {})}
+    ensemble.pretrained_cfg.update(filter_pretrained_cfg(changes, remove_source=True))
     ensemble.pretrained_cfg.update(architecture=name, num_classes=ensemble.num_classes)
     ensemble.pretrained_cfg['input_size'] = (ensemble.in_chans, *ensemble.pretrained_cfg['input_size'][-2:])
     return ensemble.to(dtype=dtype) if dtype is not None else ensemble

@@ -33,8 +33,7 @@ from timm_mealv2.data.samples import Key, Samples
 from timm_mealv2.data.unreadable import UnreadableImage
 from timm_mealv2.errors import UserError
 from timm_mealv2.files import replacing
-from timm_mealv2.models.ensemble import EnsembleTeacher
-from timm_mealv2.models.teacher import ClassSubset
+from timm_mealv2.models.ensemble import ClassSubset, EnsembleTeacher
 from timm_mealv2.soft_labels.replay import StoredSamples
 from timm_mealv2.soft_labels.store import (
     FORMAT,

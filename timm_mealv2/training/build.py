@@ -7,7 +7,6 @@ import logging
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,7 +38,6 @@ from timm_mealv2.training.resume import check_changes
 from timm_mealv2.training.run_folder import RunFolder
 from timm_mealv2.training.settings import paper_differences, plain_settings, settings_text
 from timm_mealv2.training.stopping import Guard, Signals
-from timm_mealv2.training.teacher_tuning import tune_on_first_batch
 from timm_mealv2.training.trainer import Parts, Plan, Trainer
 
 _logger = logging.getLogger(__name__)
@@ -91,7 +89,7 @@ def build(args: argparse.Namespace, processes: Processes, signals: Signals) -> T
         data=data,
         pixels=pixels,
         teachers=teachers,
-        wrap=functools.partial(_wrap, args, processes, folder, checkpoint),
+        wrap=functools.partial(_wrap, args, processes),
     )
     if processes.primary:
         _announce(args, parts, student, processes, lr)
@@ -311,19 +309,12 @@ def _build_stepper(
     )
 
 
-def _wrap(
-    args: argparse.Namespace, processes: Processes, folder: RunFolder, checkpoint: Path | None, task: TrainingTask
-) -> None:
-    """Tune, compile and let DDP wrap the task, where asked for; after a checkpoint is loaded."""
-    compiles = args.torchcompile in ('', 'inductor')
-    options: dict[str, Any] = {}
-    if isinstance(task, MealV2Task) and task.teacher is not None and args.teacher_tune == 'on':
-        earlier = [folder.path, *([checkpoint.parent] if checkpoint is not None else [])]
-        kept = None if args.dry_run else folder.path
-        tune_on_first_batch(task, processes, args.teacher_compile or compiles, kept, earlier)
-        options = {'teachers': False} if compiles else {}  # they are compiled when they are tuned
+def _wrap(args: argparse.Namespace, processes: Processes, task: TrainingTask) -> None:
+    """Compile and let DDP wrap the task, where asked for; after a checkpoint is loaded."""
     if args.torchcompile is not None:
-        task.compile(backend=args.torchcompile or 'inductor', mode=args.torchcompile_mode, **options)
+        task.compile(backend=args.torchcompile or 'inductor', mode=args.torchcompile_mode)
+    elif args.teacher_compile and isinstance(task, MealV2Task) and task.teacher is not None:
+        task.teacher.compile_each()
     if processes.distributed:
         ddp_options = {'gradient_as_bucket_view': True}  # the gradient is not copied for the sum
         if args.no_ddp_bb:

@@ -20,7 +20,6 @@ from timm_mealv2.command_line import (
     SEED,
     TEACHERS,
     TRAIN_SPLIT,
-    TUNING,
     OneLineParser,
     Option,
     Range,
@@ -56,7 +55,7 @@ class _KeyValues(ParseKwargs):
 
 _OURS = (
     *TEACHERS,
-    *TUNING,
+    flag('--teacher-compile', 'torch.compile for each teacher'),
     Option('--discriminator-weight', NOT_NEGATIVE, "weight of the discriminator's loss; 0 builds none", 1.0),
     Option(
         '--discriminator-mode',

@@ -1,0 +1,40 @@
+"""The teachers of a run: read once, and optimized or left as they are."""
+
+from collections import Counter
+
+import pytest
+from quick_training import Train, summary
+
+from timm_mealv2.models.ensemble import EnsembleTeacher
+from timm_mealv2.models.factory import TeacherSpec
+
+
+def test_optimized_teachers_teach_the_same(train: Train, teachers: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    optimize, fused = EnsembleTeacher.optimize_for_inference, Counter()
+
+    def counted(ensemble: EnsembleTeacher) -> None:
+        optimize(ensemble)
+        fused.update(
+            running is not teacher for running, teacher in zip(ensemble.running, ensemble.teachers, strict=True)
+        )
+
+    monkeypatch.setattr(EnsembleTeacher, 'optimize_for_inference', counted)
+    # At a rate of 0.05 noise of 3e-8 in the teachers' logits, as rounding is, changes the loss by 1e-3.
+    options = ('--teachers', *teachers, '--drop', 0.2, '--lr', 1e-4, '--no-preflight')
+    rows = [summary(train(how, *options, '--teacher-optimize', how))[-1] for how in ('on', 'off')]
+    assert fused == {True: len(teachers)}
+    for column in ('train_loss', 'train_kl', 'eval_loss'):
+        assert float(rows[0][column]) == pytest.approx(float(rows[1][column]), abs=1e-5), column
+
+
+def test_a_teachers_text_is_parsed_and_checked_once(
+    train: Train, teachers: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts: Counter[tuple[str, str]] = Counter()
+    parse, check = TeacherSpec.parse, TeacherSpec.check
+    monkeypatch.setattr(
+        TeacherSpec, 'parse', classmethod(lambda cls, text: (counts.update([('parse', text)]), parse(text))[1])
+    )
+    monkeypatch.setattr(TeacherSpec, 'check', lambda spec: (counts.update([('check', str(spec))]), check(spec))[1])
+    train('run', '--teachers', *teachers, '--epochs', 1)
+    assert counts == {(what, text): 1 for what in ('parse', 'check') for text in teachers}
