@@ -31,7 +31,6 @@ from timm_mealv2.training.run import main
         ('--device-modules .x', '--device-modules .x: '),
         ('--model-kwargs absent=1', "unexpected keyword argument 'absent'"),
         ('--input-img-mode RGBA', '--input-img-mode RGBA has 4 channels, the model takes 3'),
-        ('--opt-kwargs absent=1', "unexpected keyword argument 'absent'"),
         ('--output {file}', '--output and --experiment: '),
     ],
 )

@@ -53,7 +53,9 @@ def build(args: argparse.Namespace, processes: Processes, signals: Signals) -> T
     lr = _learning_rate(args, batch_size * processes.world_size * args.grad_accum_steps)
     resolved = {'batch_size': batch_size, 'lr': lr, 'world_size': processes.world_size, 'device': processes.device.type}
     settings = plain_settings(args) | resolved
-    _check_devices(args, processes)
+    if 'adahessian' in args.opt and processes.distributed:
+        raise UserError(f'--opt {args.opt} takes second derivatives, which DDP does not give: train in one process.')
+    _warn_of_emulation(args, processes.device)
     folder = RunFolder.choose(args.output, args.experiment, args.model)
     restarted = bool(args.experiment) and int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0
     if restarted:
@@ -182,12 +184,7 @@ def _learning_rate(args: argparse.Namespace, images_per_update: int) -> float:
     return lr
 
 
-def _check_devices(args: argparse.Namespace, processes: Processes) -> None:
-    device = processes.device
-    if args.sync_bn and processes.distributed and device.type == 'cpu':
-        raise UserError('--sync-bn: torch synchronizes batch norm on GPUs only; leave it out.')
-    if 'adahessian' in args.opt and processes.distributed:
-        raise UserError(f'--opt {args.opt} takes second derivatives, which DDP does not give: train in one process.')
+def _warn_of_emulation(args: argparse.Namespace, device: torch.device) -> None:
     types = {'--amp-dtype': args.amp_dtype if args.amp else None, '--model-dtype': args.model_dtype}
     types['--teacher-dtype'] = args.teacher_dtype
     for flag, name in types.items():
@@ -222,23 +219,12 @@ def _build_task(
     common |= {'student_model': student, 'teacher_model': str(args.teachers[0])}
     common |= {'distill_loss_weight': args.distill_loss_weight, 'task_loss_weight': args.task_loss_weight}
     if args.kd_distill_type == 'feature':
-        dims = {
-            'student_feature_dim': args.kd_student_feature_dim,
-            'teacher_feature_dim': args.kd_teacher_feature_dim,
-        }
-        task_class: Callable[..., TrainingTask] = functools.partial(FeatureDistillationTask, **dims)
-    elif args.kd_distill_type == 'token':
-        task_class = functools.partial(
-            TokenDistillationTask, distill_type=args.kd_token_distill_type, temperature=args.kd_temperature
-        )
-    else:
-        task_class = functools.partial(
-            LogitDistillationTask, loss_type=args.kd_loss_type, temperature=args.kd_temperature
-        )
-    try:
-        return task_class(**common)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(f'cannot distil from {args.teachers[0]}: {error}') from error
+        common |= {'student_feature_dim': args.kd_student_feature_dim}
+        return FeatureDistillationTask(teacher_feature_dim=args.kd_teacher_feature_dim, **common)
+    common['temperature'] = args.kd_temperature
+    if args.kd_distill_type == 'token':
+        return TokenDistillationTask(distill_type=args.kd_token_distill_type, **common)
+    return LogitDistillationTask(loss_type=args.kd_loss_type, **common)
 
 
 def _build_criterion(args: argparse.Namespace) -> nn.Module:
@@ -257,13 +243,10 @@ _FUSED = ('sgd', 'nesterov', 'momentum', 'adam', 'adamw')  # names of torch's ow
 
 
 def _build_optimizer(args: argparse.Namespace, task: TrainingTask, lr: float) -> torch.optim.Optimizer:
-    try:
-        options = {**optimizer_kwargs(cfg=args), 'lr': lr, **args.opt_kwargs}
-        if task.device.type == 'cuda' and args.opt in _FUSED and 'foreach' not in options:
-            options.setdefault('fused', True)  # it skips an update by itself: the step then waits for nothing
-        optimizer = create_optimizer_v2(task.get_trainable_module(), **options)
-    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f'cannot create --opt {args.opt}: {error}') from error
+    options = {**optimizer_kwargs(cfg=args), 'lr': lr, **args.opt_kwargs}
+    if task.device.type == 'cuda' and args.opt in _FUSED and 'foreach' not in options:
+        options.setdefault('fused', True)  # it skips an update by itself: the step then waits for nothing
+    optimizer: torch.optim.Optimizer = create_optimizer_v2(task.get_trainable_module(), **options)
     if isinstance(task, MealV2Task):
         scale_discriminator_lr(optimizer, task, args.discriminator_lr_scale)
     return optimizer
@@ -275,10 +258,7 @@ def _build_schedule(
     """Create timm's learning rate schedule and count the epochs, those of warm-up and cool-down included."""
     updates = updates_per_epoch(data.loader, args.grad_accum_steps)
     options = scheduler_kwargs(args, decreasing_metric=eval_metric in ('loss', 'kl'))
-    try:
-        scheduler, epochs = create_scheduler_v2(optimizer, **options, updates_per_epoch=updates)
-    except (AssertionError, ValueError) as error:
-        raise UserError(f'cannot create --sched {args.sched}: {error}') from error
+    scheduler, epochs = create_scheduler_v2(optimizer, **options, updates_per_epoch=updates)
     return Schedule(scheduler, epochs, updates)
 
 
