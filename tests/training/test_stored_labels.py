@@ -1,6 +1,7 @@
 """Training on stored labels, as a user runs it: record once, train as often as one likes."""
 
 import logging
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from PIL import Image
 from quick_training import REPOSITORY, SMALL, assert_equal_weights, summary
 
 from timm_mealv2.cli.soft_labels import main as soft_labels
+from timm_mealv2.data.dataset import image_names, open_dataset
+from timm_mealv2.data.samples import EpochSampler
 from timm_mealv2.errors import UserError
 from timm_mealv2.runs import TIMES
 from timm_mealv2.training.checkpoint_saver import read_checkpoint
@@ -199,6 +202,27 @@ def test_other_images_stop_the_training_with_one_line_or_are_counted(
     with caplog.at_level(logging.INFO):
         train('other', '--allow-pixel-change', '--epochs', 1, data=data)
     assert 'Other pixels than recorded: 20 samples of this epoch and process' in caplog.text
+
+
+@pytest.mark.parametrize('when', ['before', 'after'])
+def test_a_batch_of_unreadable_images_is_filled_up_as_in_live_training(
+    when: str, teacher: str, image_folder: Path, tmp_path: Path, train: Train
+) -> None:
+    """All images of the first batch are broken before or after the recording: training goes on as live training."""
+    data = Path(shutil.copytree(image_folder, tmp_path / 'data'))
+    names = image_names(open_dataset('', str(data), 'train'))
+    options = ['--aa', 'rand-m9', '--top-k', 3]
+    if when == 'after':
+        labels = record(teacher, data, tmp_path / 'labels', *options)
+    for key in next(iter(EpochSampler(len(names), 4, seed=42))).keys:
+        (data / 'train' / names[key.index]).write_bytes(b'broken')
+    if when == 'before':
+        labels = record(teacher, data, tmp_path / 'labels', *options)
+    stored = train('stored', data=data, labels=labels)
+    live = ['--aa', 'rand-m9', '--teachers', teacher, '--discriminator-weight', 0, '--no-preflight']
+    for ours, expected in zip(summary(stored), summary(train('live', *live, data=data, labels=None)), strict=True):
+        assert float(ours['train_loss']) == pytest.approx(float(expected['train_loss']), abs=2**-12)
+        assert ours['train_teacher_agreement'] == expected['train_teacher_agreement']
 
 
 def test_two_processes_train_on_stored_labels_as_one_with_the_double_batch(
