@@ -146,7 +146,6 @@ def test_the_classes_of_a_teacher_are_chosen(folder: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ('options', 'words'),
     [
-        (('--top-k', '8'), '--top-k 8: there are 7 classes'),
         (('--num-classes', '10'), 'has 7 classes, but 10'),
         (('--mixup', '0.2', '--mixup-mode', 'batch'), '--mixup-mode batch: a sample would depend on its batch'),
         (('--data-dir', '/nowhere'), "no data set at '/nowhere'"),
@@ -241,7 +240,7 @@ def test_verify_refuses_damage_other_teachers_and_other_images(folder: Path, tmp
     assert 'part-00000-00000 is damaged (epoch 2)' in refused(capsys, *verify(folder, store))
 
     line = refused(capsys, *verify(folder, folder / 'store', '--teachers', f'test_resnet={folder}/other.pth'))
-    assert f'not the recorded teachers: test_resnet={folder}/teacher.pth had other weights' in line
+    assert f'do not match: test_resnet={folder}/teacher.pth had other weights' in line
 
     line = refused(capsys, *verify(folder, folder / 'store', '--tolerance', '1e-9'))
     assert re.search(r'the predictions do not match: a probability differs by \S+ \(--tolerance 1e-09\)', line)

@@ -92,7 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
     add('--recipe', metavar='NAME', help='settings of a published training as defaults')
     add('-c', '--config', metavar='FILE', help='YAML file of settings as defaults, such as the args.yaml of a run')
     add('--epochs', type=COUNT, metavar='M', help='epochs to record, those that are there included')
-    add('--top-k', type=COUNT, metavar='K', help='most probable classes to keep; 10, or all where there are fewer')
+    add('--top-k', type=COUNT, default=10, metavar='K', help='most probable classes to keep, or all of fewer')
     add('--seed', type=SEED, default=42, help="the training's seed: that of crops, augmentation and order")
     student = 'student, whose image size, mean and std count; else those of the first teacher'
     add('--model', type=model_text, metavar='NAME', help=student)
@@ -176,20 +176,17 @@ def _verify(args: argparse.Namespace) -> None:
     print(f'read                 {total:,} records, {unreadable:,} of them of images that could not be read')
     device = choose_device(args.device)
     samples = _samples(args, store)
-    texts = [str(spec) for spec in TeacherSpec.parse_all(args.teachers)] if args.teachers else None
-    teachers = create_teachers(store.meta, texts, device)
-    changed = changed_teachers(store.meta, teachers)
-    result = compare(samples, teachers, count=args.samples, device=device)
-    print(f'compared             {result.samples} samples; their pixels are the recorded ones')
-    print(f'largest difference   {result.max_difference:.2e} of a probability')
-    print(f'mean difference      {result.mean_difference:.2e}')
-    print(f'same top-1           {100 * result.agreement:.2f}%')
-    if changed:
-        names = ', '.join(changed)
-        raise UserError(f'not the recorded teachers: {names} had other weights; name them with --teachers.')
-    if result.max_difference > args.tolerance:
-        fault = f'a probability differs by {result.max_difference:.2e} (--tolerance {args.tolerance:g})'
-        raise UserError(f'the predictions do not match: {fault}.')
+    teachers = create_teachers(store.meta, [str(spec) for spec in TeacherSpec.parse_all(args.teachers or [])], device)
+    found = compare(samples, teachers, count=args.samples, device=device)
+    print(f'compared             {found["samples"]} samples; their pixels are the recorded ones')
+    print(f'largest difference   {found["largest difference"]:.2e} of a probability')
+    print(f'mean difference      {found["mean difference"]:.2e}')
+    print(f'same top-1           {100 * found["same top-1"]:.2f}%')
+    faults = [f'{name} had other weights (name it with --teachers)' for name in changed_teachers(store.meta, teachers)]
+    if found['largest difference'] > args.tolerance:
+        faults.append(f'a probability differs by {found["largest difference"]:.2e} (--tolerance {args.tolerance:g})')
+    if faults:
+        raise UserError(f'the predictions do not match: {"; ".join(faults)}.')
 
 
 def _show(args: argparse.Namespace) -> None:
@@ -202,7 +199,7 @@ def _show(args: argparse.Namespace) -> None:
     classes = class_names(samples.dataset)
     if classes is not None and len(classes) != store.meta.num_classes:
         classes = None
-    draw_samples(samples, image, classes, args.samples).save(args.out)
+    draw_samples(samples, image, classes, args.samples).savefig(args.out)
     print(f'{args.out}: {names[image]}')
 
 
@@ -220,7 +217,7 @@ def _parts(args: argparse.Namespace, device: torch.device) -> tuple[Dataset, Ens
     # A model of random weights tells the pixels that a student of this name expects.
     try:
         cfg = timm.create_model(args.model).pretrained_cfg if args.model else teachers.pretrained_cfg
-    except Exception as error:  # a config.json is the user's, whatever timm raises
+    except (OSError, RuntimeError, ValueError) as error:
         raise UserError(f'cannot create --model {args.model}: {one_line(error)}') from error
     pixels = {name: getattr(args, name) for name in ('input_size', 'img_size', 'mean', 'std')}
     config = resolve_pixels(pixels, cfg, teachers.in_chans)

@@ -66,7 +66,7 @@ def describe(
     augmentation: Augmentation,
     *,
     seed: int = 42,
-    top_k: int | None = None,
+    top_k: int = 10,
     batch_size: int = 128,
     part_images: int | None = None,
 ) -> StoreMeta:
@@ -74,18 +74,15 @@ def describe(
 
     Args:
         seed: Seed of the training.
-        top_k: Classes to keep; None for 10, or all where there are fewer.
+        top_k: Classes to keep, or all where there are fewer.
         part_images: Images of a part. None for 128 parts a block of epochs, or more for very many images and fewer for
             few: a store has some thousand files at most, and a process that dies loses little.
 
     Raises:
-        UserError: If the data set has no random access, or there are not so many classes.
+        UserError: If the data set has no random access.
     """
     if isinstance(dataset, IterableDataset):
         raise UserError('a streaming data set has no numbered images to record: take a folder, a tar or hfds/NAME.')
-    top_k = top_k or min(10, teachers.num_classes)
-    if top_k > teachers.num_classes:
-        raise UserError(f'--top-k {top_k}: there are {teachers.num_classes} classes.')
     images = len(dataset)  # type: ignore[arg-type]
     return StoreMeta(
         format=FORMAT,
@@ -93,7 +90,7 @@ def describe(
         augmentation=augmentation,
         seed=seed,
         num_classes=teachers.num_classes,
-        top_k=top_k,
+        top_k=min(top_k, teachers.num_classes),
         images=images,
         names_sha256=names_sha256(image_names(dataset)),
         versions=library_versions(),
@@ -140,28 +137,27 @@ def difference(former: StoreMeta, now: StoreMeta) -> str | None:
     The texts that name the teachers may differ, as paths do: their weights count. So may the libraries' versions as
     long as the pixels are the same.
     """
-    names = [' '.join(teacher['name'] for teacher in meta.teachers) for meta in (former, now)]
-    if len(former.teachers) != len(now.teachers):
+    weights = [[teacher['sha256'] for teacher in meta.teachers] for meta in (former, now)]
+    if weights[0] != weights[1]:
+        names = [' '.join(f'{t["name"]} (SHA-256 {t["sha256"][:12]})' for t in meta.teachers) for meta in (former, now)]
         return f'--teachers {names[0]}, not {names[1]}'
-    for a, b in zip(former.teachers, now.teachers, strict=True):
-        if a['sha256'] != b['sha256']:
-            if a['name'] != b['name']:
-                return f'--teachers {names[0]}, not {names[1]}'
-            return f'other weights of {a["name"]} (SHA-256 {a["sha256"][:12]}, not {b["sha256"][:12]})'
-        options = {'weight': 'weights', 'img_size': 'img-size', 'classes': 'classes', 'autocast_dtype': 'dtype'}
-        for key, option in options.items():
-            if a[key] != b[key]:
-                return f'--teacher-{option} {shown(a[key])} for {a["name"]}, not {shown(b[key])}'
-    pairs = [
-        ('--num-classes', former.num_classes, now.num_classes),
-        ('--top-k', former.top_k, now.top_k),
-        ('--seed', former.seed, now.seed),
-        ('the number of images', former.images, now.images),
-        ('the SHA-256 of the names of the images', former.names_sha256, now.names_sha256),
-    ]
-    fields = asdict(former.augmentation), asdict(now.augmentation)
-    pairs += [(option_text(name), fields[0][name], fields[1][name]) for name in fields[0]]
-    return next((f'{option} {shown(a)}, not {shown(b)}' for option, a, b in pairs if a != b), None)
+    settings = _settings(former), _settings(now)
+    differing = (option for option in settings[0] if settings[0][option] != settings[1][option])
+    return next((f'{option} {", not ".join(shown(one[option]) for one in settings)}' for option in differing), None)
+
+
+def _settings(meta: StoreMeta) -> dict[str, Any]:
+    """The settings that must not change within a store, by option."""
+    options = {'weight': 'weights', 'img_size': 'img-size', 'classes': 'classes', 'autocast_dtype': 'dtype'}
+    return {
+        **{f'--teacher-{option}': [t[key] for t in meta.teachers] for key, option in options.items()},
+        '--num-classes': meta.num_classes,
+        '--top-k': meta.top_k,
+        '--seed': meta.seed,
+        'the number of images': meta.images,
+        'the SHA-256 of the names of the images': meta.names_sha256,
+        **{option_text(name): value for name, value in asdict(meta.augmentation).items()},
+    }
 
 
 def record(
@@ -203,7 +199,7 @@ def record(
                 time.sleep(_POLL_SECONDS)
     finally:
         parts.release()
-        bar.close()
+        bar.bar.close()
     shutil.rmtree(out / _LOCKS, ignore_errors=True)
     store = SoftLabelStore(out)
     unreadable = np.count_nonzero(store.read_epoch(0, np.arange(meta.images))['crc'] == 0)
@@ -412,24 +408,21 @@ class RecordingBar:
 
     def __init__(self, out: Path, visible: bool) -> None:
         self.out, self.looked = out, time.monotonic()
-        total = sum(part.samples for part in SoftLabelStore(out).meta.parts())
+        total, written = self._count()
         interval = 0.1 if sys.stderr.isatty() else 30  # of a log file
         options: Any = {'unit': ' samples', 'unit_scale': True, 'leave': False, 'mininterval': interval}
-        self.bar = tqdm(total=total, initial=self._written(), disable=not visible, **options)
+        self.bar = tqdm(total=total, initial=written, disable=not visible, **options)
 
-    def _written(self) -> int:
+    def _count(self) -> tuple[int, int]:
         store = SoftLabelStore(self.out)
-        return sum(part.samples for part in store.meta.parts()) - sum(part.samples for part in store.missing)
+        total = sum(part.samples for part in store.meta.parts())
+        return total, total - sum(part.samples for part in store.missing)
 
     def update(self, unfinished: int) -> None:
         """Look once a second what all have written; `unfinished` samples of this process come on top."""
         if not self.bar.disable and time.monotonic() - self.looked > 1:
             self.looked = time.monotonic()
-            self.bar.update(self._written() + unfinished - self.bar.n)
-
-    def close(self) -> None:
-        """Remove the bar."""
-        self.bar.close()
+            self.bar.update(self._count()[1] + unfinished - self.bar.n)
 
 
 def measure_rate(
@@ -443,22 +436,17 @@ def measure_rate(
 ) -> float:
     """Measure how many samples a second this process records, on images that are spread over the data set.
 
-    The arguments are those of `record`. The first of the `seconds`, in which workers and device start, do not count.
+    The arguments are those of `record`. The first quarter of the batches does not count.
     """
     samples = Samples(dataset, meta.augmentation, meta.seed)
     images = np.random.default_rng(0).choice(meta.images, min(meta.images, 4096), replace=False).tolist()
     batches = list(part_batches(samples, images, range(BLOCK_EPOCHS), meta.batch_size))
-    begun = since = 0.0
-    count = 0
-    for pixels, crcs, _ in _sample_loader(samples, cycle(batches), workers, torch.device(device)):
-        if len(pixels):
-            predict(teachers, pixels, torch.device(device)).topk(meta.top_k, dim=1)[0].cpu()
-        now = time.perf_counter()
-        begun = begun or now
-        if now <= begun + seconds / 4:  # what workers have prepared in advance
-            since, count = now, 0
-        else:
-            count += len(crcs)
-            if now > begun + seconds:
-                break
-    return count / (now - since)
+    times: list[float] = []
+    for pixels, _, _ in _sample_loader(samples, cycle(batches), workers, torch.device(device)):
+        predict(teachers, pixels, torch.device(device)).topk(meta.top_k, dim=1)[0].cpu()
+        times.append(time.perf_counter())
+        if times[-1] - times[0] > seconds:
+            break
+    # The workers have prepared some batches while the device started.
+    first = len(times) // 4
+    return (len(times) - 1 - first) * len(batches[0]) / (times[-1] - times[first])

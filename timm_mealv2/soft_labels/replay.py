@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from timm_mealv2.data.dataset import image_names
-from timm_mealv2.data.loader import stack_pixels
+from timm_mealv2.data.loader import Collate, stack_pixels
 from timm_mealv2.data.samples import EpochSampler, Key, KeyBatch, Sample, Samples
 from timm_mealv2.data.unreadable import UnreadableImage
 from timm_mealv2.errors import UserError
@@ -42,7 +42,6 @@ class StoredSamples(Samples):
         self,
         store: SoftLabelStore,
         dataset: Dataset,
-        *,
         labels: range | None = None,
         allow_pixel_change: bool = False,
     ) -> None:
@@ -79,6 +78,17 @@ class StoredSamples(Samples):
             with self.changed.get_lock():
                 self.changed.value += 1
         return sample
+
+    def collate(self, batch: KeyBatch, samples: list[Sample]) -> tuple[Tensor, Tensor]:
+        """Collate samples with their records: labels float32 [B, 1 + 2K].
+
+        A label is the hard label (-1 if unknown, or if the sample is mixed of two images), K class indices and K
+        probabilities.
+        """
+        records = np.stack([self.record(key) for key in batch.keys])
+        hard = [sample.target if sample.lam == 1 else -1 for sample in samples]
+        labels = np.column_stack([hard, records['classes'], records['probabilities']])
+        return stack_pixels(samples), torch.from_numpy(labels.astype(np.float32))
 
     def _other_pixels(self) -> str:
         recorded, here = (
@@ -150,47 +160,22 @@ class StoredSampler(EpochSampler):
             yield batch._replace(keys=keys)
 
 
-class CollateStored:
-    """Collates samples with their records: labels float32 [B, 1 + 2K].
-
-    A label is the hard label (-1 if unknown, or if the sample is mixed of two images), K class indices and K
-    probabilities.
-    """
-
-    def __init__(self, samples: StoredSamples) -> None:
-        self.samples = samples
-
-    def __call__(self, batch: KeyBatch, samples: list[Sample]) -> tuple[Tensor, Tensor]:
-        records = np.stack([self.samples.record(key) for key in batch.keys])
-        hard = [sample.target if sample.lam == 1 else -1 for sample in samples]
-        labels = np.column_stack([hard, records['classes'], records['probabilities']])
-        return stack_pixels(samples), torch.from_numpy(labels.astype(np.float32))
-
-
 def replay(
     store: SoftLabelStore,
     dataset: Dataset,
     batch_size: int,
-    *,
     labels: range | None = None,
     allow_pixel_change: bool = False,
     **kwargs: Any,
-) -> tuple[StoredSamples, StoredSampler, CollateStored]:
-    """Return what a training loader needs to train on a store.
-
-    Args:
-        dataset: The images of the store, or some of them, without a transform.
-        batch_size: Samples a batch and process.
-        labels: The possible hard labels; None takes all.
-        allow_pixel_change: Train on samples with other pixels than the recorded ones too, and count them.
-        **kwargs: 'rank', 'world_size' and 'samples_per_decode' of `EpochSampler`.
+) -> tuple[StoredSamples, StoredSampler, Collate]:
+    """Return what a training loader needs to train on a store; the arguments are those of the two classes.
 
     Raises:
         UserError: If the store has no complete epoch, or the images are not those of the store.
     """
     if isinstance(dataset, IterableDataset):
         raise UserError('--soft-labels needs a data set with random access: a streaming one has none.')
-    samples = StoredSamples(store, dataset, labels=labels, allow_pixel_change=allow_pixel_change)
+    samples = StoredSamples(store, dataset, labels, allow_pixel_change)
     epochs = store.epochs
     if dist.is_initialized():  # while recording goes on, processes may see different numbers
         shared = [epochs]
@@ -198,4 +183,4 @@ def replay(
         epochs = shared[0]
     if store.missing:
         _logger.warning(f'Taking the first {epochs} of {store.meta.epochs} epochs: {store.incomplete()}')
-    return samples, StoredSampler(samples, epochs, batch_size, **kwargs), CollateStored(samples)
+    return samples, StoredSampler(samples, epochs, batch_size, **kwargs), samples.collate

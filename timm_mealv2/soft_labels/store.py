@@ -245,12 +245,12 @@ class SoftLabelStore:
         Raises:
             UserError: At the first setting that would give other pixels or classes than the recorded ones.
         """
-        channels, height, width = self.meta.augmentation.input_size
-        fields = asdict(self.meta.augmentation)
-        stored = {name: value for name, value in fields.items() if name not in ('mean', 'std')}
+        augmentation = self.meta.augmentation
+        stored = {name: _plain(value) for name, value in asdict(augmentation).items() if name not in ('mean', 'std')}
         stored['num_classes'] = self.meta.num_classes
-        if self.meta.augmentation.mixes:
+        if augmentation.mixes:
             stored['mixup_mode'] = 'pair'
+        channels, height, width = augmentation.input_size
         teachers = sorted(teacher['name'] for teacher in self.meta.teachers)
         compared = {**stored, 'in_chans': channels, 'teachers': teachers}
         if height == width:
@@ -258,14 +258,18 @@ class SoftLabelStore:
         for name, value in given.items():
             if name not in compared or (name == 'teachers' and not value):
                 continue
-            now = sorted(value) if name == 'teachers' else tuple(value) if isinstance(value, list) else value
+            now = sorted(value) if name == 'teachers' else _plain(value)
             if (now or None) != (compared[name] or None):
                 raise UserError(
                     f'{option_text(name)} was {shown(compared[name])} when {self.path} was recorded and is '
                     f'{shown(value)} here: leave it out, or record again.'
                 )
-        new = {name: value for name, value in stored.items() if name not in given}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in new.items()}
+        return {name: value for name, value in stored.items() if name not in given}
+
+
+def _plain(value: Any) -> Any:
+    """A setting as the command line has it: several values are a list."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def checksum(records: bytes, epoch: int, start: int) -> bytes:

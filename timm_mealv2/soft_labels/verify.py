@@ -1,11 +1,10 @@
 """Check a store against its images and teachers, and show what is in it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 
 from timm_mealv2.data.unreadable import UnreadableImage
 from timm_mealv2.errors import UserError
@@ -16,23 +15,7 @@ from timm_mealv2.soft_labels.replay import StoredSamples
 from timm_mealv2.soft_labels.store import SoftLabelStore, StoreMeta
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """How predictions that were made again differ from the stored ones.
-
-    The differences are of stored probabilities, and `agreement` is the share (0..1) of samples with the same most
-    probable class.
-    """
-
-    samples: int
-    max_difference: float
-    mean_difference: float
-    agreement: float
-
-
-def create_teachers(
-    meta: StoreMeta, names: Sequence[str] | None = None, device: torch.device | str | None = None
-) -> EnsembleTeacher:
+def create_teachers(meta: StoreMeta, names: Sequence[str] = (), device: torch.device | None = None) -> EnsembleTeacher:
     """Create the teachers of a store; `names`, in their order, are loaded in place of the recorded ones.
 
     Raises:
@@ -40,14 +23,15 @@ def create_teachers(
     """
     names = list(names or (teacher['name'] for teacher in meta.teachers))
     # Where height and width differ, the size is the teacher's own.
-    sizes = [size[0] if size and size[0] == size[1] else None for size in (t['img_size'] for t in meta.teachers)]
+    sizes = [size[0] if size and size[0] == size[-1] else None for size in (t['img_size'] for t in meta.teachers)]
+    classes = [teacher['classes'] for teacher in meta.teachers]
     ensemble = create_ensemble(
         names,
         num_classes=meta.num_classes,
         in_chans=meta.augmentation.input_size[0],
         weights=[teacher['weight'] for teacher in meta.teachers],
-        img_sizes=sizes,  # type: ignore[arg-type]
-        classes={name: t['classes'] for name, t in zip(names, meta.teachers, strict=False) if t['classes'] is not None},
+        img_sizes=sizes,  # type: ignore[arg-type]  # None is accepted
+        classes={name: chosen for name, chosen in zip(names, classes, strict=False) if chosen is not None},
         device=device,
     )
     dtypes = (teacher['autocast_dtype'] for teacher in meta.teachers)
@@ -79,21 +63,20 @@ def read_all(store: SoftLabelStore) -> int:
 
 
 def compare(
-    samples: StoredSamples,
-    teachers: EnsembleTeacher,
-    *,
-    count: int = 256,
-    device: torch.device | str = 'cpu',
-    seed: int = 42,
-) -> Comparison:
-    """Make `count` random samples of a store again, and let the teachers (on `device`) predict them.
+    samples: StoredSamples, teachers: EnsembleTeacher, *, count: int = 256, device: torch.device | str = 'cpu'
+) -> dict[str, float]:
+    """Make `count` random samples of a store again, let the teachers (on `device`) predict them, return what differs.
 
     Samples without a record, or of images that cannot be read now, are left out.
+
+    Returns:
+        'samples' (their number), 'largest difference' and 'mean difference' of the stored probabilities, and 'same
+        top-1', the share (0..1) of samples with the same most probable class.
 
     Raises:
         UserError: If pixels have changed.
     """
-    store, generator = samples.store, np.random.default_rng(seed)
+    store, generator = samples.store, np.random.default_rng(42)
     epochs = generator.integers(store.epochs, size=count).tolist()
     images = store.meta.images if samples.rows is None else samples.rows
     records: list[np.ndarray] = []
@@ -108,42 +91,44 @@ def compare(
     now = torch.cat([predict(teachers, batch, torch.device(device)).cpu() for batch in batches]).numpy()
     stored = np.concatenate(records)
     difference = np.abs(np.take_along_axis(now, stored['classes'], axis=1) - stored['probabilities'].astype(np.float32))
-    same = now.argmax(axis=1) == stored['classes'][:, 0]
-    return Comparison(len(stored), float(difference.max()), float(difference.mean()), float(same.mean()))
+    return {
+        'samples': len(stored),
+        'largest difference': float(difference.max()),
+        'mean difference': float(difference.mean()),
+        'same top-1': float((now.argmax(axis=1) == stored['classes'][:, 0]).mean()),
+    }
 
 
-def draw_samples(
-    samples: StoredSamples, image: int, class_names: Sequence[str] | None = None, count: int = 8
-) -> Image.Image:
-    """Draw the samples of an image in the first `count` epochs, each beside the classes that the teachers gave it.
+def draw_samples(samples: StoredSamples, image: int, class_names: Sequence[str] | None = None, count: int = 8) -> Any:
+    """Draw a matplotlib figure of the samples of an image in the first `count` epochs, each beside the classes that the teachers gave it.
 
     `image` is its number in the store.
 
     Raises:
         UserError: If pixels have changed.
     """
-    font, bold = ImageFont.load_default(15), ImageFont.load_default(17)
-    side, text_width, columns = 224, 236, 2
+    from matplotlib.figure import Figure  # no other command needs it
+
     count = min(count, samples.store.epochs)
-    lines = -(-count // columns)
-    picture = Image.new('RGB', (columns * (side + text_width) + 12, lines * (side + 12) + 12), 'white')
-    draw = ImageDraw.Draw(picture)
+    lines = -(-count // 2)
+    figure = Figure((10, 2.4 * lines), layout='constrained')
     for epoch in range(count):
-        left, top = 12 + epoch % columns * (side + text_width), 12 + epoch // columns * (side + 12)
-        draw.text((left + side + 10, top), f'epoch {epoch}', 'black', bold)
+        left, right = (figure.add_subplot(lines, 4, 2 * epoch + column) for column in (1, 2))
+        left.set_title(f'epoch {epoch}')
+        left.axis('off')
         try:
             pixels = samples.sample(epoch, image).pixels
-        except UnreadableImage:
-            draw.text((left + side + 10, top + 22), 'cannot be read', 'red', font)
+        except UnreadableImage as error:
+            right.text(0, 0.5, str(error), wrap=True)
+            right.axis('off')
             continue
-        drawn = pixels[0] if len(pixels) == 1 else pixels[:3].transpose(1, 2, 0)
-        picture.paste(Image.fromarray(drawn).resize((side, side), Image.Resampling.NEAREST), (left, top))
-        left += side + 10
+        left.imshow(pixels[:3].transpose(1, 2, 0) if len(pixels) > 1 else pixels[0], cmap='gray', vmin=0, vmax=255)
         record = samples.store.read_epoch(epoch, np.array([image]))[0]
-        rows = list(zip(record['classes'].tolist(), record['probabilities'].tolist(), strict=True))[:6]
-        for line, (index, probability) in enumerate(rows):
-            y = top + 30 + 31 * line
-            name = str(index) if class_names is None else class_names[index]
-            draw.rectangle((left, y + 19, left + (text_width - 30) * probability, y + 23), '#4477aa')
-            draw.text((left, y), f'{100 * probability:5.1f}%  {name[:22]}', 'black', font)
-    return picture
+        classes, probabilities = record['classes'][:6].tolist(), record['probabilities'][:6].tolist()
+        names = [class_names[index] if class_names else f'class {index}' for index in classes]
+        bars = right.barh(names[::-1], probabilities[::-1])
+        right.bar_label(bars, fmt='{:.1%}', padding=2)
+        right.set_xlim(0, 1.3)
+        right.spines[:].set_visible(False)
+        right.set_xticks([])
+    return figure
