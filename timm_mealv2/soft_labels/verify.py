@@ -100,7 +100,7 @@ def compare(
 
 
 def draw_samples(samples: StoredSamples, image: int, class_names: Sequence[str] | None = None, count: int = 8) -> Any:
-    """Draw a matplotlib figure of the samples of an image in the first `count` epochs, each beside the classes that the teachers gave it.
+    """Draw a matplotlib figure: an image's samples of the first `count` epochs, each with the classes it was given.
 
     `image` is its number in the store.
 

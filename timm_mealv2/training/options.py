@@ -71,7 +71,7 @@ _OURS = (
     flag('--unlabeled', help='ignore labels; any folder of images works'),
     Option('--samples-per-decode', COUNT, 'samples drawn from each decoded image', 1),
     Option('--label-rest', str, 'how to treat probability outside the stored top-K', 'uniform', choices=LABEL_RESTS),
-    flag('--allow-pixel-change', help='soft labels: accept images that are decoded to slightly other pixels'),
+    flag('--allow-pixel-change', help='train on samples whose pixels are not the recorded ones, and count them'),
     Option('--total-batch-size', COUNT, 'global batch size per optimizer step, in place of --batch-size'),
     Option('--recipe', str, 'recipe of a published training; command-line options override it'),
     flag('--list-recipes', help='print the recipes and stop'),
