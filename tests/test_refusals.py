@@ -87,7 +87,7 @@ def files(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
         (f'{RECORD}', '--teachers'),
         (f'{RECORD} --teachers test_resnet={{text.pth}}', 'not a readable checkpoint'),
         ('softlabels info absent', 'absent'),
-        ('hub export absent.pth.tar --out {o}', 'there is no such file'),
+        ('hub export absent.pth.tar --out {o}', 'absent.pth.tar is not a readable checkpoint'),
         ('hub export {text.pth} --out {o}', 'not a readable checkpoint'),
         ('report absent', 'absent'),
     ],
