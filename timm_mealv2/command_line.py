@@ -236,7 +236,7 @@ TEACHERS = (
     Option(
         '--teachers',
         str,
-        'NAME.TAG, NAME=CHECKPOINT, local-dir:FOLDER, hf-hub:USER/REPO or python:MODULE:FUNCTION',
+        'NAME.TAG of timm, checkpoint, run folder, NAME=FILE, local-dir:DIR, hf-hub:USER/REPO, python:MODULE:FUNCTION',
         nargs='+',
         metavar='TEACHER',
     ),

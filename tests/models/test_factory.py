@@ -82,6 +82,39 @@ class TestGiven:
         assert counts == {'parse': 2, 'check': 1}
 
 
+class TestPaths:
+    """A file or folder alone is a model: it tells by itself what it is."""
+
+    def test_a_run_folder_is_its_best_checkpoint_or_the_one_that_is_named(self, tmp_path):
+        run = tmp_path / 'run'
+        run.mkdir()
+        models = {name: tiny(seed, 'test_resnet') for seed, name in enumerate(('last', 'model_best'))}
+        for name, model in models.items():
+            contents = {'state_dict': model.state_dict(), 'args': {'model': 'test_resnet', 'num_classes': 10}}
+            torch.save(contents, run / f'{name}.pth.tar')
+        for text, name in (
+            (run, 'model_best'),
+            (f'{run}:last', 'last'),
+            (run / 'last.pth.tar', 'last'),
+        ):
+            torch.testing.assert_close(create_ensemble(str(text)).teachers[0].state_dict(), models[name].state_dict())
+        (run / 'model_best.pth.tar').unlink()
+        assert str(TeacherSpec.parse(str(run))) == str(run / 'last.pth.tar')
+        with pytest.raises(UserError, match=r'neither an export .* nor a run folder with other or other.pth.tar'):
+            TeacherSpec.parse(f'{run}:other')
+
+    def test_an_export_is_told_by_its_content(self, tmp_path):
+        model = tiny(0)
+        save_folder(tmp_path / 'a', model)
+        ensemble = create_ensemble(str(tmp_path / 'a'))
+        torch.testing.assert_close(ensemble.teachers[0].state_dict(), model.state_dict())
+
+    def test_a_file_of_bare_weights_asks_for_its_architecture(self, tmp_path):
+        torch.save(tiny(0).state_dict(), tmp_path / 'a.pth')
+        with pytest.raises(UserError, match='name its architecture, as NAME=PATH'):
+            create_ensemble(str(tmp_path / 'a.pth'))
+
+
 class TestCheck:
     @pytest.mark.parametrize(
         ('text', 'message'),
@@ -141,7 +174,7 @@ class TestRefused:
         [
             ('resnet5', r"'resnet5' is no timm model \(nearest: resnet50"),
             ('resnet50.a1_in2k', r"'resnet50.a1_in2k' is no tag of resnet50 \(nearest: resnet50.a1_in1k"),
-            ('timm/resnet50.a1_in1k', 'is no timm model'),
+            ('timm/resnet50.a1_in1k', 'no such file, and no model of timm'),
             ('resnet50d.', 'is no tag of resnet50d'),
             ('vit_tiny_patch16_18x2', 'is no timm model'),
             ('local-dir:/not/there', 'local-dir:/not/there: there is no config.json in it'),

@@ -60,8 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog='mealv2-eval', description='Accuracy of timm models, and their agreement with teachers.'
     )
-    names = 'hf-hub:USER/REPO, local-dir:FOLDER, ARCHITECTURE=CHECKPOINT or python:MODULE:FUNCTION'
-    parser.add_argument('models', nargs='+', metavar='MODEL', help=f'timm name with its tag, {names}')
+    parser.add_argument('models', nargs='+', metavar='MODEL', help='as --teachers; a model.onnx too')
     group = parser.add_argument_group('teachers', 'Report agreement and KL divergence with the ensemble of these.')
     add_options(group, TEACHERS)
 

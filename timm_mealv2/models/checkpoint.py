@@ -170,6 +170,8 @@ class TrainingCheckpoint:
             raise UserError(f'{self} does not fit the architecture {arch}: {one_line(error)}') from error
         cfg = filter_pretrained_cfg({**model.pretrained_cfg, **_plain(overlay)}, remove_source=True)
         cfg['num_classes'] = model.num_classes
+        if len(self.class_names) == model.num_classes:
+            cfg['label_names'] = list(self.class_names)
         model.pretrained_cfg = model.default_cfg = cfg
         return model
 

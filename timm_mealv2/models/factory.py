@@ -4,7 +4,9 @@ A teacher is an `nn.Module`, or a text that names one:
 
 - `resnet152s.gluon_in1k`: a timm model, with the pretrained weights of its tag;
 - `hf-hub:USER/REPO`, `local-dir:FOLDER`: an exported model, built as its `config.json` says (`model_args` included);
-- `resnet18=path/to/checkpoint.pth.tar`: weights of one's own in a timm architecture;
+- `path/to/checkpoint.pth.tar`: a file that tells its architecture, as training checkpoints do; or a model.onnx;
+- `path/to/folder`: an exported model, or a run folder: its best checkpoint, `path/to/folder:last` for another;
+- `resnet18=path/to/weights.pth`: bare weights in a timm architecture;
 - `python:package.module:function`: what the function returns, called without arguments.
 """
 
@@ -37,9 +39,11 @@ from torch import nn
 from timm_mealv2.errors import UserError
 from timm_mealv2.models.checkpoint import TrainingCheckpoint, architecture_arguments, is_ensemble, making
 from timm_mealv2.models.ensemble import ClassSubset, EnsembleTeacher, teacher_name
+from timm_mealv2.models.onnx_model import OnnxModel
 
 _logger = logging.getLogger(__name__)
 
+_FILES = ('.tar', '.pth', '.pt', '.bin', '.safetensors', '.onnx')
 _PREFIXES = {'hf-hub:': 'hf-hub', 'hf_hub:': 'hf-hub', 'local-dir:': 'local-dir', 'python:': 'python'}
 
 
@@ -48,9 +52,9 @@ class TeacherSpec:
     """What a text that names a teacher says.
 
     Attributes:
-        kind: 'timm' (a timm name), 'checkpoint' (NAME=PATH), 'hf-hub', 'local-dir' or 'python'.
-        name: The timm name, USER/REPO or MODULE:FUNCTION; '' for a folder.
-        path: The checkpoint's file or the folder; None for the other kinds.
+        kind: 'timm' (a timm name), 'checkpoint', 'onnx', 'hf-hub', 'local-dir' or 'python'.
+        name: The timm name, USER/REPO or MODULE:FUNCTION; '' for a folder, and for a file that tells its architecture.
+        path: The file or the folder; None for the other kinds.
         prefix: How the text begins where its kind has a prefix.
     """
 
@@ -67,19 +71,39 @@ class TeacherSpec:
                 rest = text.removeprefix(prefix)
                 return cls(kind, '', rest, prefix) if kind == 'local-dir' else cls(kind, rest, None, prefix)
         name, is_checkpoint, path = text.partition('=')
-        return cls('checkpoint', name, path) if is_checkpoint else cls('timm', text)
+        if is_checkpoint:
+            return cls('checkpoint', name, path)
+        if is_model(text) or not (os.path.sep in text or Path(text).exists() or text.endswith(_FILES)):
+            return cls('timm', text)
+        return cls._of_path(text)
+
+    @classmethod
+    def _of_path(cls, text: str) -> Self:
+        """What a path leads to, which a folder tells by its content."""
+        folder, file = text, ''
+        if ':' in text and not Path(text).exists():
+            folder, _, file = text.rpartition(':')
+        if not Path(folder).is_dir():
+            return cls('onnx' if text.endswith('.onnx') else 'checkpoint', '', text)
+        if Path(folder, 'config.json').is_file():
+            return cls('local-dir', '', folder, 'local-dir:')
+        names = [file, f'{file}.pth.tar'] if file else ['model_best.pth.tar', 'last.pth.tar']
+        paths = [path for path in (Path(folder, name) for name in names) if path.is_file()]
+        if not paths:
+            raise UserError(f'{text} is neither an export (config.json) nor a run folder with {" or ".join(names)}.')
+        return cls('checkpoint', '', str(paths[0]))
 
     @classmethod
     def parse_all(cls, texts: Sequence[str]) -> list[Self]:
         """Parse texts, each of which may name several timm models: `A,B`. Commas in other texts belong to them."""
         parts: list[str] = []
         for text in texts:
-            whole = '=' in text or text.startswith(tuple(_PREFIXES))
+            whole = '=' in text or os.path.sep in text or text.startswith(tuple(_PREFIXES)) or Path(text).exists()
             parts += [text] if whole else text.split(',')
         return [cls.parse(part.strip()) for part in parts if part.strip()]
 
     def __str__(self) -> str:
-        if self.kind == 'checkpoint':
+        if self.kind == 'checkpoint' and self.name:
             return f'{self.name}={self.path}'
         return f'{self.prefix}{self.name if self.path is None else self.path}'
 
@@ -89,18 +113,17 @@ class TeacherSpec:
 
     def check(self) -> None:
         """Raise a `UserError` where the teacher cannot be built, as far as can be told without a download."""
-        if self.kind in ('timm', 'checkpoint'):
+        if self.name and self.kind in ('timm', 'checkpoint'):
             name = _known(self.name)
-            if self.kind == 'checkpoint':
-                if not Path(self.path or '').is_file():
-                    raise UserError(f'{self}: there is no such file.')
-            elif not is_ensemble(name) and not get_pretrained_cfg(name).has_weights:
+            if self.kind == 'timm' and not is_ensemble(name) and not get_pretrained_cfg(name).has_weights:
                 tagged = [tagged for tagged, cfg in get_arch_pretrained_cfgs(name).items() if cfg.has_weights]
                 remedy = f'name one that has ({", ".join(tagged)}), or ' if tagged else ''
                 raise UserError(f'{self} has no pretrained weights: {remedy}give {name}=PATH.')
-        elif self.kind == 'local-dir' and not Path(self.path or '', 'config.json').is_file():
+        if self.kind in ('checkpoint', 'onnx') and not Path(self.path or '').is_file():
+            raise UserError(f'{self}: there is no such file{"" if self.name else ", and no model of timm"}.')
+        if self.kind == 'local-dir' and not Path(self.path or '', 'config.json').is_file():
             raise UserError(f'{self}: there is no config.json in it (a file of yours is NAME=PATH).')
-        elif self.kind == 'python' and not all(self.name.partition(':')[::2]):
+        if self.kind == 'python' and not all(self.name.partition(':')[::2]):
             raise UserError(f'{self} must be python:package.module:function.')
 
     def build(
@@ -114,7 +137,10 @@ class TeacherSpec:
     ) -> nn.Module:
         """Build the teacher on the CPU; the arguments are those of `create_ensemble`, for this teacher alone."""
         if self.kind == 'checkpoint':
-            return TrainingCheckpoint.read(self.path or '', _known(self.name)).build(num_classes)
+            arch = _known(self.name) if self.name else None
+            return TrainingCheckpoint.read(self.path or '', arch).build(num_classes)
+        if self.kind == 'onnx':
+            return OnnxModel(self.path or '')
         with making(str(self), remedy=' (a download needs the network; a file of yours is NAME=PATH)'):
             if self.kind == 'python':
                 return self._call_function()
@@ -275,7 +301,8 @@ def _known(name: str) -> str:
         )
         raise UserError(
             f'{name!r} is no timm model (nearest: {", ".join(close) or "none"}); '
-            'a teacher is NAME.TAG, NAME=PATH, hf-hub:USER/REPO, local-dir:FOLDER or python:MODULE:FUNCTION.'
+            'a model is NAME.TAG, a checkpoint or run folder, NAME=PATH, hf-hub:USER/REPO, local-dir:FOLDER or '
+            'python:MODULE:FUNCTION.'
         )
     tags = get_arch_pretrained_cfgs(name)
     if name not in tags and name != get_arch_name(name):

@@ -1,0 +1,139 @@
+"""The program `mealv2-predict`: the most likely classes of pictures, by any model."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from timm.data import ImageNetInfo, infer_imagenet_subset
+from torch import nn
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from timm_mealv2.arguments import choose_device
+from timm_mealv2.command_line import COUNT, DEVICE, OneLineParser, Option, add_options, run_cli
+from timm_mealv2.data.loader import eval_loader
+from timm_mealv2.data.normalize import resolve_pixels
+from timm_mealv2.data.unreadable import BadImages
+from timm_mealv2.errors import UserError
+from timm_mealv2.files import replacing
+from timm_mealv2.models.factory import TeacherSpec, create_ensemble
+from timm_mealv2.predictions import Predictions, write_predictions
+
+_PREDICT = (
+    Option('--topk', COUNT, 'classes of each image', 5),
+    Option('--csv', Path, 'write them there as CSV', metavar='FILE'),
+    Option('--json', Path, 'write them there as JSON: path and predictions of each image', metavar='FILE'),
+)
+
+
+class ImageFiles(Dataset):
+    """Pictures by their paths, without labels."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        image = Image.open(self.paths[index])
+        image.load()
+        return image, -1
+
+    def filename(self, index: int, **kwargs: Any) -> str:
+        """Return the path of an image, for messages."""
+        return str(self.paths[index])
+
+
+def find_images(paths: Sequence[Path]) -> list[Path]:
+    """Return the pictures at paths: files, and the files in folders at any depth that Pillow has a reader for.
+
+    Raises:
+        UserError: If there is nothing at a path, or there are no pictures.
+    """
+    endings = Image.registered_extensions()
+    found = []
+    for path in paths:
+        if not path.exists():
+            raise UserError(f'{path}: there is no such picture or folder.')
+        inside = sorted(file for file in path.rglob('*') if file.suffix.lower() in endings) if path.is_dir() else [path]
+        found += inside
+    if not found:
+        raise UserError(f'there are no pictures in {", ".join(map(str, paths))}.')
+    return found
+
+
+def readable_names(model: nn.Module) -> list[str]:
+    """Return the names of a model's classes: its own, ImageNet's for timm's models of it, else their numbers."""
+    cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+    if cfg.get('label_names'):
+        return [str(name) for name in cfg['label_names']]
+    subset = infer_imagenet_subset(model)
+    if subset is not None:
+        info = ImageNetInfo(subset)
+        return [info.index_to_description(index) for index in range(info.num_classes())]
+    return [str(index) for index in range(model.num_classes)]  # type: ignore[arg-type]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return a fresh parser of the program's command line."""
+    parser = OneLineParser(prog='mealv2-predict', description='The most likely classes of pictures.')
+    text = 'timm name with its tag, checkpoint, run folder, export, model.onnx, hf-hub:USER/REPO, ...'
+    parser.add_argument('model', metavar='MODEL', help=text)
+    parser.add_argument('images', nargs='+', type=Path, metavar='IMAGE', help='pictures, or folders of them')
+    add_options(parser, (*_PREDICT, *DEVICE))
+    parser.set_defaults(device=None, workers=0)
+    return parser
+
+
+@torch.inference_mode()
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the program on `argv` (the command line if None): print a line for each picture, write CSV and JSON.
+
+    Raises:
+        UserError: If the model cannot be had, or there are no pictures.
+    """
+    args = build_parser().parse_args(argv)
+    device = choose_device(args.device)
+    spec = TeacherSpec.parse(args.model)
+    spec.check()
+    data = ImageFiles(find_images(args.images))
+    model = create_ensemble(spec, device=device)
+    names = readable_names(model)
+    config = resolve_pixels({}, model.pretrained_cfg, model.in_chans)
+    bad = BadImages(limit=len(data))
+    loader = eval_loader(data, config, batch_size=args.batch_size, device=device, bad=bad, num_workers=args.workers)
+    top = [
+        model(images).softmax(dim=1).topk(min(args.topk, model.num_classes))
+        for images, _ in tqdm(loader, desc='predicting', leave=False, disable=None)
+    ]
+    readable = [index for index in range(len(data)) if f'validation #{index}' not in bad.found]
+    entries: list[dict[str, Any]] = [{'path': str(path), 'predictions': []} for path in data.paths]
+    if readable:
+        classes, probabilities = (torch.cat([batch[part] for batch in top]).cpu() for part in (1, 0))
+        predictions = Predictions(torch.full((len(readable),), -1), classes, probabilities)
+        for number, index in enumerate(readable):
+            entries[index]['predictions'] = [
+                {'name': names[which], 'probability': probability} for which, probability in predictions.top(number)
+            ]
+        if args.csv is not None:
+            write_predictions(args.csv, {args.model: predictions}, [str(data.paths[i]) for i in readable], names)
+    for entry in entries:
+        shown = [f'{row["name"]} {100 * row["probability"]:.2f} %' for row in entry['predictions']]
+        print(f'{entry["path"]}: {", ".join(shown) or "cannot be read"}')
+    if args.json is not None:
+        with replacing(args.json) as path:
+            path.write_text(json.dumps(entries, indent=2) + '\n', encoding='utf-8')
+
+
+def cli() -> None:
+    """Run the command `mealv2-predict`."""
+    run_cli(main)
+
+
+if __name__ == '__main__':
+    cli()
