@@ -102,23 +102,19 @@ def describe(
 
 def describe_teachers(ensemble: EnsembleTeacher) -> list[dict[str, Any]]:
     """Return what `StoreMeta.teachers` says of an ensemble."""
+    classes = [t.get_buffer('indices').tolist() if isinstance(t, ClassSubset) else None for t in ensemble.teachers]
     return [
         {
-            'name': name,
-            'sha256': _weights_sha256(teacher),
-            'weight': weight,
+            'name': member.name,
+            'sha256': _weights_sha256(member.teacher),
+            'weight': member.weight,
             'img_size': list(size) if size else None,
-            'classes': teacher.get_buffer('indices').tolist() if isinstance(teacher, ClassSubset) else None,
-            'autocast_dtype': str(dtype).removeprefix('torch.') if dtype else None,
+            'classes': member.teacher.get_buffer('indices').tolist()
+            if isinstance(member.teacher, ClassSubset)
+            else None,
+            'autocast_dtype': str(member.autocast_dtype).removeprefix('torch.') if member.autocast_dtype else None,
         }
-        for name, teacher, weight, size, dtype in zip(
-            ensemble.names,
-            ensemble.teachers,
-            ensemble.weights,
-            ensemble.img_sizes,
-            ensemble.autocast_dtypes,
-            strict=True,
-        )
+        for member, size, chosen in zip(ensemble.members, ensemble.img_sizes, classes, strict=True)
     ]
 
 
