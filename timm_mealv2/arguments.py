@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from timm_mealv2.data.dataset import open_dataset
+from timm_mealv2.data.dataset import open_dataset, split_is_missing
 from timm_mealv2.errors import UserError, one_line
 from timm_mealv2.models.ensemble import EnsembleTeacher
 from timm_mealv2.models.factory import create_ensemble, read_classes
@@ -31,14 +31,20 @@ def choose_device(name: str | None, local_rank: int = 0) -> torch.device:
     return device
 
 
-def open_split(args: argparse.Namespace, split: str, **kwargs: Any) -> Dataset:
+def open_split(args: argparse.Namespace, option: str, *, or_all: bool = False, **kwargs: Any) -> Dataset:
     """Open a split of the data set that the options `DATA` name.
 
     Args:
         args: Has these options.
-        split: The split.
+        option: The option that names the split: '--train-split', '--val-split' or '--split'.
+        or_all: Where a folder or tar has no such split, take the whole of it, as timm does.
         **kwargs: Further arguments of `open_dataset`, or others than those of the options.
+
+    Raises:
+        UserError: If the split cannot be opened.
     """
+    named: str | None = getattr(args, option.strip('-').replace('-', '_'))
+    split = 'validation' if named is None else named
     options = {
         'class_map': args.class_map,
         'download': args.dataset_download,
@@ -46,7 +52,10 @@ def open_split(args: argparse.Namespace, split: str, **kwargs: Any) -> Dataset:
         'target_key': args.target_key,
         'trust_remote_code': args.dataset_trust_remote_code,
     }
-    return open_dataset(args.dataset, args.data_dir, split, **options | kwargs)
+    dataset = open_dataset(args.dataset, args.data_dir, split, **options | kwargs)
+    if not or_all and split_is_missing(dataset, args.data_dir, split):
+        raise UserError(f'no split {split!r} in {args.data_dir}: name a folder or .tar that is there with {option}.')
+    return dataset
 
 
 def build_ensemble(args: argparse.Namespace, **kwargs: Any) -> EnsembleTeacher:

@@ -316,7 +316,7 @@ def test_mistakes_are_one_line(tmp_path, image_folder, capsys):
     assert 'needs --teachers' in refused(capsys, good, *data, '--teacher-weights', 1)
     assert 'a folder that is there' in refused(capsys, good, *data, '--json', tmp_path / 'none' / 'r.json')
     assert 'a folder that is there' in refused(capsys, good, *data, '--predictions', tmp_path)
-    assert '--split test: there is no such folder' in refused(capsys, good, *data, '--split', 'test')
+    assert "no split 'test'" in refused(capsys, good, *data, '--split', 'test')
     assert '--batch-size: must be 1 or more' in refused(capsys, good, *data, '-b', 0)
     assert '--workers: must be 0 or more' in refused(capsys, good, *data, '-j', -1)
     assert '--device' in refused(capsys, good, *data, '--device', 'abc')

@@ -69,6 +69,7 @@ def write_parquet(
     label: str = 'label',
     text_labels: bool = False,
     unreadable: dict[str, int] | None = None,
+    not_in_validation: str | None = None,
 ) -> Path:
     """Write a Hugging Face set as the Hub keeps it: ROOT/data/SPLIT-00000-of-00001.parquet, with its features."""
     datasets, pyarrow = pytest.importorskip('datasets'), pytest.importorskip('pyarrow')
@@ -77,13 +78,14 @@ def write_parquet(
     kind = datasets.Value('string') if text_labels else datasets.ClassLabel(names=list(CLASSES))
     features = datasets.Features({image: datasets.Image(), label: kind})
     entry = '  - name: {}\n    num_bytes: 0\n    num_examples: {}\n'
-    counts = ''.join(entry.format(split, len(items(split))) for split in ('train', 'validation'))
+    written = {'train': items('train'), 'validation': [i for i in items('validation') if i[0] != not_in_validation]}
+    counts = ''.join(entry.format(split, len(rows)) for split, rows in written.items())
     (root / 'README.md').write_text(f'---\ndataset_info:\n  splits:\n{counts}---\n')
-    for split in ('train', 'validation'):
-        contents = [png(name, number, mode) for name, number, _ in items(split)]
+    for split, rows in written.items():
+        contents = [png(name, number, mode) for name, number, _ in rows]
         if unreadable and split in unreadable:
             contents[unreadable[split]] = contents[unreadable[split]][:40]
-        labels = [CLASSES[label] if text_labels else label for *_, label in items(split)]
+        labels = [CLASSES[label] if text_labels else label for *_, label in rows]
         columns = {image: [{'bytes': content, 'path': None} for content in contents], label: labels}
         table = pyarrow.Table.from_pydict(columns, schema=features.arrow_schema)
         parquet.write_table(table, root / 'data' / f'{split}-00000-of-00001.parquet')

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from color_sources import RIGHT
+from color_sources import RIGHT, write_fashion_mnist, write_image_folder
 from colors import STANDING, evaluate, preflight, summary, train
 
 import timm_mealv2
@@ -26,7 +26,6 @@ Source = Callable[[str], list[str]]
 every_kind = pytest.mark.parametrize('kind', ['wds', 'hfds', 'hfids'])
 
 
-@pytest.mark.xfail(strict=True, reason='issue 27 number 1')
 @every_kind
 def test_a_training_is_judged_on_the_validation_split(kind: str, source: Source, knowing: Path, tmp_path: Path) -> None:
     rows = train(tmp_path / 'run', *source(kind), '--initial-checkpoint', knowing)
@@ -34,7 +33,6 @@ def test_a_training_is_judged_on_the_validation_split(kind: str, source: Source,
     assert float(rows[0]['eval_top1']) == pytest.approx(RIGHT['validation'])
 
 
-@pytest.mark.xfail(strict=True, reason='issue 27 number 1')
 @every_kind
 def test_an_unlabeled_training_is_judged_on_the_validation_split(
     kind: str, source: Source, knowing: Path, tmp_path: Path
@@ -43,7 +41,6 @@ def test_an_unlabeled_training_is_judged_on_the_validation_split(
     assert preflight(tmp_path / 'run')['ensemble']['samples'] == 12
 
 
-@pytest.mark.xfail(strict=True, reason='issue 27 number 1')
 @every_kind
 def test_evaluation_of_a_split_by_its_name(kind: str, source: Source, knowing: Path, tmp_path: Path) -> None:
     for split, count in (('train', 16), ('validation', 12)):
@@ -53,7 +50,6 @@ def test_evaluation_of_a_split_by_its_name(kind: str, source: Source, knowing: P
         assert row['top1'] == pytest.approx(RIGHT[split])
 
 
-@pytest.mark.xfail(strict=True, reason='issue 27 number 1')
 @every_kind
 def test_a_resumed_training_goes_on_with_the_next_epoch(
     kind: str, source: Source, knowing: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -66,7 +62,6 @@ def test_a_resumed_training_goes_on_with_the_next_epoch(
     assert [float(row['eval_top1']) for row in rows] == pytest.approx([RIGHT['validation']] * 2)
 
 
-@pytest.mark.xfail(strict=True, reason='issue 27 number 1')
 def test_a_training_on_labels_recorded_from_a_hugging_face_set(source: Source, knowing: Path, tmp_path: Path) -> None:
     store, size = tmp_path / 'store', ['--img-size', '32', '--no-aug']
     words = ['record', '--teachers', f'test_resnet={knowing}', *source('hfds'), '--epochs', 1, '--out', store, *size]
@@ -84,7 +79,6 @@ def test_a_stream_cannot_be_recorded(kind: str, source: Source, knowing: Path, t
     assert not (tmp_path / 'store').exists()
 
 
-@pytest.mark.xfail(strict=True, reason='issue 27 number 1')
 def test_two_processes_share_the_shards_of_both_splits(source: Source, knowing: Path, tmp_path: Path) -> None:
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', PROGRAM]
     command += [*STANDING, *source('wds'), '--initial-checkpoint', str(knowing), '--batch-size', '2']
@@ -94,6 +88,29 @@ def test_two_processes_share_the_shards_of_both_splits(source: Source, knowing: 
     row = summary(tmp_path / 'run')[0]
     assert float(row['train_loss']) < 1e-3
     assert float(row['eval_top1']) == pytest.approx(RIGHT['validation'])
+
+
+def test_a_split_that_is_not_there_is_named(knowing: Path, tmp_path: Path) -> None:
+    name = f'test_resnet={knowing}'
+    folder = write_image_folder(tmp_path / 'folder')
+    (folder / 'validation').rename(tmp_path / 'away')
+    write_fashion_mnist(tmp_path / 'mnist')
+    torchs = ['--dataset', 'torch/image_folder', '--data-dir', folder]
+    mnist = ['--dataset', 'torch/fashion_mnist', '--data-dir', tmp_path / 'mnist']
+    recording = ['record', '--teachers', name, '--epochs', 1, '--device', 'cpu', '--out', tmp_path / 'store']
+    for option, source in (
+        ('--val-split', torchs),  # torchvision would take both for classes of one set
+        ('--val-split', ['--data-dir', folder]),
+        ('--val-split', [*torchs, '--unlabeled', '--val-split', 'absent', '--teachers', name]),
+        ('--train-split', [*mnist, '--train-split', 'trian']),  # timm would take the test images
+    ):
+        with pytest.raises(UserError, match=f'no split .*{option}'):
+            train(tmp_path / 'run', *source, '--initial-checkpoint', knowing)
+    for source in (torchs, mnist, ['--data-dir', folder]):
+        with pytest.raises(UserError, match=r'no split .*--split'):
+            evaluate(tmp_path / 'e.json', name, *source, '--split', 'absent')
+        with pytest.raises(UserError, match=r'no split .*--train-split'):
+            soft_labels([str(word) for word in (*recording, *source, '--train-split', 'absent')])
 
 
 # What a stream does otherwise than numbered images

@@ -26,7 +26,7 @@ from timm_mealv2.command_line import (
     file_text,
     run_cli,
 )
-from timm_mealv2.data.dataset import class_names, dataset_root, image_mode, image_names, unlabeled
+from timm_mealv2.data.dataset import class_names, image_mode, image_names, unlabeled
 from timm_mealv2.data.loader import eval_loader
 from timm_mealv2.data.normalize import resolve_pixels
 from timm_mealv2.data.unreadable import BadImages
@@ -165,10 +165,7 @@ def _check_args(args: argparse.Namespace) -> None:
 def _open_data(args: argparse.Namespace) -> Any:
     # timm numbers the folders that are there in their order; those of ImageNet-V2 say their number.
     numbered = {'class_map': {str(index): index for index in range(1000)}} if args.imagenet_v2 else {}
-    data: Any = open_split(args, args.split or 'validation', batch_size=args.batch_size, **numbered)
-    if args.split and args.data_dir is not None and dataset_root(data) == Path(args.data_dir):
-        # timm would take the whole data folder
-        raise UserError(f'--split {args.split}: there is no such folder in {args.data_dir}.')
+    data: Any = open_split(args, '--split', or_all=args.split is None, batch_size=args.batch_size, **numbered)
     if (args.report or args.predictions) and isinstance(data, IterableDataset):
         raise UserError('--report and --predictions need a data set with numbered images, and this one is a stream.')
     return unlabeled(data) if args.unlabeled else data

@@ -13,7 +13,10 @@ import torch
 from PIL import Image, ImageMode
 from timm.data import ImageDataset, create_dataset
 from timm.data.readers.reader_image_folder import ReaderImageFolder
+from timm.data.readers.reader_image_in_tar import ReaderImageInTar
+from timm.data.readers.targets import get_field, has_field
 from torch.utils.data import Dataset, IterableDataset
+from torchvision.datasets import ImageFolder
 
 from timm_mealv2.data.unreadable import UnreadableImage
 from timm_mealv2.errors import UserError, one_line
@@ -41,7 +44,52 @@ def open_dataset(name: str, root: str | None, split: str, **kwargs: Any) -> Data
     reader = getattr(dataset, 'reader', None)
     if isinstance(reader, ReaderImageFolder):
         reader.samples = PathsAndTargets(reader.samples)
+    elif name.lower().startswith(('hfds/', 'hfids/', 'tfds/')):
+        _check_columns(dataset, name, **kwargs)
     return dataset
+
+
+def _check_columns(
+    dataset: Any,
+    name: str,
+    input_key: str | None = None,
+    target_key: str | None = None,
+    class_map: Any = None,
+    **_: Any,
+) -> None:
+    """Refuse columns that are not there, and number labels that are words in the order of the alphabet."""
+    reader = dataset.reader
+    table = getattr(reader, 'dataset', None)  # of hfds/
+    image, label = input_key or 'image', target_key or 'label'
+    if table is None:
+        features = reader.builder.info.features
+        if features is None and hasattr(reader.builder, 'as_streaming_dataset'):
+            features = reader.builder.as_streaming_dataset(split=reader.split).features
+    else:
+        features = dict(table.features)
+        if table.select_columns(image)[0][image] is None:  # timm's cast has added a column of that name
+            del features[image]
+    if features is None:
+        return
+    for option, key in (('--input-key', image), ('--target-key', label)):
+        if ',' not in key and not has_field(features, key):
+            raise UserError(
+                f'{name} has no column {key!r} but {", ".join(features)}: name the right one with {option}.'
+            )
+    words = has_field(features, label) and getattr(get_field(features, label), 'dtype', '') in (
+        'string',
+        'large_string',
+    )
+    if not words or class_map:
+        return
+    if table is None:
+        raise UserError(f'the labels of {name} are words, which a stream cannot number: take hfds/, or --class-map.')
+    import datasets
+
+    splits = datasets.load_dataset(name.partition('/')[2], cache_dir=reader.root)  # each may lack a class
+    found = sorted({word for split in splits.values() for word in split.unique(label)} - {None})
+    reader.class_to_idx = {word: index for index, word in enumerate(found)}
+    dataset.target_transform = reader.class_to_idx.__getitem__
 
 
 class PathsAndTargets(Sequence[tuple[str, int]]):
@@ -86,10 +134,21 @@ def _no_label(_: Any) -> int:
     return -1
 
 
-def dataset_root(dataset: Dataset) -> Path | None:
-    """Folder or tar file that a data set of images reads, None for other kinds."""
-    root = getattr(getattr(dataset, 'reader', None), 'root', None)
-    return Path(root) if root else None
+def split_is_missing(dataset: Dataset, data_dir: str | None, split: str) -> bool:
+    """Whether timm has opened something else, as there is no split of that name.
+
+    It takes the whole folder, and torchvision's sets of two splits take their test images. All others name the splits
+    that they have.
+    """
+    if isinstance(getattr(dataset, 'train', None), bool):
+        return split not in _TWO_SPLITS
+    reader = getattr(dataset, 'reader', dataset)
+    if data_dir is None or not isinstance(reader, (ReaderImageFolder, ReaderImageInTar, ImageFolder)):
+        return False
+    return Path(reader.root) == Path(data_dir) != Path(data_dir, split)  # '' and '.' name the whole folder
+
+
+_TWO_SPLITS = ('train', 'training', 'val', 'valid', 'validation', 'eval', 'evaluation', 'test')
 
 
 def class_names(dataset: Dataset) -> list[str] | None:

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, IterableDataset, Subset
 
 from timm_mealv2.arguments import open_split
 from timm_mealv2.data.augmentation import Augmentation, Erasing
-from timm_mealv2.data.dataset import check_classes, class_names, dataset_root, image_mode, unlabeled
+from timm_mealv2.data.dataset import check_classes, class_names, image_mode, unlabeled
 from timm_mealv2.data.loader import (
     Collate,
     CollateMixed,
@@ -118,7 +118,7 @@ def build_data(
         _logger.info('No validation split with labels, and no live teachers to agree with: there is no evaluation.')
         return Data(loader, None, class_names(train))
     if validation is None:
-        validation = _open_split(args, args.train_split, pixels)
+        validation = _open_split(args, '--train-split', pixels, or_all=True)
         count = len(validation)  # type: ignore[arg-type]
         if not isinstance(validation, IterableDataset) and count > EVALUATED_AT_MOST:
             validation = sample_of(validation, EVALUATED_AT_MOST, args.seed)
@@ -170,40 +170,29 @@ class _ChosenImages:
         return str(self.reader.filename(self.indices[index], basename, absolute))
 
 
-def _open_split(args: argparse.Namespace, split: str, pixels: InputSpec, **kwargs: Any) -> Dataset:
+def _open_split(args: argparse.Namespace, option: str, pixels: InputSpec, **kwargs: Any) -> Dataset:
     mode = image_mode(args.input_img_mode, pixels.channels)
-    return open_split(args, split, batch_size=pixels.batch_size, seed=args.seed, input_img_mode=mode, **kwargs)
+    return open_split(args, option, batch_size=pixels.batch_size, seed=args.seed, input_img_mode=mode, **kwargs)
 
 
 def _open_datasets(args: argparse.Namespace, pixels: InputSpec) -> tuple[Dataset, Dataset | None]:
     """Open the training and the validation split; the second is None where a run without labels has none."""
     if pixels.num_classes == 1 and not args.bce_loss:
         raise UserError('one class alone leaves nothing to learn: give --num-classes 2 or more, and data to match.')
-    streaming = {'is_training': True, 'num_samples': args.train_num_samples, 'repeats': args.epoch_repeats}
-    train = _open_split(args, args.train_split, pixels, **streaming)
+    same = args.train_split == args.val_split
     validation: Dataset | None = None
     try:
-        validation = _open_split(args, args.val_split, pixels, num_samples=args.val_num_samples)
+        validation = _open_split(args, '--val-split', pixels, or_all=same, num_samples=args.val_num_samples)
     except UserError:
-        if not args.unlabeled:
+        if not args.unlabeled or args.val_split != 'validation':
             raise
-    folder = dataset_root(train)
-    other = dataset_root(validation) if validation is not None else None
-    if folder is not None and other is not None and args.train_split != args.val_split:
-        # timm takes the folder itself where it has none of the split's name.
-        if other == folder or other in folder.parents:
-            if not args.unlabeled:
-                raise UserError(_no_split(args, args.val_split, '--val-split'))
-            validation = None
-        elif folder in other.parents:
-            raise UserError(_no_split(args, args.train_split, '--train-split'))
+    # Images without labels need not be in splits.
+    or_all = same or (validation is None and args.train_split == 'train')
+    streaming = {'is_training': True, 'num_samples': args.train_num_samples, 'repeats': args.epoch_repeats}
+    train = _open_split(args, '--train-split', pixels, or_all=or_all, **streaming)
     if not args.unlabeled and not args.class_map:
         check_classes(train, validation, pixels.num_classes)
     return train, validation
-
-
-def _no_split(args: argparse.Namespace, split: str, option: str) -> str:
-    return f'no split {split!r} in {args.data_dir}: name its folder or .tar with {option}.'
 
 
 def build_augmentation(args: argparse.Namespace, data_config: dict[str, Any]) -> Augmentation:
