@@ -351,7 +351,7 @@ def test_teachers_that_are_none_leave_no_folder(
     for arguments, message in (
         ({'teachers': teachers[1], 'num_classes': 5}, 'but 5 are asked for'),
         ({'teachers': teachers[1], 'weights': [1]}, 'one per teacher'),
-        ({'teachers': ['local-dir:third']}, 'third cannot be loaded'),
+        ({'teachers': ['local-dir:third']}, 'there is no config.json in it'),
         ({'teachers': ['python:os:getcwd']}, 'code is run only where you name it yourself'),
     ):
         with pytest.raises(UserError, match=message):

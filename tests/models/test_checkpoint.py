@@ -195,7 +195,7 @@ class TestModelConfig:
             {'state_dict': model.state_dict(), 'model_config': {**config, 'architecture': architecture}},
             tmp_path / 'b.pth',
         )
-        with pytest.raises(UserError, match='names no architecture of timm'):
+        with pytest.raises(UserError, match='does not tell its model'):
             TrainingCheckpoint.read(tmp_path / 'b.pth').build()
         assert noting_server.requests == []
 
@@ -224,7 +224,7 @@ class TestWhatAFileMayDecide:
         model = tiny(0, 'test_resnet')
         args = argparse.Namespace(model='hf-hub:someone/model', model_kwargs={})
         torch.save({'state_dict': model.state_dict(), 'args': args}, tmp_path / 'a.pth')
-        with pytest.raises(UserError, match=r"names no architecture of timm \('hf-hub:someone/model'\): name its"):
+        with pytest.raises(UserError, match=r"does not tell its model \('hf-hub:someone/model'\): name its"):
             TrainingCheckpoint.read(tmp_path / 'a.pth').build()
         assert TrainingCheckpoint.read(tmp_path / 'a.pth', 'test_resnet').build().num_classes == 10
 
@@ -255,7 +255,7 @@ class TestContents:
         torch.save(tiny(0, 'test_resnet').state_dict(), tmp_path / 'a.pth')
         checkpoint = TrainingCheckpoint.read(tmp_path / 'a.pth')
         assert (checkpoint.args, checkpoint.data_config, checkpoint.class_names) == ({}, {}, ())
-        with pytest.raises(UserError, match='names no architecture of timm'):
+        with pytest.raises(UserError, match='does not tell its model'):
             checkpoint.build()
 
     def test_a_student_of_ours_is_also_its_vanilla_architecture(self, tmp_path):

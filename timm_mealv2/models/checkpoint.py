@@ -96,8 +96,10 @@ class TrainingCheckpoint:
         """
         label = f'{arch}={os.fspath(path)}' if arch else os.fspath(path)
         path = Path(path)
+        if not path.is_file():
+            raise UserError(f'{label}: there is no such file.')
         try:
-            if verify and path.is_file() and (part := damage(path)) is not None:
+            if verify and (part := damage(path)) is not None:
                 raise ValueError(f'the checksum of {part} is wrong')
             if path.suffix == '.safetensors':
                 contents = safetensors.torch.load_file(path)
@@ -201,7 +203,7 @@ def _create(
 ) -> nn.Module:
     """Create the model of a file, which names no other source of code, weights or configs than timm's registry."""
     if not is_model(arch) or is_ensemble(arch):
-        raise UserError(f'{checkpoint} names no architecture of timm ({arch!r}): name its architecture, as NAME=PATH.')
+        raise UserError(f'{checkpoint} does not tell its model ({arch!r}): name its architecture, as NAME=PATH.')
     model: nn.Module = create_model(**resolve_model_input_args(arch, sizes or {}, **arguments))
     return model
 

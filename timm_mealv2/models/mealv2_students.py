@@ -101,8 +101,8 @@ def _create(name: str, architecture: Callable[..., nn.Module], pretrained: bool,
     try:
         model: Any = architecture(pretrained=True, pretrained_cfg=cfg, pretrained_filter_fn=_complete, **kwargs)
     except (OSError, RuntimeError) as error:
-        fault = f'{type(error).__name__}: {one_line(error)}'
-        raise UserError(f'{source or "the given state_dict"} cannot be loaded into {name}: {fault}') from error
+        source = source or 'the given state_dict'
+        raise UserError(f'{source} does not fit {name}, or cannot be read: {one_line(error)}') from error
     for key in ('file', 'state_dict'):  # a path of this machine, and tensors, would be in every checkpoint
         model.pretrained_cfg.pop(key, None)
     return model
