@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 HEAD = """\
 # Options
 
-Written by `python docs/options.py` from the programs themselves. `COMMAND --help` shows the same, and
-`COMMAND --version` what is installed.
+Written by `python docs/options.py` from the programs themselves. `COMMAND --help` shows the same (`mealv2-train --help
+GROUP` a group, `--help all` all), and `COMMAND --version` what is installed.
 
 Options of timm's train.py have timm's names, types and defaults. Two differ: `--kd-distill-type` is `mealv2`, and
 `--device` is the CPU where there is no CUDA device and none is asked for.

@@ -1,8 +1,12 @@
 """The parts of every command line: ranges, one-line errors, the nearest name, and help that fits its line."""
 
 import argparse
+import configparser
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 import timm
@@ -13,6 +17,7 @@ from timm_mealv2.cli import evaluate, hub, report, soft_labels
 from timm_mealv2.command_line import OneLineParser, Option, Range, add_options, flag, one_of, run_cli
 from timm_mealv2.errors import UserError
 from timm_mealv2.training import run as train
+from timm_mealv2.training.options import GROUPS
 from timm_mealv2.training.options import build_parser as build_training_parser
 from timm_mealv2.training.settings import parse_args
 from timm_mealv2.version import __version__
@@ -103,12 +108,55 @@ def test_help_has_units_and_defaults_and_fits_its_lines(
 ) -> None:
     monkeypatch.setenv('COLUMNS', '122')
     assert_help_fits(build_training_parser())
-    for main, words in ((train.main, ['--help']), (soft_labels.main, ['record', '--help'])):
+    for main, words in ((train.main, ['--help', 'all']), (soft_labels.main, ['record', '--help'])):
         with pytest.raises(SystemExit):
             main(words)
         shown = capsys.readouterr().out
         assert '(default: 128)' in shown
         assert '(default: 0.08 1.0)' in shown or '(default: [0.08, 1.0])' in shown
+
+
+HELP = {'': 70, 'all': 400, 'mealv2': 60, 'schedule': 60, 'augmentation': 60, 'run': 60, 'refused': 7}
+
+
+@pytest.mark.parametrize('group', [*HELP, *(group for group in GROUPS if group not in HELP)])
+def test_help_of_a_group_is_short_and_shows_its_defaults(
+    group: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv('COLUMNS', '82')
+    for argv in (['--help', *group.split()], ['--epochs', '3', '--help', *group.split()]):
+        with pytest.raises(SystemExit) as exit:
+            train.main(argv)
+        assert exit.value.code == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert 4 < len(lines) <= HELP.get(group, 100)
+        shown = ''.join(''.join(lines).split())  # folded lines as one
+        for title in GROUPS if group == 'all' else [group or 'mealv2']:
+            for option in GROUPS[title]:
+                assert option.flags[0] in shown
+                default, text = option.kwargs.get('default'), option.kwargs['help']
+                if title != 'refused' and default not in (None, '', [], {}) and 'default' not in text:
+                    assert ''.join(f'{text} (default: {default})'.split()) in shown
+        assert ('--opt-betas' in shown) == (group in ('all', 'optimizer'))
+        assert group or all(title in shown for title in GROUPS)
+
+
+def test_an_unknown_group_lists_the_groups(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        train.main(['--help', 'optimiser'])
+    error = capsys.readouterr().err
+    assert exit.value.code == 2
+    assert error.count('\n') == 1
+    assert all(title in error for title in ('all', *GROUPS))
+
+
+def test_the_package_run_as_a_program_lists_the_commands() -> None:
+    listed = subprocess.run([sys.executable, '-m', 'timm_mealv2'], capture_output=True, text=True, check=True).stdout
+    config = configparser.ConfigParser()
+    config.read(Path(__file__).parents[1] / 'setup.cfg')
+    commands = re.findall(r'^([\w-]+) *=', config['options.entry_points']['console_scripts'], re.MULTILINE)
+    assert sorted(re.findall(r'^mealv2-\w+', listed, re.MULTILINE)) == sorted(commands)
+    assert len(listed.splitlines()) == len(commands) + 2
 
 
 def test_ends_of_a_program(capsys: pytest.CaptureFixture[str]) -> None:

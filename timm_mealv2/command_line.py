@@ -236,7 +236,7 @@ TEACHERS = (
     Option(
         '--teachers',
         str,
-        'NAME.TAG of timm, checkpoint, run folder, NAME=FILE, local-dir:DIR, hf-hub:USER/REPO, python:MODULE:FUNCTION',
+        'timm name, checkpoint, run folder, NAME=FILE, local-dir:DIR, hf-hub:ID, python:NAME',
         nargs='+',
         metavar='TEACHER',
     ),

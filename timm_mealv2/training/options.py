@@ -69,24 +69,16 @@ _OURS = (
     Option('--hard-label-weight', NOT_NEGATIVE, 'weight of the label loss', 0.0),
     Option('--soft-labels', str, 'train on predictions stored by mealv2-softlabels', metavar='DIR'),
     flag('--unlabeled', help='ignore labels; any folder of images works'),
-    Option('--samples-per-decode', COUNT, 'samples drawn from each decoded image', 1),
     Option('--label-rest', str, 'how to treat probability outside the stored top-K', 'uniform', choices=LABEL_RESTS),
     flag('--allow-pixel-change', help='train on samples whose pixels are not the recorded ones, and count them'),
     Option('--total-batch-size', COUNT, 'global batch size per optimizer step, in place of --batch-size'),
-    Option('--recipe', str, 'recipe of a published training; command-line options override it'),
+    Option('--recipe', str, 'settings of a recipe (see --list-recipes); command-line options override them'),
     flag('--list-recipes', help='print the recipes and stop'),
     Option(
         '-c --config', str, 'YAML file of settings, such as args.yaml; command-line options override it', metavar='FILE'
     ),
     flag('--dry-run', help='estimate the time in half a minute, write nothing'),
-    Option('--dry-run-seconds', NOT_NEGATIVE, 'how long --dry-run measures', 20.0),
     flag('--no-preflight', help='skip the evaluation of teachers and student before training'),
-    flag('--resume-changed', help='resume although seed, teachers or data set differ from the checkpoint'),
-    Option('--max-bad-images', COUNT_OR_0, 'unreadable images to tolerate', 100),
-    Option('--max-nonfinite', COUNT, 'skipped updates in a row that stop the run', 10),
-    Option('--process-timeout', POSITIVE, 'how long a process waits for the others', 30.0),
-    Option('--push-to-hub', str, 'push the best model to the Hub at the end', metavar='USER/NAME'),
-    flag('--log-tensorboard', help='log to TensorBoard, in the run folder'),
 )
 
 _DISTILLATION = (
@@ -114,6 +106,7 @@ _DATA = (
     Option('--val-split', None, 'validation split', 'validation'),
     Option('--train-num-samples', COUNT, 'size of a training split that does not tell it'),
     Option('--val-num-samples', COUNT, 'size of a validation split that does not tell it'),
+    Option('--samples-per-decode', COUNT, 'samples drawn from each decoded image', 1),
 )
 
 _MODEL = (
@@ -134,7 +127,6 @@ _MODEL = (
     ),
     Option('-vb --validation-batch-size', COUNT, 'batch size for evaluation, per process (default: --batch-size)'),
     flag('--channels-last', help='channels-last memory format'),
-    Option('--fuser', str, 'refused: TorchScript alone has fusers', ''),
     Option('--grad-accum-steps', COUNT, 'batches per optimizer step', 1),
     flag('--grad-checkpointing', help='recompute activations to save memory'),
     flag('--fast-norm', help="timm's fast normalization layers under AMP"),
@@ -142,11 +134,10 @@ _MODEL = (
     Option('--head-init-scale', NOT_NEGATIVE, "factor on the classifier's initial weights"),
     Option('--head-init-bias', _FINITE, "the classifier's initial bias"),
     Option('--torchcompile-mode', str, 'mode of torch.compile'),
-    flag('--torchscript', help='refused: TorchScript cannot hold the task'),
     Option('--torchcompile', str, 'compile with this backend; inductor if none is named', nargs='?', const='inductor'),
 )
 
-_RUN_ON = (
+_DEVICE = (
     *DEVICE,
     flag('--amp', help='mixed precision'),
     Option('--amp-dtype', one_of('float16', 'bfloat16'), 'type of mixed precision: float16 or bfloat16', 'float16'),
@@ -157,7 +148,6 @@ _RUN_ON = (
     ),
     flag('--no-ddp-bb', help='do not broadcast buffers in each step of DDP'),
     flag('--synchronize-step', help='wait for the device after each step'),
-    Option('--local_rank', COUNT_OR_0, "no effect: torchrun's environment counts", 0),
     Option('--device-modules', str, 'modules to import first', nargs='+'),
 )
 
@@ -237,15 +227,17 @@ _BATCH_NORM = (
         'reduce',
     ),
     flag('--split-bn', help='batch norm for each augmentation split'),
+)
+
+_EMA = (
     flag('--model-ema', help='keep an exponential moving average (EMA) of the weights'),
     flag('--model-ema-force-cpu', help='keep the EMA on the CPU, and do not evaluate it'),
     Option('--model-ema-decay', PROBABILITY, 'decay of the EMA', 0.9998),
     flag('--model-ema-warmup', help='smaller EMA decay at first'),
 )
 
-_MISCELLANEOUS = (
+_RUN = (
     Option('--seed', SEED, 'random seed', 42),
-    Option('--worker-seeding', one_of('all', 'part'), 'no effect: every sample is seeded by itself', 'all'),
     Option('--log-interval', COUNT, 'batches between log lines', 50),
     Option('--val-interval', COUNT, 'epochs between evaluations', 1),
     Option('--recovery-interval', COUNT_OR_0, 'optimizer steps between recovery checkpoints; 0 for none', 0),
@@ -256,12 +248,17 @@ _MISCELLANEOUS = (
     Option('--output', str, 'folder of the experiments (default: output/train)', '', metavar='DIR'),
     Option('--experiment', experiment_text, 'run folder in --output (default: date and model)', ''),
     Option('--eval-metric', one_of('top1', 'top5', 'loss'), 'ranks the checkpoints: top1, top5 or loss', 'top1'),
-    Option('--tta', COUNT_OR_0, 'refused from 2 on: no loader makes the copies', 0),
-    flag('--use-multi-epochs-loader', help='no effect: workers are always kept from epoch to epoch'),
     flag('--log-wandb', help='log to Weights & Biases'),
     Option('--wandb-project', str, 'project at Weights & Biases'),
     Option('--wandb-tags', str, 'tags of the run at Weights & Biases', [], nargs='+'),
     Option('--wandb-resume-id', str, 'run to continue there; a resumed run knows its own', ''),
+    Option('--dry-run-seconds', NOT_NEGATIVE, 'how long --dry-run measures', 20.0),
+    flag('--resume-changed', help='resume although seed, teachers or data set differ from the checkpoint'),
+    Option('--max-bad-images', COUNT_OR_0, 'unreadable images to tolerate', 100),
+    Option('--max-nonfinite', COUNT, 'skipped updates in a row that stop the run', 10),
+    Option('--process-timeout', POSITIVE, 'how long a process waits for the others', 30.0),
+    Option('--push-to-hub', str, 'push the best model to the Hub at the end', metavar='USER/NAME'),
+    flag('--log-tensorboard', help='log to TensorBoard, in the run folder'),
 )
 
 _SIZES = (
@@ -281,6 +278,15 @@ _SIZES = (
         'none',
         choices=['none', 'sqrt', 'linear'],
     ),
+)
+
+_REFUSED = (
+    Option('--fuser', str, 'refused: TorchScript alone has fusers', ''),
+    flag('--torchscript', help='refused: TorchScript cannot hold the task'),
+    Option('--local_rank', COUNT_OR_0, "no effect: torchrun's environment counts", 0),
+    Option('--worker-seeding', one_of('all', 'part'), 'no effect: every sample is seeded by itself', 'all'),
+    Option('--tta', COUNT_OR_0, 'refused from 2 on: no loader makes the copies', 0),
+    flag('--use-multi-epochs-loader', help='no effect: workers are always kept from epoch to epoch'),
     flag('--naflex-loader', help='refused, as all NaFlex options: teachers need images'),
     Option('--naflex-train-seq-lens', int, 'refused', [128, 256, 576, 784, 1024], nargs='+'),
     Option('--naflex-max-seq-len', int, 'refused', 576),
@@ -291,19 +297,71 @@ _SIZES = (
 )
 
 GROUPS: dict[str, tuple[Option, ...]] = {
-    'MEAL V2': _OURS,
+    'mealv2': _OURS,
     'distillation': _DISTILLATION,
-    'data set': _DATA,
+    'data': _DATA,
     'model': _MODEL,
-    'device': _RUN_ON,
+    'device': _DEVICE,
     'optimizer': _OPTIMIZER,
-    'learning rate': _SCHEDULE,
+    'schedule': _SCHEDULE,
     'augmentation': AUGMENTATION,
     'regularization': _REGULARIZATION,
-    'batch norm and moving average': _BATCH_NORM,
-    'miscellaneous': _MISCELLANEOUS,
-    'changing image sizes': _SIZES,
+    'batch-norm': _BATCH_NORM,
+    'ema': _EMA,
+    'run': _RUN,
+    'sizes': _SIZES,
+    'refused': _REFUSED,
 }
+"""Group, as `--help GROUP` names it -> its options."""
+
+BEGIN = """\
+mealv2-train trains an image classifier, the student, on what one or more teachers predict. It needs three options:
+
+  --data-dir DIR         images as DIR/train/CLASS/* and DIR/validation/CLASS/*
+  --model NAME           the student, a model of timm
+  --teachers NAME ...    models of timm with their tag, checkpoints, or exported folders
+
+as in
+
+  mealv2-train --data-dir DIR --model resnet18 --pretrained --teachers resnet50.a1_in1k resnet101.a1_in1k --dry-run
+
+--dry-run estimates the time in half a minute. To see a whole training first, in a clone of the repository:
+
+  python examples/fashion_mnist/quickstart.py
+
+mealv2-train recipes lists the recipes, mealv2-train --help the options.
+"""
+
+
+class _Help(argparse.Action):
+    """`--help` shows how to begin and MEAL V2's options, `--help GROUP` those of a group, `--help all` all."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        groups = ', '.join(GROUPS)
+        if values not in (None, 'all', *GROUPS):
+            raise argparse.ArgumentError(self, f'there is no group {values!r}: all, {groups}')
+        shown = GROUPS if values == 'all' else [values or 'mealv2']
+        if values is None:
+            print(BEGIN)
+        for group in parser._action_groups:
+            if group.title in shown:
+                formatter = parser._get_formatter()
+                formatter.start_section(group.title)
+                formatter.add_text(group.description)
+                formatter.add_arguments([] if group.title == 'refused' else group._group_actions)
+                formatter.end_section()
+                print(formatter.format_help())
+        if values is None:
+            formatter = parser._get_formatter()
+            formatter.add_text(f'--help GROUP shows the options of a group, --help all those of all: {groups}')
+            print(formatter.format_help(), end='')
+        parser.exit()
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -312,7 +370,12 @@ def build_parser() -> argparse.ArgumentParser:
         prog='mealv2-train',
         usage='%(prog)s [OPTION ...] [DATA]',
         description='Train an image classifier on the predictions of an ensemble of teachers (MEAL V2), or without.',
+        add_help=False,
     )
+    text = 'how to begin; the options of a GROUP, or of all'
+    parser.add_argument('-h', '--help', nargs='?', action=_Help, default=argparse.SUPPRESS, metavar='GROUP', help=text)
     for title, options in GROUPS.items():
-        add_options(parser.add_argument_group(title), options)
+        names = [option.flags[0] for option in options]
+        description = f'refused, or without effect here: {", ".join(names)}' if title == 'refused' else None
+        add_options(parser.add_argument_group(title, description), options)
     return parser

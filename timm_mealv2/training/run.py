@@ -14,27 +14,10 @@ from timm_mealv2.command_line import run_cli
 from timm_mealv2.errors import UserError
 from timm_mealv2.training.build import build
 from timm_mealv2.training.distributed import is_timeout, join_processes
+from timm_mealv2.training.options import BEGIN
 from timm_mealv2.training.progress import TerminalHandler, TrainLog
 from timm_mealv2.training.settings import parse_args, recipes
 from timm_mealv2.training.stopping import Signals
-
-_BEGIN = """\
-mealv2-train trains an image classifier, the student, on what one or more teachers predict. It needs three options:
-
-  --data-dir DIR         images as DIR/train/CLASS/* and DIR/validation/CLASS/*
-  --model NAME           the student, a model of timm
-  --teachers NAME ...    models of timm with their tag, checkpoints, or exported folders
-
-as in
-
-  mealv2-train --data-dir DIR --model resnet18 --pretrained --teachers resnet50.a1_in1k resnet101.a1_in1k --dry-run
-
---dry-run says in half a minute how long that will take. To see a whole training first, in a clone of the repository:
-
-  python examples/fashion_mnist/quickstart.py
-
-mealv2-train recipes lists the published trainings, --help all options.
-"""
 
 _PATIENCE = 10  # seconds for torchrun to find the process that failed; it looks ten times a second
 
@@ -47,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     if not argv:
-        print(_BEGIN, end='', file=sys.stderr)
+        print(BEGIN, end='', file=sys.stderr)
         raise SystemExit(2)
     if argv[0] == 'recipes':  # a data set of that name is ./recipes
         recipes(argv[1:])

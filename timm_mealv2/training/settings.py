@@ -103,7 +103,7 @@ def read_settings(path: Any) -> dict[str, Any]:
         if dest not in actions:
             near = difflib.get_close_matches(dest, actions, 1, 0.5)
             hint = f', the nearest is {near[0]!r}' if near else ''
-            raise UserError(f'{path}: there is no option {key!r}{hint} (mealv2-train --help lists them).')
+            raise UserError(f'{path}: there is no option {key!r}{hint} (mealv2-train --help all lists them).')
         action = actions[dest]
         if isinstance(value, bool) and 'off' in (action.choices or ()):
             value = 'on' if value else 'off'  # YAML takes the two words for true and false
