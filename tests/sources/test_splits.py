@@ -69,6 +69,8 @@ def test_a_training_on_labels_recorded_from_a_hugging_face_set(source: Source, k
     rows = train(tmp_path / 'run', *source('hfds'), '--initial-checkpoint', knowing, '--soft-labels', store)
     assert float(rows[0]['train_kl']) == pytest.approx(0, abs=1e-3)  # student and teacher are one
     assert float(rows[0]['eval_top1']) == pytest.approx(RIGHT['validation'])
+    with pytest.raises(UserError, match='--soft-labels'):
+        train(tmp_path / 'stream', *source('hfids'), '--initial-checkpoint', knowing, '--soft-labels', store)
 
 
 @pytest.mark.parametrize('kind', ['wds', 'hfids'])
@@ -127,16 +129,13 @@ def test_mixing_of_a_stream_ends_where_it_is_told(kind: str, source: Source, kno
     assert second < 1e-3  # each image is one color again
 
 
-@pytest.mark.xfail(strict=True, reason='issue 27 number 2')
 @pytest.mark.parametrize('option', ['--train-img-sizes 32 64', '--samples-per-decode 2', '--aug-repeats 3'])
-@pytest.mark.parametrize('kind', ['wds', 'hfids'])
 def test_what_needs_numbered_images_is_refused_on_a_stream(
-    kind: str, option: str, source: Source, knowing: Path, tmp_path: Path
+    option: str, source: Source, knowing: Path, tmp_path: Path
 ) -> None:
     name, *_ = option.split()
-    where = source(kind) if kind == 'wds' else source(kind)[:2]
     with pytest.raises(UserError, match=name):
-        train(tmp_path / 'run', *where, '--initial-checkpoint', knowing, *option.split())
+        train(tmp_path / 'run', *source('wds'), '--initial-checkpoint', knowing, *option.split())
     assert not (tmp_path / 'run').exists()
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset
 
 from timm_mealv2.data.dataset import image_names
 from timm_mealv2.data.loader import Collate, stack_pixels
@@ -173,8 +173,6 @@ def replay(
     Raises:
         UserError: If the store has no complete epoch, or the images are not those of the store.
     """
-    if isinstance(dataset, IterableDataset):
-        raise UserError('--soft-labels needs a data set with random access: a streaming one has none.')
     samples = StoredSamples(store, dataset, labels, allow_pixel_change)
     epochs = store.epochs
     if dist.is_initialized():  # while recording goes on, processes may see different numbers

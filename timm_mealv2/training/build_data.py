@@ -295,6 +295,10 @@ def _choice_of_sizes(args: argparse.Namespace, batch_size: int) -> dict[str, Any
 def _build_stream_loader(
     args: argparse.Namespace, dataset: IterableDataset, pixels: InputSpec, processes: Processes
 ) -> StreamLoader:
+    for name in ('soft_labels', 'train_img_sizes', 'samples_per_decode', 'aug_repeats'):
+        if getattr(args, name) not in (None, 0, 1):
+            option = '--' + name.replace('_', '-')
+            raise UserError(f'{option} needs numbered images, and a streaming data set has none: leave it out.')
     collate: Callable | None = None
     if mixes(args):
         if args.no_prefetcher or args.unlabeled or pixels.batch_size % 2:
