@@ -19,9 +19,10 @@ from timm.task import ClassificationTask
 from torch import Tensor
 
 from timm_mealv2.command_line import OneLineParser, run_cli
-from timm_mealv2.training.checkpoint_saver import Position
-from timm_mealv2.training.loop import EpochEvents, Stepper, train_one_epoch
-from timm_mealv2.training.metric_logging import Meters
+from timm_mealv2.training.logs import EpochLog
+from timm_mealv2.training.loop import Stepper, train_one_epoch
+from timm_mealv2.training.meters import Meters
+from timm_mealv2.training.run_folder import Position
 
 CASES = (('test_resnet', 2, 32, 200), ('resnet50', 8, 64, 6))  # model, images, pixels, batches a round
 
@@ -57,7 +58,8 @@ def build_arms(model: str, batches: Any) -> dict[str, Callable[[int], float]]:
 
     def train_ours(_: int) -> float:
         begin = time.process_time()
-        train_one_epoch(ours, batches, Position(), Meters(), EpochEvents(log=False))
+        start = Position()
+        train_one_epoch(ours, batches, start, Meters(), EpochLog(start, len(batches), shown=False))
         return 1000 * (time.process_time() - begin) / len(batches)
 
     return {'bare': train_bare, 'ours': train_ours}

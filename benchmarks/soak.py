@@ -38,8 +38,8 @@ import torch
 
 from timm_mealv2.command_line import OneLineParser, run_cli
 from timm_mealv2.errors import UserError
+from timm_mealv2.models.checkpoint import TrainingCheckpoint
 from timm_mealv2.runs import TIMES
-from timm_mealv2.training.checkpoint_saver import read_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / 'tests'))
@@ -85,8 +85,8 @@ def build_parser() -> argparse.ArgumentParser:
 def differences(first: Path, second: Path) -> list[str]:
     """Compare two run folders; what differs, one text each, none if they are the same.
 
-    Compared are the names of the files, each value of each checkpoint but its arguments (they hold the folder), and the
-    summary but for speed and times.
+    Compared are the names of the files, each value of each checkpoint but its arguments (they hold the folder) and
+    its counter, and the summary but for speed and times.
     """
     found = []
     names = [sorted(path.name for path in folder.iterdir()) for folder in (first, second)]
@@ -99,12 +99,11 @@ def differences(first: Path, second: Path) -> list[str]:
             rows.append([{k: v for k, v in row.items() if k not in ('images_per_second', *TIMES)} for row in own])
     if rows[0] != rows[1]:
         found.append(f'summary.csv: {rows[0]} and {rows[1]}')
+    apart = ('args', 'written')  # the folder, and how often the run was told to stop
     for name in sorted(set(names[0]) & set(names[1])):
         if name.endswith('.pth.tar'):
-            values = [
-                dict(_leaves({k: v for k, v in read_checkpoint(folder / name).items() if k != 'args'}))
-                for folder in (first, second)
-            ]
+            contents = [TrainingCheckpoint.read(folder / name).contents for folder in (first, second)]
+            values = [dict(_leaves({k: v for k, v in own.items() if k not in apart})) for own in contents]
             for key in sorted(values[0].keys() | values[1].keys()):
                 if not _equal(*(value.get(key, 'absent') for value in values)):
                     found.append(f'{name}: {key}')

@@ -75,9 +75,10 @@ from timm_mealv2.soft_labels.store import (
     library_versions,
     names_sha256,
 )
-from timm_mealv2.training.checkpoint_saver import Position
-from timm_mealv2.training.loop import EpochEvents, Stepper, train_one_epoch
-from timm_mealv2.training.metric_logging import Meters
+from timm_mealv2.training.logs import EpochLog
+from timm_mealv2.training.loop import Stepper, train_one_epoch
+from timm_mealv2.training.meters import Meters
+from timm_mealv2.training.run_folder import Position
 
 CLASSES = 1000
 SAMPLE = Path(__file__).resolve().parents[1] / 'examples/fashion_mnist'
@@ -381,8 +382,9 @@ def measure_throughput(args: argparse.Namespace) -> dict[str, Any]:
 
     def train(arm: str, number: int) -> float:
         stepper, loader = arms[arm]
-        start, quiet = Position(epoch=number), EpochEvents(log=False)
-        return train_one_epoch(stepper, loader, start, Meters(), quiet)['images_per_second']
+        start = Position(epoch=number)
+        log = EpochLog(start, len(loader), shown=False)
+        return train_one_epoch(stepper, loader, start, Meters(), log)['images_per_second']
 
     if args.what == 'loading':
         del arms['live']  # it loads what plain training loads

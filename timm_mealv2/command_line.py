@@ -16,7 +16,7 @@ from timm.data.auto_augment import augment_and_mix_transform, auto_augment_trans
 from timm.models import get_arch_pretrained_cfgs, split_model_name_tag
 from timm.optim import list_optimizers
 
-from timm_mealv2.errors import UserError, is_full_disk
+from timm_mealv2.errors import TrainingFailedError, UserError, is_full_disk
 from timm_mealv2.version import __version__
 
 
@@ -70,6 +70,9 @@ def run_cli(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | 
     except UserError as error:
         print(f'error: {_one_line(str(error))}', file=sys.stderr)
         raise SystemExit(2) from None
+    except TrainingFailedError as error:
+        print(f'error: {error}', file=sys.stderr)
+        raise SystemExit(1) from None
     except KeyboardInterrupt:
         print('interrupted', file=sys.stderr)
         raise SystemExit(130) from None

@@ -15,6 +15,13 @@ class UserError(ValueError):
     """
 
 
+class TrainingFailedError(Exception):
+    """A training that cannot go on, by no mistake in its options: the message says in one line what happened.
+
+    The command line program prints it without a traceback and exits with code 1.
+    """
+
+
 @contextmanager
 def blamed_on(file: str | os.PathLike[str]) -> Iterator[None]:
     """Tell what Python raises within the block as a fault of a file's content: the block does nothing but use that."""

@@ -3,10 +3,12 @@
 import csv
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from timm_mealv2.training.checkpoint_saver import read_checkpoint
+from timm_mealv2.models.checkpoint import TrainingCheckpoint
+from timm_mealv2.training.run_folder import RunFolder
 
 REPOSITORY = Path(__file__).parents[2]
 SMALL = (
@@ -16,6 +18,15 @@ SMALL = (
 ).split()
 
 Train = Callable[..., Path]
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    return TrainingCheckpoint.read(path).contents
+
+
+def find_newest(folder: Path) -> Path | None:
+    newest = RunFolder(folder).newest()
+    return newest and newest.path
 
 
 def summary(folder: Path) -> list[dict[str, str]]:

@@ -9,14 +9,13 @@ from typing import Any
 import pytest
 import timm
 import torch
-from quick_training import Train
+from quick_training import Train, read_checkpoint
 
 from timm_mealv2.command_line import run_cli
 from timm_mealv2.data.dataset import open_dataset
 from timm_mealv2.errors import UserError
 from timm_mealv2.training import build_data
 from timm_mealv2.training.build_data import sample_of
-from timm_mealv2.training.checkpoint_saver import read_checkpoint
 from timm_mealv2.training.run import main
 
 

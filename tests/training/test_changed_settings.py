@@ -1,10 +1,9 @@
 """A run that is resumed with other settings: it follows them, names them, or refuses."""
 
 import pytest
-from quick_training import Train, summary
+from quick_training import Train, read_checkpoint, summary
 
 from timm_mealv2.errors import UserError
-from timm_mealv2.training.checkpoint_saver import read_checkpoint
 
 AUTO = ('--resume', 'auto')
 

@@ -65,7 +65,6 @@ def preempted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Preempted:
 TEACHER = ('--teachers', 'python:preempting:Teacher', '--no-preflight')
 
 
-@pytest.mark.xfail(strict=True, reason='issue 27 number 13')
 @pytest.mark.parametrize(
     ('former', 'now', 'update'),
     [
@@ -99,7 +98,6 @@ def test_the_middle_of_an_epoch_is_entered_where_nothing_has_changed(
     assert re.search(r'Continuing from .*: epoch 0, batch ([123]), update \1\b', caplog.text)
 
 
-@pytest.mark.xfail(strict=True, reason='issue 27 number 13')
 @pytest.mark.parametrize(
     'changed',
     [
@@ -122,7 +120,6 @@ def test_an_epoch_begins_anew_where_an_update_has_become_something_else(
     assert 'epoch 0, batch 0, update 0' in caplog.text
 
 
-@pytest.mark.xfail(strict=True, reason='issue 27 number 13')
 def test_an_epoch_begins_anew_where_the_processes_have_other_batches(tmp_path: Path, preempted: Preempted) -> None:
     for split in ('train', 'validation'):
         write_folder(tmp_path / 'data' / split)
@@ -154,7 +151,6 @@ def write_set(root: Path) -> str:
     return f'hfids/{root}'
 
 
-@pytest.mark.xfail(strict=True, reason='issue 27 number 14')
 def test_a_stream_that_is_preempted_again_and_again_goes_on_from_what_was_written_last(
     tmp_path: Path, preempted: Preempted, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

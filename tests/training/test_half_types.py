@@ -54,7 +54,6 @@ def no_gradient() -> Iterator[str]:
     del _model_entrypoints['no_gradient_net']
 
 
-@pytest.mark.xfail(strict=True, reason='issue 27 number 15')
 def test_a_run_in_float16_of_which_no_update_is_made_stops(
     data: Path, no_gradient: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -85,7 +84,6 @@ def test_the_average_of_weights_in_float16_moves(data: Path, tmp_path: Path) -> 
     assert {value.dtype for value in ten['state_dict_ema'].values()} == {torch.float32}
 
 
-@pytest.mark.xfail(strict=True, reason='issue 27 number 19')
 @pytest.mark.parametrize('clip', [(), ('--clip-grad', 1e-3)], ids=['', 'clipped'])
 def test_the_norm_of_the_gradient_is_in_the_summary(clip: tuple, data: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)

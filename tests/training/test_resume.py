@@ -1,7 +1,9 @@
 """A run that is killed, wherever it is, and started again ends as the one that was never killed."""
 
+import csv
 import importlib.util
 import json
+import math
 import random
 import shutil
 import subprocess
@@ -13,13 +15,12 @@ from typing import Any
 import pytest
 import timm
 import torch
+from quick_training import find_newest, read_checkpoint
 
 from timm_mealv2.cli.soft_labels import main as soft_labels
 from timm_mealv2.errors import UserError
-from timm_mealv2.training.checkpoint_saver import read_checkpoint
-from timm_mealv2.training.distributed import own_state
+from timm_mealv2.training import loop
 from timm_mealv2.training.run import main
-from timm_mealv2.training.run_folder import find_newest
 
 SIGKILL = -9
 # Everything that draws random numbers or keeps a state; batches of 3 make an update of one batch at each epoch's end.
@@ -235,22 +236,20 @@ def test_no_whole_checkpoint_means_a_fresh_start(
     assert 'starting fresh' in caplog.text
 
 
-def test_going_back_to_an_earlier_checkpoint_gives_the_later_ones_up_without_deleting_them(
-    train: Callable[..., Path], tmp_path: Path
-) -> None:
-    whole = train('--checkpoint-hist', 3)
-    back = Path(shutil.copytree(whole, tmp_path / 'back' / 'run'))
-    earlier = back / 'checkpoint-0.pth.tar'
-    train('--checkpoint-hist', 3, '--resume', earlier, '--epochs', 1, output=tmp_path / 'back')
-    assert find_newest(back) == back / 'last.pth.tar'
-    assert read_checkpoint(back / 'last.pth.tar')['epoch'] == 0
-    assert {'last.pth.tar.old', 'checkpoint-1.pth.tar.old', 'checkpoint-2.pth.tar.old'} <= {
-        path.name for path in back.iterdir()
-    }
-    train('--checkpoint-hist', 3, '--resume', 'auto', output=tmp_path / 'back')
-    for path in back.glob('*.old'):
-        path.unlink()
-    assert differences(whole, back) == []
+def test_an_earlier_checkpoint_is_continued_in_a_folder_of_its_own(train: Callable[..., Path], tmp_path: Path) -> None:
+    folder = train('--checkpoint-hist', 3)
+    before = {path.name: path.read_bytes() for path in folder.glob('*.pth.tar')}
+    earlier = ('--checkpoint-hist', 3, '--resume', folder / 'checkpoint-0.pth.tar')
+    for damage in ('none', 'pointer'):
+        with pytest.raises(UserError, match=r'later than checkpoint-0\.pth\.tar: .* --experiment NEW continues'):
+            train(*earlier)
+        assert {path.name: path.read_bytes() for path in folder.glob('*.pth.tar')} == before, damage
+        (folder / 'last_written.json').unlink(missing_ok=True)
+    train(*earlier, output=tmp_path / 'other')
+    train('--checkpoint-hist', 3, '--resume', folder / 'checkpoint-2.pth.tar')  # the same as `last`
+    expected = read_checkpoint(folder / 'last.pth.tar')['state_dict']
+    for name, value in read_checkpoint(tmp_path / 'other' / 'run' / 'last.pth.tar')['state_dict'].items():
+        assert torch.equal(value, expected[name]), name
 
 
 def test_a_run_folder_is_not_mixed_with_another_run(train: Callable[..., Path], tmp_path: Path) -> None:
@@ -285,14 +284,72 @@ def test_a_continued_run_does_not_go_back_to_its_start_epoch(
     assert 'epoch 1 [' not in caplog.text
 
 
-def test_sums_of_other_numbers_of_processes_go_to_the_first(program: Program, tmp_path: Path) -> None:
-    program.run(tmp_path, *OFTEN, point=('step', 7), processes=2)
-    newest = find_newest(tmp_path / 'run')
-    assert newest is not None
-    checkpoint = read_checkpoint(newest)
-    two = [own_state(checkpoint, rank, 2)['meters']['loss'] for rank in range(2)]
-    assert two[0]['sum'] != two[1]['sum']
-    first, *rest = (own_state(checkpoint, rank, 4)['meters']['loss'] for rank in range(4))
-    assert (first['sum'], first['count']) == (two[0]['sum'] + two[1]['sum'], two[0]['count'] + two[1]['count'])
-    assert all((state['sum'], state['count']) == (0, 0) for state in rest)
-    assert 'buffers' not in own_state(checkpoint, 0, 4)
+def test_a_run_that_resumes_reads_its_checkpoint_once(
+    train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train('--epochs', 2, '--model-ema')
+    loaded = []
+    load = torch.load
+    monkeypatch.setattr(torch, 'load', lambda path, *args, **kwargs: loaded.append(path) or load(path, *args, **kwargs))
+    folder = train('--epochs', 4, '--model-ema', '--resume', 'auto')
+    assert loaded == [folder / 'last.pth.tar']
+    train('--epochs', 5, '--model-ema', '--resume', folder / 'last.pth.tar')
+    assert len(loaded) == 2
+    assert json.loads((folder / 'last_written.json').read_text()) == {'file': 'last.pth.tar', 'count': 5}
+    assert read_checkpoint(folder / 'last.pth.tar')['written'] == 5
+
+
+@pytest.mark.parametrize('content', ['', '{', '[]', '{"file": "../run/checkpoint-0.pth.tar", "count": 9}'])
+def test_where_last_written_is_damaged_the_counters_of_the_files_decide(
+    train: Callable[..., Path], content: str, tmp_path: Path
+) -> None:
+    folder = train('--epochs', 2)
+    (folder / 'last_written.json').write_text(content)
+    assert find_newest(folder) == folder / 'last.pth.tar'
+    shutil.copy(folder / 'checkpoint-0.pth.tar', tmp_path / 'x')
+    (tmp_path / 'x').rename(folder / 'last.pth.tar')
+    assert find_newest(folder) == folder / 'checkpoint-1.pth.tar'
+
+
+class StoppedError(Exception):
+    """In place of a kill."""
+
+
+@pytest.mark.parametrize(
+    ('steps', 'options', 'position', 'left'),
+    [
+        (9, (), 'batch 3, update 8', 0.2),  # of 5 updates an epoch
+        (9, ('--batch-size', 2), 'batch 0, update 10', 0.5),
+        (9, ('--grad-accum-steps', 2), 'batch 0, update 3', 0.5),
+        (9, ('--mixup', 0.2), 'batch 0, update 5', 0.5),
+        (5, ('--batch-size', 2), 'batch 0, update 10', 0.5),  # an epoch's start
+    ],
+)
+def test_the_middle_of_an_epoch_is_entered_only_where_an_update_is_still_the_same(
+    train: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    steps: int,
+    options: tuple[Any, ...],
+    position: str,
+    left: float,
+) -> None:
+    argv = ('--sched-on-updates', '--batch-size', 4, '--epochs', 2, '--recovery-interval', 4, '--resume', 'auto')
+    step = loop.Stepper.step
+
+    def counted(stepper: loop.Stepper, *args: Any, update: int, **kwargs: Any) -> Any:
+        if update == steps:
+            raise StoppedError
+        return step(stepper, *args, update=update, **kwargs)
+
+    monkeypatch.setattr(loop.Stepper, 'step', counted)
+    with pytest.raises(StoppedError):
+        train(*argv)
+    monkeypatch.undo()
+    with caplog.at_level('INFO'):
+        folder = train(*argv, *options)
+    assert f': epoch 1, {position}.' in caplog.text
+    with open(folder / 'summary.csv', newline='') as file:
+        row = list(csv.DictReader(file))[1]
+    # timm's cosine over 2 epochs, at the update that the epoch goes on with.
+    assert float(row['lr']) == pytest.approx(0.01 * (1 - math.cos(math.pi * left)))

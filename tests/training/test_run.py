@@ -13,13 +13,20 @@ import pytest
 import timm
 import torch
 from images import write_images
-from quick_training import REPOSITORY, SMALL, Train, assert_equal_weights, summary, weights
+from quick_training import (
+    REPOSITORY,
+    SMALL,
+    Train,
+    assert_equal_weights,
+    find_newest,
+    read_checkpoint,
+    summary,
+    weights,
+)
 
 from timm_mealv2.errors import UserError
 from timm_mealv2.runs import TIMES
 from timm_mealv2.training import trainer
-from timm_mealv2.training.checkpoint_saver import read_checkpoint
-from timm_mealv2.training.run_folder import find_newest
 
 
 def test_classification_writes_the_run_folder_that_timm_users_know(train: Train) -> None:
@@ -222,7 +229,7 @@ def test_mistakes_are_told_before_anything_is_written(
         ('the training split has 3 classes', ('a', '--num-classes', 5)),
         ('no data set', ('b', '--data-dir', tmp_path / 'absent')),
         ('no split', ('c', '--val-split', 'absent')),
-        ('no checkpoint', ('d', '--resume', tmp_path / 'absent.pth.tar')),
+        ('there is no such file', ('d', '--resume', tmp_path / 'absent.pth.tar')),
         (
             'does not fit',
             ('e', '--model', 'test_vit', '--img-size', 32, '--resume', tmp_path / 'taken' / 'last.pth.tar'),

@@ -13,14 +13,13 @@ import timm
 import torch
 from images import write_images
 from PIL import Image
-from quick_training import REPOSITORY, SMALL, assert_equal_weights, summary
+from quick_training import REPOSITORY, SMALL, assert_equal_weights, read_checkpoint, summary
 
 from timm_mealv2.cli.soft_labels import main as soft_labels
 from timm_mealv2.data.dataset import image_names, open_dataset
 from timm_mealv2.data.samples import EpochSampler
 from timm_mealv2.errors import UserError
 from timm_mealv2.runs import TIMES
-from timm_mealv2.training.checkpoint_saver import read_checkpoint
 from timm_mealv2.training.run import main
 
 Train = Callable[..., Path]

@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from timm_mealv2.arguments import build_ensemble
 from timm_mealv2.data.unreadable import BadImages
 from timm_mealv2.errors import UserError
+from timm_mealv2.models.checkpoint import TrainingCheckpoint
 from timm_mealv2.models.ensemble import EnsembleTeacher
 from timm_mealv2.task import MealV2Task, scale_discriminator_lr
 from timm_mealv2.training.build_data import Data, InputSpec, build_data
@@ -34,11 +35,12 @@ from timm_mealv2.training.build_student import build_student
 from timm_mealv2.training.checks import is_mealv2, mixes
 from timm_mealv2.training.distributed import Processes
 from timm_mealv2.training.loop import LossScaler, Schedule, Stepper, updates_per_epoch
-from timm_mealv2.training.resume import check_changes
+from timm_mealv2.training.resume import check_changes, find_checkpoint
 from timm_mealv2.training.run_folder import RunFolder
 from timm_mealv2.training.settings import paper_differences, plain_settings, settings_text
 from timm_mealv2.training.stopping import Guard, Signals
-from timm_mealv2.training.trainer import Parts, Plan, Trainer
+from timm_mealv2.training.trainer import Components, Plan, Trainer
+from timm_mealv2.training.validation import Validator
 
 _logger = logging.getLogger(__name__)
 
@@ -60,16 +62,14 @@ def build(args: argparse.Namespace, processes: Processes, signals: Signals) -> T
     restarted = bool(args.experiment) and int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0
     if restarted:
         _logger.info('The process group was restarted: continuing from its newest checkpoint.')
-    checkpoint = processes.from_first(
-        folder.checkpoint_to_resume(args.resume, restarted, args.dry_run) if processes.primary else None
-    )
+    checkpoint = find_checkpoint(folder, processes, args.resume, restarted, args.dry_run)
     if checkpoint is not None:
         check_changes(checkpoint, settings, args.resume_changed)
     for teacher in args.teachers:
         teacher.check()
 
     bad = BadImages(args.max_bad_images)
-    guard = Guard(signals, bad, processes, args.max_nonfinite)
+    guard = Guard(signals, bad, processes, max(1, args.log_interval // args.grad_accum_steps))
     student, pixels, model_config = build_student(args, batch_size, processes)
     settings['num_classes'] = pixels.num_classes
     live = is_mealv2(args) and not args.soft_labels
@@ -85,24 +85,26 @@ def build(args: argparse.Namespace, processes: Processes, signals: Signals) -> T
         task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup, device=ema_device)
     eval_metric = data.validation.metric(args.eval_metric) if data.validation is not None else ''
     schedule = _build_schedule(args, optimizer, data, eval_metric)
-    parts = Parts(
-        stepper=_build_stepper(args, task, optimizer, pixels, guard),
+    stepper = _build_stepper(args, task, optimizer, pixels, guard)
+    judged_by = stepper, teachers, pixels.config, guard, not args.model_ema_force_cpu
+    parts = Components(
+        stepper=stepper,
         schedule=schedule,
         data=data,
-        pixels=pixels,
-        teachers=teachers,
+        validator=Validator(data.validation, *judged_by) if data.validation is not None else None,
         wrap=functools.partial(_wrap, args, processes),
     )
     if processes.primary:
-        _announce(args, parts, student, processes, lr)
-    return Trainer(parts, _plan(args, settings, model_config, checkpoint, eval_metric), processes, guard, folder)
+        _announce(args, parts, pixels, teachers, student, processes, lr)
+    kept = {'model_config': model_config, 'data_config': pixels.config, 'class_names': data.class_names}
+    return Trainer(parts, _plan(args, settings, kept, checkpoint, eval_metric), processes, guard, folder)
 
 
 def _plan(
     args: argparse.Namespace,
     settings: dict[str, Any],
-    model_config: dict[str, Any],
-    checkpoint: Any,
+    kept: dict[str, Any],
+    checkpoint: TrainingCheckpoint | None,
     eval_metric: str,
 ) -> Plan:
     # A run that continues itself is past the epoch that it was told to begin with.
@@ -117,7 +119,6 @@ def _plan(
         dry_run_seconds=args.dry_run_seconds if args.dry_run else None,
         preflight=not args.no_preflight,
         eval_metric=eval_metric,
-        evaluate_ema=not args.model_ema_force_cpu,
         val_interval=args.val_interval,
         log_interval=args.log_interval,
         recovery_interval=args.recovery_interval,
@@ -128,18 +129,26 @@ def _plan(
         tensorboard=args.log_tensorboard,
         wandb=wandb if args.log_wandb else None,
         push_to_hub=args.push_to_hub,
-        model_config=model_config,
+        kept=kept,
     )
 
 
-def _announce(args: argparse.Namespace, parts: Parts, student: nn.Module, processes: Processes, lr: float) -> None:
+def _announce(
+    args: argparse.Namespace,
+    parts: Components,
+    pixels: InputSpec,
+    teachers: EnsembleTeacher | None,
+    student: nn.Module,
+    processes: Processes,
+    lr: float,
+) -> None:
     """Log what the run will be."""
-    images = parts.pixels.batch_size * processes.world_size * args.grad_accum_steps
+    images = pixels.batch_size * processes.world_size * args.grad_accum_steps
     if args.recipe or args.dry_run:
         _logger.info(f'Non-default settings:\n{settings_text(args, changed=True)}')
-    if parts.teachers is not None:
-        config = parts.pixels.config
-        for name, teacher in zip(parts.teachers.names, parts.teachers.teachers, strict=True):
+    if teachers is not None:
+        config = pixels.config
+        for name, teacher in zip(teachers.names, teachers.teachers, strict=True):
             own = getattr(teacher, 'pretrained_cfg', None) or {}
             differing = [
                 f'{key} {own[key]} (here {config[key]})'
@@ -155,7 +164,7 @@ def _announce(args: argparse.Namespace, parts: Parts, student: nn.Module, proces
             )
     parameters = sum(p.numel() for p in student.parameters()) / 1e6
     _logger.info(
-        f'{args.model}: {parameters:.2f} M parameters, {len(parts.data.loader)} batches of {parts.pixels.batch_size} '
+        f'{args.model}: {parameters:.2f} M parameters, {len(parts.data.loader)} batches of {pixels.batch_size} '
         f'an epoch on {processes.world_size} process(es), {parts.schedule.epochs} epochs.'
     )
 
@@ -245,7 +254,7 @@ _FUSED = ('sgd', 'nesterov', 'momentum', 'adam', 'adamw')  # names of torch's ow
 def _build_optimizer(args: argparse.Namespace, task: TrainingTask, lr: float) -> torch.optim.Optimizer:
     options = {**optimizer_kwargs(cfg=args), 'lr': lr, **args.opt_kwargs}
     if task.device.type == 'cuda' and args.opt in _FUSED and 'foreach' not in options:
-        options.setdefault('fused', True)  # it skips an update by itself: the step then waits for nothing
+        options.setdefault('fused', True)
     optimizer: torch.optim.Optimizer = create_optimizer_v2(task.get_trainable_module(), **options)
     if isinstance(task, MealV2Task):
         scale_discriminator_lr(optimizer, task, args.discriminator_lr_scale)

@@ -3,10 +3,8 @@
 import importlib
 import logging
 import os
-import socket
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -49,16 +47,12 @@ class Processes:
         rank: Its number.
         world_size: How many there are.
         group: Connects them on the CPU, whatever the device; None if there is only one.
-        roll_call: Connects them for `silent` alone: a call that timed out has broken the other connections.
-        names: What the log calls each of them, by rank.
     """
 
     device: torch.device
     rank: int = 0
     world_size: int = 1
     group: dist.ProcessGroup | None = None
-    roll_call: dist.ProcessGroup | None = None
-    names: Sequence[str] = ()
 
     @property
     def distributed(self) -> bool:
@@ -78,51 +72,18 @@ class Processes:
         dist.all_gather_object(gathered, value, group=self.group)
         return gathered
 
-    def maxima(self, values: Sequence[int]) -> Callable[[], list[int]]:
-        """Begin to find the largest of each of some numbers over the processes (a collective call).
-
-        Returns:
-            Gives them, once all processes have told theirs.
-        """
+    def maxima(self, values: Sequence[int]) -> list[int]:
+        """Return the largest of each of some numbers over the processes (a collective call)."""
+        if self.group is None:
+            return list(values)
         tensor = torch.tensor(values, dtype=torch.int64)
-        work = None if self.group is None else dist.all_reduce(tensor, dist.ReduceOp.MAX, self.group, async_op=True)
-
-        def result() -> list[int]:
-            if work is not None:
-                work.wait()
-            largest: list[int] = tensor.tolist()
-            return largest
-
-        return result
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, self.group)
+        largest: list[int] = tensor.tolist()
+        return largest
 
     def from_first(self, value: Any) -> Any:
         """Return what the first process gives (a collective call)."""
         return self.gather(value if self.primary else None)[0]
-
-    def silent(self, seconds: float) -> list[str]:
-        """Return the names of the processes that do not call this too, though they are still connected.
-
-        It is for the processes whose collective call has failed: who hangs does not get here.
-        """
-        others = [rank for rank in range(self.world_size) if rank != self.rank]
-        for rank in others:
-            with suppress(RuntimeError):  # it has ended
-                dist.isend(torch.zeros(1), rank, self.roll_call)
-        silent = []
-        for rank in others:
-            try:
-                answer: Any = dist.irecv(torch.zeros(1), rank, self.roll_call)
-                answer.wait(timedelta(seconds=seconds))
-            except RuntimeError as error:
-                if is_timeout(error):
-                    silent.append(self.names[rank])
-        return silent
-
-
-def is_timeout(error: RuntimeError) -> bool:
-    """Whether a call to other processes has failed because one of them did not respond in time."""
-    text = str(error).lower()
-    return 'timed out' in text or 'timeout' in text
 
 
 def join_processes(device: str | None, modules: Sequence[str] = (), minutes: float = 30) -> Processes:
@@ -131,39 +92,35 @@ def join_processes(device: str | None, modules: Sequence[str] = (), minutes: flo
     Args:
         device: The device that was asked for; None takes CUDA where there is some.
         modules: Modules to import first, which may register a device or a compiler.
-        minutes: How long a process waits for the others' part in a collective call.
+        minutes: torch's timeout: how long a process waits for the others' part in a collective call.
 
     Raises:
-        UserError: If there is no such device or module, or no group.
+        UserError: If there is no such device or module.
     """
     for name in modules:
         try:
             importlib.import_module(name)
-        except (ImportError, TypeError, ValueError) as error:  # '' and '.x' are no names of modules
+        except ImportError as error:
             raise UserError(f'--device-modules {name}: {error}') from error
     available = torch.cuda.is_available()
     if device is None and not available:
         _logger.info('No CUDA device: training on the CPU (--device chooses).')
     device = device or ('cuda' if available else 'cpu')
-    if device.startswith('cuda') and not available:
-        raise UserError(f'--device {device}: this torch sees no CUDA device; use --device cpu.')
-    if not (device.startswith('cuda') and is_distributed_env()):  # all would get a context on the first GPU
+    if not (available and device.startswith('cuda') and is_distributed_env()):  # all would get a context on one GPU
         try:
             torch.empty(1, device=device)
         except (AssertionError, NotImplementedError, RuntimeError) as error:
             raise UserError(f'--device {device}: {error}') from error
     url = f'{ATTEMPT}://' if 'TORCHELASTIC_RESTART_COUNT' in os.environ else None
     joined = init_distributed_device_so(device, dist_url=url)
-    processes = Processes(torch.device(joined['device']), joined['global_rank'], joined['world_size'])
+    place = torch.device(joined['device']), joined['global_rank'], joined['world_size']
     if not joined['distributed']:
-        return processes
+        return Processes(*place)
     timeout = timedelta(minutes=minutes)
-    if processes.device.type == 'cpu' and hasattr(dist, 'set_timeout'):  # of torch 2.14; NCCL ends a process in its way
+    if hasattr(dist, 'set_timeout'):  # of torch 2.14
         dist.set_timeout(timeout)
-    groups: dict[str, Any] = {name: dist.new_group(backend='gloo', timeout=timeout) for name in ('group', 'roll_call')}
-    processes = replace(processes, **groups)
-    name = f'process {processes.rank} (pid {os.getpid()} on {socket.gethostname()})'
-    return replace(processes, names=processes.gather(name))
+    group: Any = dist.new_group(backend='gloo', timeout=timeout)
+    return Processes(*place, group)
 
 
 def process_states(task: TrainingTask, meters: dict[str, Any], processes: Processes) -> list[dict[str, Any]]:
@@ -179,27 +136,8 @@ def process_states(task: TrainingTask, meters: dict[str, Any], processes: Proces
     return processes.gather(state)
 
 
-def own_state(checkpoint: dict[str, Any], rank: int, world_size: int) -> dict[str, Any]:
-    """Return what `process_states` had of this process.
-
-    With another number of processes than the checkpoint has, there are no buffers (all keep those of the first), and
-    the first process gets the sums of all meters.
-    """
-    states = checkpoint.get('processes', [])
-    if len(states) == world_size:
-        return dict(states[rank])
-    meters: dict[str, dict[str, Any]] = {}
-    for state in states:
-        for name, values in state['meters'].items():
-            sums = meters.setdefault(name, {'sum': torch.zeros_like(values['sum']), 'count': 0})
-            if rank == 0:
-                sums['sum'] += values['sum']
-                sums['count'] += values['count']
-    return {'meters': meters}
-
-
 def load_buffers(task: TrainingTask, buffers: Sequence[dict[str, Tensor]]) -> None:
-    """Put back the buffers of `own_state`; after DDP is made, which gives all processes those of the first."""
+    """Put back the 'buffers' of `process_states`; after DDP is made, which gives all processes those of the first."""
     for own, saved in zip(_buffers(task), buffers, strict=False):
         for name, buffer in own.items():
             buffer.copy_(saved[name])

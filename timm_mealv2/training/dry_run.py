@@ -3,8 +3,7 @@
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,15 +20,8 @@ def _now() -> float:
     return time.perf_counter()
 
 
-@dataclass(frozen=True)
-class Timing:
-    """What was measured.
-
-    Attributes:
-        batches: How many.
-        images: How many, in one process.
-        phases: Seconds a batch of each of `TIMES`.
-    """
+class Timing(NamedTuple):
+    """What was measured: batches and images of one process, and seconds a batch of each of `TIMES`."""
 
     batches: int
     images: int
@@ -60,7 +52,7 @@ def measure_training(
                 if updates == 1:
                     began, images_seen = _now(), 0
                     clock.restart()
-                elif not any(processes.maxima([_now() - began < seconds])()):
+                elif not any(processes.maxima([_now() - began < seconds])):
                     return Timing(clock.batches, images_seen, clock.means())
         epoch += 1
 
@@ -86,19 +78,19 @@ class TimedBatches:
                 return
 
 
-def peak_memory(device: torch.device) -> float | None:
-    """The largest memory of this process so far in GiB: the GPU's, or the machine's; None where that is not known."""
+def peak_memory(device: torch.device) -> str:
+    """The largest memory of this process so far: the GPU's, or the machine's."""
     if device.type == 'cuda':
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
+        return f'{torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB'
+    if sys.platform == 'win32':
+        return 'not known on this system'
+    import resource  # of Unix
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**30 if sys.platform == 'darwin' else 2**20)  # macOS counts bytes, Linux KiB
+    return f'{peak / (2**30 if sys.platform == "darwin" else 2**20):.2f} GiB'  # macOS counts bytes, Linux KiB
 
 
-def report(timing: Timing, *, processes: Processes, batches: int, evaluation: float, evaluations: int) -> str:
+def report(timing: Timing, processes: Processes, *, batches: int, evaluation: float, evaluations: int) -> str:
     """Say in a few lines what a run will take.
 
     Args:
@@ -110,14 +102,13 @@ def report(timing: Timing, *, processes: Processes, batches: int, evaluation: fl
     """
     batch = sum(timing.phases.values())
     total = batch * timing.batches
-    rate = timing.images * processes.world_size / total
     training = batch * batches / 3600
-    memory = peak_memory(processes.device)
-    lines = [
-        f'dry run: {batch:.3f} s a batch, {rate:.0f} images/s over {total:.0f} s ({timing.batches} batches)',
-        '  of a batch: ' + ', '.join(f'{name} {timing.phases[key]:.3f} s' for key, name in TIMES.items()),
-        f'  peak memory: {f"{memory:.2f} GiB" if memory is not None else "not known on this system"}',
+    rate = timing.images * processes.world_size / total
+    phases = ', '.join(f'{name} {timing.phases[key]:.3f} s' for key, name in TIMES.items())
+    return (
+        f'dry run: {batch:.3f} s a batch, {rate:.0f} images/s over {total:.0f} s ({timing.batches} batches)\n'
+        f'  of a batch: {phases}\n'
+        f'  peak memory: {peak_memory(processes.device)}\n'
         f'  the whole run: {training:.2f} hours without evaluation, '
-        f'{training + evaluation * evaluations / 3600:.2f} hours with {evaluations} evaluations; nothing was written',
-    ]
-    return '\n'.join(lines)
+        f'{training + evaluation * evaluations / 3600:.2f} hours with {evaluations} evaluations; nothing was written'
+    )

@@ -11,18 +11,17 @@ import torch
 from timm.scheduler import PlateauLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from timm.task import TrainingTask
-from timm.utils import dispatch_clip_grad
+from timm.utils import dispatch_clip_grad, unwrap_model
 from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from timm_mealv2.data.loader import StreamLoader, TrainLoader
 from timm_mealv2.data.seed import Stream, counted_seed, seed_torch
-from timm_mealv2.errors import UserError
 from timm_mealv2.task import MealV2Task
-from timm_mealv2.training.checkpoint_saver import Position
-from timm_mealv2.training.metric_logging import Meters
-from timm_mealv2.training.progress import EpochLog
-from timm_mealv2.training.timing import Clock
+from timm_mealv2.training.logs import EpochLog
+from timm_mealv2.training.meters import Clock, Meters
+from timm_mealv2.training.run_folder import Position
 
 
 class LossScaler(torch.amp.GradScaler):
@@ -35,12 +34,7 @@ class LossScaler(torch.amp.GradScaler):
 class Stepper:
     """Forward, backward and update: what one step is made of, the same for every task.
 
-    An update whose gradient is not finite is skipped on all processes: weights, optimizer, moving average and the
-    statistics of batch norm stay as they were. A loss that is not finite makes its gradient NaN, and that of the other
-    processes by DDP's sum, so that nothing has to be agreed on.
-
-    Fused optimizers of torch skip by themselves, and nothing waits for the device. All others, the first update (fused
-    SGD would go on with a momentum that was never set) and a moving average need one wait an update.
+    An update whose gradient norm is not finite is not made: weights, optimizer and moving average stay as they were.
 
     Attributes:
         task: The task; its result's 'loss' is minimized.
@@ -48,7 +42,7 @@ class Stepper:
         accumulate: Batches an update.
         autocast: Makes the context of the forward pass (mixed precision).
         scaler: Loss scaler for float16, None without.
-        clip_grad: Bound of the gradient, None for none.
+        clip_grad: Gradient clipping threshold, None for no clipping.
         clip_mode: 'norm', 'value' or 'agc'.
         loss_weight: Weight of a batch's loss by its number of images (batches of changing size).
         channels_last: Memory format of the images.
@@ -74,19 +68,12 @@ class Stepper:
 
     def __post_init__(self) -> None:
         self._norms = [m for m in self.task.get_trainable_module().modules() if isinstance(m, _NormBase)]
-        # What a forward pass changes before it is known whether the update is made.
-        self._statistics = _Backup([buffer for norm in self._norms for buffer in norm.buffers()])
-        self._parameters: dict[torch.dtype, list[Tensor]] = {}
-        for parameter in self.task.get_clip_parameters():
-            self._parameters.setdefault(parameter.dtype, []).append(parameter)
-        self._clipped = list(self.task.get_clip_parameters(exclude_head='agc' in self.clip_mode))
+        self._parameters = list(self.task.get_clip_parameters())
         self.clock = Clock(self.task.device)
         if isinstance(self.task, MealV2Task):
             self.task.after_teachers = functools.partial(self.clock.mark, 'teachers')
         self._first_seed = counted_seed(Stream.UPDATE, self.seed, self.rank)
-        self._one = torch.ones((), device=self.task.device)
-        self._loss = torch.tensor(0.0)  # of the batches of this update so far
-        self._begun = False  # whether an update was made
+        self._images: list[Tensor] = []  # of the update's batches, to find what is not finite
 
     def train(self) -> None:
         """Set the task to training, before its first step and after each evaluation."""
@@ -97,72 +84,60 @@ class Stepper:
 
     def step(
         self, images: Tensor, target: Tensor, *, update: int, part: int = 0, parts: int = 1
-    ) -> tuple[dict[str, Tensor], Tensor | None]:
+    ) -> tuple[dict[str, Tensor], float | None]:
         """Train on one batch, the `part`th of the `parts` that make up update number `update`.
 
         Returns:
-            The task's result, and whether the update was made (a scalar on the device; None before the last part).
+            The task's scalars, detached, and the gradient norm of the update (None before the last part).
         """
         last = part == parts - 1
         if not part:
-            self._statistics.make()
-        # Dropout and stochastic depth, which draw from torch, are functions of where the run stands.
-        seed_torch(self._first_seed + update * self.accumulate + part, self.task.device)
+            self._images.clear()
         if self.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
+        self._images.append(images)
+        # Dropout and stochastic depth, which draw from torch, are functions of where the run stands.
+        seed_torch(self._first_seed + update * self.accumulate + part, self.task.device)
         with nullcontext() if last else self.task.no_sync():
             with self.autocast():
                 result: dict[str, Tensor] = self.task(images, target)
             loss = result['loss'] if parts == 1 else result['loss'] / parts
             if self.loss_weight is not None:
                 loss = loss * self.loss_weight(len(images))
-            self._loss = self._loss + loss.detach() if part else loss.detach()
             self.backward(loss)
         self.clock.mark('student')
-        return result, self.update(update) if last else None
+        scalars = {name: value.detach() for name, value in result.items() if name != 'output'}
+        return scalars, self.update(update) if last else None
 
     def backward(self, loss: Tensor) -> None:
-        """Add a loss's gradient to that of the update; it is NaN if the loss is not finite."""
+        """Add a loss's gradient to that of the update."""
         scaled = loss if self.scaler is None else self.scaler.scale(loss)
-        one_or_nan = torch.add(self._one, loss.detach(), alpha=0)
-        scaled.backward(one_or_nan, create_graph=getattr(self.optimizer, 'is_second_order', False))
+        scaled.backward(create_graph=getattr(self.optimizer, 'is_second_order', False))
 
-    def update(self, update: int) -> Tensor:
-        """Make update number `update`, unless its gradient is not finite; return whether it was made.
-
-        A gradient that overflows by the loss scaler's factor is the scaler's affair: that update counts as made.
-        """
+    def update(self, update: int) -> float:
+        """Make update number `update` if its gradient norm is finite; return the norm, the same on all processes."""
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
-        found_inf = torch.zeros_like(self._one)
-        # The fused check of torch's loss scaler, here with a factor of 1; a norm of many small tensors takes longer.
-        for parameters in self._parameters.values():  # of one dtype, as the operator wants them on a GPU
-            gradients = [p.grad for p in parameters if p.grad is not None]
-            torch._amp_foreach_non_finite_check_and_unscale_(gradients, found_inf, self._one)
-        finite = found_inf == 0
-        if self.clip_grad is not None:
-            dispatch_clip_grad(self._clipped, value=self.clip_grad, mode=self.clip_mode)
-        if self._begun and self._skips_itself():
-            optimizer: Any = self.optimizer
-            optimizer.found_inf = found_inf
-            optimizer.step()
-            self._statistics.put_back(unless=finite)
-        elif finite:  # the one wait for the device
-            self._begun = True
+        total_norm = get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+        norm: float = total_norm.item()  # the one wait for the device
+        if math.isfinite(norm):
+            self._clip(total_norm)
             self.optimizer.step()
             if self.task.has_ema():
                 self._update_average(update)
-        else:
-            self._statistics.put_back(unless=finite)
         if self.scaler is not None:
             self.scaler.update()
         self.optimizer.zero_grad()
-        return finite if self.scaler is None else self._loss.isfinite()
+        return norm
 
-    def _skips_itself(self) -> bool:
-        """Whether optimizer and average leave everything as it is, where the optimizer's `found_inf` says so."""
-        fused = all(group.get('fused') for group in self.optimizer.param_groups)
-        return fused and hasattr(self.optimizer, '_step_supports_amp_scaling') and not self.task.has_ema()
+    def _clip(self, total_norm: Tensor) -> None:
+        if self.clip_grad is None:
+            return
+        if self.clip_mode == 'norm':
+            clip_grads_with_norm_(self._parameters, self.clip_grad, total_norm)
+        else:
+            parameters = self.task.get_clip_parameters(exclude_head=self.clip_mode == 'agc')
+            dispatch_clip_grad(parameters, value=self.clip_grad, mode=self.clip_mode)
 
     def _update_average(self, update: int) -> None:
         # Rounding of a bfloat16 average is random too, and the same on every process.
@@ -170,24 +145,25 @@ class Stepper:
         ema._sr_generator.manual_seed(counted_seed(Stream.EMA_ROUNDING, self.seed, update))
         self.task.update_ema(step=update + 1)
 
+    def statistics_are_finite(self) -> bool:
+        """Whether batch norm's running statistics are: a forward pass that overflows spoils them for good."""
+        statistics = (b for norm in self._norms for b in norm.buffers() if b.is_floating_point())
+        return all(bool(statistic.isfinite().all()) for statistic in statistics)
 
-class _Backup:
-    """A copy of tensors, made and put back without waiting for the device: all of them are one tensor of bytes."""
-
-    def __init__(self, tensors: list[Tensor]) -> None:
-        self._bytes = [tensor.detach().view(-1).view(torch.uint8) for tensor in tensors]
-        self._copy = torch.cat(self._bytes) if tensors else torch.empty(0)
-
-    def make(self) -> None:
-        """Copy the tensors as they are now."""
-        if self._bytes:
-            torch.cat(self._bytes, out=self._copy)
-
-    def put_back(self, *, unless: Tensor) -> None:
-        """Give the tensors the values of their copies where the scalar `unless` is False."""
-        if self._bytes:
-            values = torch.where(unless, torch.cat(self._bytes), self._copy)
-            torch._foreach_copy_(self._bytes, list(values.split([len(part) for part in self._bytes])))
+    @torch.no_grad()
+    def first_nonfinite(self) -> tuple[int, str]:
+        """Run the last update's batches again; return what is not finite first on this process, the order before it."""
+        student = unwrap_model(self.task.get_eval_model())
+        for images in self._images:
+            if not images.isfinite().all():
+                return 0, 'the images'
+            with self.autocast():
+                teachers = self.task.nonfinite_teachers(images) if isinstance(self.task, MealV2Task) else []
+                if teachers:
+                    return 1, f'teacher {teachers[0]}'
+                if not student(images).isfinite().all():
+                    return 2, 'the student'
+        return 3, 'the gradient'
 
 
 class Schedule:
@@ -205,28 +181,18 @@ class Schedule:
     def go_to(self, position: Position) -> None:
         """Set the learning rate of a position. A schedule that follows a metric keeps the one that it has come to."""
         if self.scheduler is not None and not isinstance(self.scheduler, PlateauLRScheduler):
-            self._step(self.scheduler, self.scheduler.step, position.epoch)
-            self._step(self.scheduler, self.scheduler.step_update, position.update)
+            self.scheduler.step(position.epoch)
+            self.scheduler.step_update(position.update)
 
     def after_update(self, updates: int) -> None:
         """Go on after an update; `updates` have been made."""
         if self.scheduler is not None:
-            self._step(self.scheduler, self.scheduler.step_update, updates)
+            self.scheduler.step_update(updates)
 
     def after_epoch(self, epochs: int, metric: float | None) -> None:
         """Go on after an epoch; `epochs` have been made, and `metric` is the last one's."""
         if self.scheduler is not None:
-            self._step(self.scheduler, self.scheduler.step, epochs, metric)
-
-    @staticmethod
-    def _step(scheduler: Scheduler, step: Callable[..., None], *where: Any) -> None:
-        try:
-            step(*where)
-            rates = [group['lr'] for group in scheduler.optimizer.param_groups]
-        except (ArithmeticError, ValueError) as error:
-            raise UserError(f'the options of the learning rate do not go together: {error}.') from error
-        if not all(abs(rate) < torch.finfo(torch.float32).max for rate in rates):
-            raise UserError(f'the learning rate has come to {max(rates):g}: its options do not go together.')
+            self.scheduler.step(epochs, metric)
 
     def state_dict(self) -> dict[str, Any] | None:
         """Return what a schedule that follows a metric has counted; None for all others.
@@ -249,30 +215,6 @@ class Schedule:
 _COUNTED = ('best', 'num_bad_epochs', 'cooldown_counter', 'last_epoch')
 
 
-@dataclass
-class EpochEvents:
-    """What happens beside the steps. All functions are called on every process.
-
-    Attributes:
-        after_update: Told, after each update, where the run stands, and whether the update was made (a scalar on the
-            device).
-        before_next: Called between two updates of the epoch with the position; may end the run.
-        at_line: Told the number of the batch and its images at each line of the log, where the device is waited for.
-        log_interval: Batches from one line of the log to the next.
-        log: Whether this process writes the log.
-        world_size: Number of processes, each with batches of its own.
-        synchronize: Wait for the device after each step.
-    """
-
-    after_update: Callable[[Position, Tensor], None] | None = None
-    before_next: Callable[[Position], None] | None = None
-    at_line: Callable[[int, Tensor], None] | None = None
-    log_interval: int = 50
-    log: bool = True
-    world_size: int = 1
-    synchronize: bool = False
-
-
 def updates_per_epoch(loader: TrainLoader | StreamLoader, accumulate: int) -> int:
     """Optimizer updates of an epoch: the last may be made of fewer batches than the others."""
     return math.ceil(len(loader) / accumulate)
@@ -283,7 +225,11 @@ def train_one_epoch(
     loader: TrainLoader | StreamLoader,
     start: Position,
     meters: Meters,
-    events: EpochEvents | None = None,
+    log: EpochLog,
+    *,
+    after_update: Callable[[Position, float], None] | None = None,
+    at_line: Callable[[int, Tensor], None] | None = None,
+    synchronize: bool = False,
 ) -> dict[str, float]:
     """Train from `start` to the end of its epoch.
 
@@ -292,49 +238,38 @@ def train_one_epoch(
         loader: Gives the batches.
         start: Where to begin.
         meters: Empty, or the sums of the epoch's earlier batches.
-        events: What happens beside the steps.
+        log: Shows the progress.
+        after_update: Told, on every process, after each update where the run stands and the gradient norm; may end the
+            run.
+        at_line: Told the number of the batch and its images at each line of the log.
+        synchronize: Wait for the device after each step.
 
     Returns:
         Means of the task's scalars over the epoch and all processes, 'images_per_second' of all processes, and where
         the time of this one went (see `Clock.means`).
     """
-    events = events or EpochEvents()
     stepper.train()
-    batches, update = len(loader), start.update
-    log = EpochLog(start, batches, interval=events.log_interval, world_size=events.world_size, shown=events.log)
-    clock = stepper.clock
+    clock, batches, update = stepper.clock, len(loader), start.update
     clock.restart()
-    results: list[tuple[dict[str, Tensor], int]] = []  # of the update's batches, counted if it is made
+    scalars: list[tuple[dict[str, Tensor], int]] = []  # of the update's batches, counted if it is made
     for batch, (images, target) in enumerate(loader.batches(start.epoch, start.batch), start.batch):
         clock.mark('data')
         part = batch % stepper.accumulate
         parts = min(stepper.accumulate, batches - batch + part)
-        result, applied = stepper.step(images, target, update=update, part=part, parts=parts)
-        results.append(({name: value.detach() for name, value in result.items() if name != 'output'}, len(images)))
-        if events.synchronize and images.is_cuda:
+        result, norm = stepper.step(images, target, update=update, part=part, parts=parts)
+        scalars.append((result, len(images)))
+        if synchronize and images.is_cuda:
             torch.cuda.synchronize()
-        if applied is not None:
-            for scalars, count in results:
-                meters.update(scalars, count, applied)
-            results.clear()
+        if norm is not None:
+            meters.update(scalars, norm)
+            scalars.clear()
             update += 1
-            position = Position(start.epoch, batch + 1, update)
-            if events.after_update is not None:
-                events.after_update(position, applied)
-            if events.before_next is not None and batch + 1 < batches:
-                events.before_next(position)
-        due = log.batch(batch, len(images), meters, learning_rate(stepper.optimizer), clock)
-        if due and events.at_line is not None:
-            events.at_line(batch, images)
+            if after_update is not None:
+                after_update(Position(start.epoch, batch + 1, update), norm)
+        if log.batch(batch, len(images), meters, stepper.optimizer, clock) and at_line is not None:
+            at_line(batch, images)
         clock.mark('update')
-    log.bar.close()
+    log.close()
     if hasattr(stepper.optimizer, 'sync_lookahead'):
         stepper.optimizer.sync_lookahead()
-    means = meters.means(events.world_size > 1)
-    return {**means, 'images_per_second': log.images_per_second, **clock.means()}
-
-
-def learning_rate(optimizer: torch.optim.Optimizer) -> float:
-    """Mean learning rate of the parameter groups, as timm reports it."""
-    rates = [group['lr'] for group in optimizer.param_groups]
-    return sum(rates) / len(rates)
+    return {**meters.means(log.world_size > 1), 'images_per_second': log.images_per_second, **clock.means()}

@@ -255,8 +255,7 @@ _RUN = (
     Option('--dry-run-seconds', NOT_NEGATIVE, 'how long --dry-run measures', 20.0),
     flag('--resume-changed', help='resume although seed, teachers or data set differ from the checkpoint'),
     Option('--max-bad-images', COUNT_OR_0, 'unreadable images to tolerate', 100),
-    Option('--max-nonfinite', COUNT, 'skipped updates in a row that stop the run', 10),
-    Option('--process-timeout', POSITIVE, 'how long a process waits for the others', 30.0),
+    Option('--process-timeout', POSITIVE, "torch's timeout of collective calls, in minutes", 30.0),
     Option('--push-to-hub', str, 'push the best model to the Hub at the end', metavar='USER/NAME'),
     flag('--log-tensorboard', help='log to TensorBoard, in the run folder'),
 )

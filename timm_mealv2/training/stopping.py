@@ -1,22 +1,17 @@
-"""What can end a run early: signals, updates that are not finite, images that cannot be read.
-
-The processes of a run tell each other with one all-reduce of two numbers at each update, on the CPU. It is read at the
-next update: none waits for another, and all of them stop at the same one.
-"""
+"""What can end a run early: a signal, or too many images that cannot be read. All processes stop at the same update."""
 
 import logging
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Self
 
-import torch
 from torch import Tensor
 
 from timm_mealv2.data.unreadable import BadImages
-from timm_mealv2.errors import UserError
 from timm_mealv2.training.distributed import Processes
 
 _logger = logging.getLogger(__name__)
@@ -79,90 +74,49 @@ class EvaluationStoppedError(Exception):
     """An evaluation was given up on all processes, as a signal has come."""
 
 
-class TooManyNonFiniteError(UserError):
-    """Too many updates in a row were skipped."""
-
-
 class Guard:
-    """What the processes of a run know of each other at each update.
+    """What the processes of a run know of each other.
+
+    They tell each other with an all-reduce of a few numbers on the CPU: after at most `interval` updates or about a
+    second, whichever is sooner. When that is next is a function of the slowest process's time for an update, which is
+    one of the numbers: so all of them do it, and stop, at the same update.
 
     Args:
         signals: The signals of this process.
         bad: The images that it could not read.
         processes: The processes.
-        max_nonfinite: Skipped updates in a row that stop the run.
+        interval: Updates from one exchange to the next, at most; a single process looks at each.
 
     Attributes:
         signal: The signal that has come to any process, 0 if none has.
         stops: Whether the run is to stop after the present update, on all processes.
-        state: For a checkpoint: 'skipped' updates of the run, and those skipped 'in_a_row'.
     """
 
-    def __init__(self, signals: Signals, bad: BadImages, processes: Processes, max_nonfinite: int = 10) -> None:
-        self.signals, self.bad, self.processes, self.max_nonfinite = signals, bad, processes, max_nonfinite
+    def __init__(self, signals: Signals, bad: BadImages, processes: Processes, interval: int = 1) -> None:
+        self.signals, self.bad, self.processes = signals, bad, processes
         self.signal = 0
         self.stops = False
-        self._told: Callable[[], list[int]] | None = None  # the news of all processes, at the last update
-        self._noted: list[tuple[int, Tensor]] = []
-        self.state: dict[str, Any] = {'skipped': 0, 'in_a_row': 0}
+        self._interval = interval if processes.distributed else 1
+        self._last: tuple[int, float] | None = None  # update and time of the last exchange
+        self._next = 0
 
-    def exchange(self) -> None:
-        """Take in what the processes told each other at the last call, and tell the news (a collective call)."""
-        self._hear()
-        self._told = self.processes.maxima([self.signals.received, self.bad.news])
-
-    def agree(self) -> None:
-        """Exchange the news, and wait for those of all processes (a collective call)."""
-        self.exchange()
-        self._hear()
-
-    def _hear(self) -> None:
-        if self._told is not None:
-            self.signal, news = self._told()
-            self._told = None
-            if news:
-                self.bad.share(self.processes.gather)
-                self.stops |= len(self.bad.found) > self.bad.limit  # at this moment the same on all processes
-            self.stops |= bool(self.signal)
-
-    def note(self, update: int, applied: Tensor) -> None:
-        """Remember whether update number `update` was made, a scalar on the device."""
-        self._noted.append((update, applied))
-
-    def settle(self, find_teachers: Callable[[], Sequence[str]] = list) -> None:
-        """Count those of the updates noted that were skipped; waits for the device (a collective call).
-
-        Args:
-            find_teachers: Finds the teachers whose output is not finite, if any.
-
-        Raises:
-            TooManyNonFiniteError: If there are too many in a row.
-        """
-        if not self._noted:
+    def after_update(self, update: int) -> None:
+        """Exchange the news where it is due (a collective call); `update` have been made."""
+        if update < self._next:
             return
-        updates, applied = zip(*self._noted, strict=True)
-        self._noted = []
-        skipped = self.processes.maxima((~torch.stack(applied)).tolist())()
-        text = 'the loss or its gradient is not finite'
-        if any(skipped):
-            teachers = sorted({name for names in self.processes.gather(find_teachers()) for name in names})
-            if teachers:
-                verb = 'predicts' if len(teachers) == 1 else 'predict'
-                text += f', and so is what {" and ".join(teachers)} {verb}'
-        for update, is_skipped in zip(updates, skipped, strict=True):
-            self._count(update, bool(is_skipped), text)
+        now = time.perf_counter()
+        seconds = 1.0 if self._last is None else (now - self._last[1]) / max(1, update - self._last[0])
+        self._last = update, now
+        microseconds = self.agree(int(seconds * 1e6))
+        self._next = update + max(1, min(self._interval, 1_000_000 // max(1, microseconds)))
 
-    def _count(self, update: int, skipped: bool, text: str) -> None:
-        if not skipped:
-            self.state['in_a_row'] = 0
-            return
-        self.state['skipped'] += 1
-        self.state['in_a_row'] += 1
-        row, total = self.state['in_a_row'], self.state['skipped']
-        if self.processes.primary:
-            _logger.warning(f'Update {update} is skipped: {text} ({row} in a row, {total} in all).')
-        if row >= self.max_nonfinite:
-            raise TooManyNonFiniteError(f'{row} updates in a row were skipped (--max-nonfinite), {text}.')
+    def agree(self, number: int = 0) -> int:
+        """Exchange the news now (a collective call); return the largest `number` of any process."""
+        self.signal, news, largest = self.processes.maxima([self.signals.received, self.bad.news, number])
+        if news:
+            self.bad.share(self.processes.gather)
+        self.stops = bool(self.signal) or len(self.bad.found) > self.bad.limit
+        return largest
 
     def until_stopped(self, loader: Iterable[tuple[Tensor, Tensor]]) -> '_UntilStopped':
         """The batches of an evaluation, which is given up on all processes when a signal comes to one."""

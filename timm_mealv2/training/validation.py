@@ -1,0 +1,94 @@
+"""How a run evaluates: teachers and initial student before the first step, the student after an epoch."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from timm_mealv2.evaluation import evaluate
+from timm_mealv2.models.ensemble import EnsembleTeacher
+from timm_mealv2.runs import INITIAL
+from timm_mealv2.training.build_data import Validation
+from timm_mealv2.training.dry_run import TimedBatches
+from timm_mealv2.training.logs import evaluation_bar, log_evaluation
+from timm_mealv2.training.loop import Stepper
+from timm_mealv2.training.stopping import Guard
+
+_logger = logging.getLogger(__name__)
+
+Rows = dict[str, dict[str, float]]  # model -> metrics
+
+
+@dataclass(frozen=True)
+class Validator:
+    """Evaluates the models of a run.
+
+    Attributes:
+        validation: The images.
+        stepper: Has the task and its mixed precision.
+        teachers: Live teachers of MEAL V2, None without.
+        data_config: What the pixels are normalized with.
+        guard: Ends an evaluation when a signal comes.
+        with_average: Evaluate the moving average too, and rank by it.
+    """
+
+    validation: Validation
+    stepper: Stepper
+    teachers: EnsembleTeacher | None
+    data_config: Mapping[str, Any]
+    guard: Guard
+    with_average: bool
+
+    def before_training(self) -> Rows:
+        """Evaluate ensemble, teachers and the student's initial weights, so that a wrong teacher is seen in time."""
+        if self.teachers is None:
+            return {}
+        models = {'ensemble': self.teachers, INITIAL: self._student()}
+        rows = self._evaluate(models, self._batches(), 'ensemble', members=True)
+        self.guard.bad.check()
+        rows = {name.replace('ensemble/', 'teacher '): row for name, row in rows.items()}
+        width = max(map(len, rows))
+        _logger.info(f'Before the first step, on {rows["ensemble"]["samples"]:.0f} images:')
+        for name, metrics in rows.items():
+            shown = [f'{key} {metrics[key]:.4g}' for key in ('top1', 'top5', 'agreement', 'kl') if key in metrics]
+            _logger.info(f'  {name:<{width}}  {"  ".join(shown)}')
+        return rows
+
+    def after_epoch(self) -> dict[str, float]:
+        """Return the metrics of the student, or of its average (EMA) where that is evaluated."""
+        rows = self._evaluate_student(self._batches())
+        log_evaluation(rows)
+        return {key: value for key, value in list(rows.values())[-1].items() if key != 'samples'}
+
+    def measure(self, seconds: float) -> float:
+        """Return how many seconds an evaluation takes, measured for so many."""
+        batches = TimedBatches(self.validation.loader, seconds)
+        self._evaluate_student(batches, distributed=False)
+        return batches.seconds / batches.share
+
+    def _evaluate_student(self, batches: Any, **options: Any) -> Rows:
+        models = {'student': self._student()}
+        if self.stepper.task.has_ema() and self.with_average:
+            models['student (EMA)'] = self._student(ema=True)
+        if not self.validation.by_agreement or self.teachers is None:
+            return self._evaluate(models, batches, None, **options)
+        rows = self._evaluate({**models, 'ensemble': self.teachers}, batches, 'ensemble', **options)
+        return {name: rows[name] for name in models}
+
+    def _evaluate(self, models: dict[str, nn.Module], batches: Any, reference: str | None, **options: Any) -> Rows:
+        processes = self.guard.processes
+        options = {'distributed': processes.distributed, 'data_config': self.data_config, **options}
+        with self.stepper.autocast():
+            return evaluate(models, batches, device=processes.device, reference=reference, **options)
+
+    def _student(self, ema: bool = False) -> nn.Module:
+        model: Any = self.stepper.task.get_eval_model(ema=ema)
+        # DDP would send its buffers in each forward pass, and wait forever for a process that a signal has ended.
+        return model.module if isinstance(model, DistributedDataParallel) else model
+
+    def _batches(self) -> Any:
+        """The batches of an evaluation, with a bar on a terminal; a signal ends them."""
+        return evaluation_bar(self.guard.until_stopped(self.validation.loader), self.guard.processes.primary)
