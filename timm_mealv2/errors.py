@@ -1,10 +1,7 @@
 """What the user can mend, told in one line."""
 
-import csv
 import errno
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 
 class UserError(ValueError):
@@ -20,21 +17,6 @@ class TrainingFailedError(Exception):
 
     The command line program prints it without a traceback and exits with code 1.
     """
-
-
-@contextmanager
-def blamed_on(file: str | os.PathLike[str]) -> Iterator[None]:
-    """Tell what Python raises within the block as a fault of a file's content: the block does nothing but use that."""
-    faults = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, csv.Error)
-    try:
-        yield
-    except UserError:
-        raise
-    except faults as error:
-        text = one_line(error)
-        raise UserError(
-            f'{os.fspath(file)} is damaged, or not of this program: {type(error).__name__}: {text}'
-        ) from error
 
 
 def one_line(error: BaseException) -> str:
