@@ -76,7 +76,7 @@ def files(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
         (f'{TRAIN} -c {{value.yaml}}', "value.yaml: lr: invalid float value: 'fast'"),
         (f'{TRAIN} -c {{broken.yaml}}', 'broken.yaml'),
         (f'{TRAIN} --initial-checkpoint absent.pth', 'there is no such file'),
-        (f'{TRAIN} --resume absent.pth.tar', 'there is no such file'),
+        (f'{TRAIN} --resume absent.pth.tar', 'No such file'),
         (f'{TRAIN} --experiment ../elsewhere', 'inside --output'),
         (f'{TRAIN} --soft-labels absent', 'there is no such folder'),
         (f'{TRAIN} --device xpu', '--device xpu'),

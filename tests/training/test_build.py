@@ -27,10 +27,9 @@ from timm_mealv2.training.run import main
         ('--model test_vit --img-size 32 --train-img-sizes 33', 'test_vit cannot take images of 33'),
         ('--device xpu', '--device xpu: '),
         ('--device-modules absent_module', '--device-modules absent_module: '),
-        ('--device-modules .x', '--device-modules .x: '),
         ('--model-kwargs absent=1', "unexpected keyword argument 'absent'"),
         ('--input-img-mode RGBA', '--input-img-mode RGBA has 4 channels, the model takes 3'),
-        ('--output {file}', '--output and --experiment: '),
+        ('--output {file}', '--output, --experiment: '),
     ],
 )
 def test_what_only_the_parts_of_a_run_can_tell_is_told_before_it_too(
@@ -56,7 +55,7 @@ def test_what_only_the_parts_of_a_run_can_tell_is_told_before_it_too(
         (('--teachers', 'test_resnet=/absent.pth'), 'there is no such file'),
         (('--soft-labels', '/absent'), 'there is no such folder'),
         (('--model', 'test_vit', '--img-size', 33), 'cannot take images of 33'),
-        (('--resume', '/absent.pth.tar'), 'no checkpoint at'),
+        (('--resume', '/absent.pth.tar'), 'No such file'),
     ],
 )
 def test_what_needs_no_data_is_told_before_the_data_set_is_opened(
