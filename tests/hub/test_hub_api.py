@@ -160,8 +160,8 @@ def test_what_may_not_be_pushed(
     monkeypatch.setenv('HF_TOKEN', WRITE_TOKEN)
     assert 'is there and public' in error_of(push_model, export, 'me/there', private=True)
     (export / 'model.safetensors').unlink()
-    for source in (export, tmp_path / 'absent'):
-        assert 'mealv2-hub export' in error_of(push_model, source, 'me/there')
+    assert 'mealv2-hub export' in error_of(push_model, export, 'me/there')
+    assert 'there is no such file' in error_of(push_model, tmp_path / 'absent', 'me/there')
     assert (set(server.repos), repo.files()) == ({'me/there'}, {})
 
 

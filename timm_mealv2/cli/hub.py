@@ -27,7 +27,7 @@ _FOLDER = (
 )
 _LICENSE = Option('--license', None, "its license by the Hub's name, such as apache-2.0 (default: none)", metavar='ID')
 _EXPORT = (
-    Option('checkpoint', None, 'last.pth.tar, model_best.pth.tar or another checkpoint of a run folder'),
+    Option('checkpoint', None, 'run folder (its best checkpoint) or checkpoint', metavar='RUN'),
     *_FOLDER,
     _LICENSE,
     flag('--no-ema', 'the weights themselves, not their average (--model-ema) where there is one'),
@@ -51,7 +51,7 @@ _CONVERT = (
     *_FOLDER,
 )
 _PUSH = (
-    Option('source', None, 'exported folder or training checkpoint', metavar='DIR|CHECKPOINT'),
+    Option('source', None, 'exported folder, run folder or checkpoint', metavar='MODEL'),
     Option('repo_id', None, 'USER/NAME; made if it is not there', metavar='REPO'),
     Option('--message', None, 'message of the commit'),
     flag('--private', 'make it private'),
@@ -69,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
     parsers = {}
     for name, options, text in (
-        ('export', _EXPORT, 'make a folder from a training checkpoint'),
+        ('export', _EXPORT, 'make a folder from a run folder or a checkpoint'),
         ('export-ensemble', _ENSEMBLE, 'make a small folder that names the teachers of an ensemble'),
         ('convert', _CONVERT, 'make a folder from a file that the authors of MEAL V2 released'),
         ('push', _PUSH, 'push a folder, or the export of a checkpoint, to the Hugging Face Hub'),

@@ -34,7 +34,7 @@ from timm_mealv2.hub.card import (
     write_trained_card,
 )
 from timm_mealv2.hub.onnx_export import INT8_FILE, ONNX_FILE, add_onnx
-from timm_mealv2.models.checkpoint import TrainingCheckpoint, architecture_arguments
+from timm_mealv2.models.checkpoint import architecture_arguments
 from timm_mealv2.models.factory import TeacherSpec, create_ensemble
 from timm_mealv2.models.mealv2_students import VANILLA_ARCHITECTURE
 
@@ -84,7 +84,7 @@ def export_model(
     `curves.png` where the run folder has a summary. Loaded back, weights and data configuration are equal to the bit.
 
     Args:
-        checkpoint: A `.pth.tar` of a run folder, or one of timm's train.py.
+        checkpoint: A run folder (its best checkpoint), a `.pth.tar` of one, or one of timm's train.py.
         out: The folder to make, which is returned.
         use_ema: Take the averaged weights where the checkpoint has them.
         examples: Images for the card.
@@ -97,7 +97,7 @@ def export_model(
             does not predict the same.
     """
     out = Path(out)
-    trained = TrainingCheckpoint.read(checkpoint)
+    trained = TeacherSpec.parse(os.fspath(checkpoint)).read_checkpoint()
     has_average = bool(trained.contents.get('state_dict_ema'))
     averaged = use_ema and has_average
     model: Any = trained.build(ema=averaged)

@@ -28,13 +28,13 @@ def push_model(
     message: str | None = None,
     create_pr: bool = False,
 ) -> str:
-    """Push an exported folder, or the export of a training checkpoint, to the Hugging Face Hub in one commit.
+    """Push an exported folder, or the export of a run folder or checkpoint, to the Hugging Face Hub in one commit.
 
     The endpoint and the token are those of huggingface_hub (`HF_ENDPOINT`, `hf auth login`, `HF_TOKEN`). The files of
     the export alone are pushed, and nothing is committed where the repository holds them already.
 
     Args:
-        source: The folder or the checkpoint.
+        source: The exported folder, the run folder or the checkpoint.
         repo_id: USER/NAME; the repository is made if it is not there.
         has_permission: The owners of weights without a license allowed it.
         private: Make the repository private. One that is there and public is refused.
@@ -55,8 +55,8 @@ def push_model(
     api = HfApi(library_name='timm_mealv2', library_version=__version__)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(source)
-        if folder.is_file():
-            folder = export_model(folder, Path(temporary, 'export'), card=CardOptions(repo_id=repo_id))
+        if TeacherSpec.parse(os.fspath(source)).kind == 'checkpoint':
+            folder = export_model(source, Path(temporary, 'export'), card=CardOptions(repo_id=repo_id))
         _check_may_be_pushed(folder, has_permission)
 
         def upload() -> str:

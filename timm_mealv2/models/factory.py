@@ -148,6 +148,14 @@ class TeacherSpec:
             model: nn.Module = create_model(pretrained=pretrained, **arguments)
         return model
 
+    def read_checkpoint(self) -> TrainingCheckpoint:
+        """Return the model's weights, and what is known of it, as of a checkpoint."""
+        if self.kind == 'checkpoint':
+            return TrainingCheckpoint.read(self.path or '', self.name or None)
+        model: Any = self.build()
+        names = (getattr(model, 'pretrained_cfg', None) or {}).get('label_names')
+        return TrainingCheckpoint(Path(str(self)), {'state_dict': model.state_dict(), 'class_names': names})
+
     def _model_arguments(
         self,
         num_classes: int | None,
@@ -313,7 +321,8 @@ def _known(name: str) -> str:
 
 def _check_count(name: str, what: str, received: int, expected: int | None) -> None:
     if expected is not None and received != expected:
-        raise UserError(
-            f'Teacher {name} has {received} {what}, but {expected} are asked for: '
-            f'take a teacher that was trained with {expected} {what}.'
-        )
+        remedy = f'take a teacher that was trained with {expected} {what}'
+        if what == 'classes':
+            model = name if is_model(name) or name.startswith(tuple(_PREFIXES)) else 'NAME'
+            remedy += f' (mealv2-train --recipe finetune --model {model} --data-dir DIR makes one)'
+        raise UserError(f'Teacher {name} has {received} {what}, but {expected} are asked for: {remedy}.')

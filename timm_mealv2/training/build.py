@@ -29,6 +29,7 @@ from timm_mealv2.data.unreadable import BadImages
 from timm_mealv2.errors import UserError
 from timm_mealv2.models.checkpoint import TrainingCheckpoint
 from timm_mealv2.models.ensemble import EnsembleTeacher
+from timm_mealv2.models.factory import TeacherSpec
 from timm_mealv2.task import MealV2Task, scale_discriminator_lr
 from timm_mealv2.training.build_data import Data, InputSpec, build_data
 from timm_mealv2.training.build_student import build_student
@@ -65,8 +66,9 @@ def build(args: argparse.Namespace, processes: Processes, signals: Signals) -> T
     checkpoint = find_checkpoint(folder, processes, args.resume, restarted, args.dry_run)
     if checkpoint is not None:
         check_changes(checkpoint, settings, args.resume_changed)
-    for teacher in args.teachers:
-        teacher.check()
+    initial = [TeacherSpec.parse(args.initial_checkpoint)] if args.initial_checkpoint else []
+    for model in (*args.teachers, *initial):
+        model.check()
 
     bad = BadImages(args.max_bad_images)
     guard = Guard(signals, bad, processes, max(1, args.log_interval // args.grad_accum_steps))
@@ -306,6 +308,7 @@ def _wrap(args: argparse.Namespace, processes: Processes, task: TrainingTask) ->
         task.teacher.compile_each()
     if processes.distributed:
         ddp_options = {'gradient_as_bucket_view': True}  # the gradient is not copied for the sum
+        ddp_options['find_unused_parameters'] = args.find_unused_parameters
         if args.no_ddp_bb:
             parameters = inspect.signature(DistributedDataParallel).parameters  # torch 2.14 has renamed it
             name = 'forward_sync_buffers' if 'forward_sync_buffers' in parameters else 'broadcast_buffers'

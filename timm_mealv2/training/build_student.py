@@ -13,7 +13,8 @@ from torch import nn
 from timm_mealv2.data.normalize import resolve_pixels
 from timm_mealv2.data.seed import Stream, counted_seed, seed_cpu
 from timm_mealv2.errors import UserError, one_line
-from timm_mealv2.models.checkpoint import TrainingCheckpoint, architecture_arguments
+from timm_mealv2.models.checkpoint import architecture_arguments
+from timm_mealv2.models.factory import TeacherSpec
 from timm_mealv2.training.build_data import InputSpec
 from timm_mealv2.training.distributed import Processes
 
@@ -50,9 +51,9 @@ def build_student(
     except (AssertionError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f'cannot create --model {args.model}: {one_line(error)}') from error
     if args.initial_checkpoint:
-        state = TrainingCheckpoint.read(args.initial_checkpoint).state_dict()
+        initial = TeacherSpec.parse(args.initial_checkpoint).read_checkpoint()
         try:
-            model.load_state_dict(state)
+            model.load_state_dict(initial.state_dict())
         except RuntimeError as error:
             raise UserError(
                 f'--initial-checkpoint {args.initial_checkpoint} does not fit: {one_line(error)}'

@@ -113,7 +113,7 @@ _MODEL = (
     Option('--model', model_text, 'the model to train, the student', 'resnet50'),
     flag('--pretrained', help='begin with the pretrained weights of its tag'),
     Option('--pretrained-path', file_text, 'begin with these pretrained weights', metavar='FILE'),
-    Option('--initial-checkpoint', file_text, "begin with a checkpoint's (EMA) weights", '', metavar='FILE'),
+    Option('--initial-checkpoint', str, 'begin with (EMA) weights, named as a teacher is', '', metavar='MODEL'),
     Option('--resume', str, 'checkpoint to resume; auto: the newest of the run', '', metavar='FILE'),
     flag('--no-resume-opt', help='do not restore optimizer and loss scaler'),
     *INPUT,
@@ -147,6 +147,7 @@ _DEVICE = (
         'type of weights and images: float32, float16, bfloat16',
     ),
     flag('--no-ddp-bb', help='do not broadcast buffers in each step of DDP'),
+    flag('--find-unused-parameters', help='for a student with parameters that get no gradient, under DDP'),
     flag('--synchronize-step', help='wait for the device after each step'),
     Option('--device-modules', str, 'modules to import first', nargs='+'),
 )
