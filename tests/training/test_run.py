@@ -229,7 +229,7 @@ def test_mistakes_are_told_before_anything_is_written(
         ('the training split has 3 classes', ('a', '--num-classes', 5)),
         ('no data set', ('b', '--data-dir', tmp_path / 'absent')),
         ('no split', ('c', '--val-split', 'absent')),
-        ('No such file', ('d', '--resume', tmp_path / 'absent.pth.tar')),
+        ('o such file', ('d', '--resume', tmp_path / 'absent.pth.tar')),
         (
             'does not fit',
             ('e', '--model', 'test_vit', '--img-size', 32, '--resume', tmp_path / 'taken' / 'last.pth.tar'),

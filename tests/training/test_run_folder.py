@@ -72,7 +72,7 @@ def test_what_is_no_training_checkpoint_is_refused(tmp_path: Path) -> None:
     torch.save({'fc.weight': torch.zeros(2)}, tmp_path / 'bare.pth')
     with pytest.raises(UserError, match='no training checkpoint: it has no state_dict'):
         run_folder.read_checkpoint(tmp_path / 'bare.pth')
-    with pytest.raises(UserError, match='No such file'):
+    with pytest.raises(UserError, match='o such file'):
         run_folder.read_checkpoint(tmp_path / 'absent.pth')
 
 

@@ -126,31 +126,30 @@ def join_processes(device: str | None, modules: Sequence[str] = (), minutes: flo
 def process_states(task: TrainingTask, meters: dict[str, Any], processes: Processes) -> list[dict[str, Any]]:
     """Return what each process has of its own, in the order of their ranks (a collective call).
 
-    That is its 'meters' (the sums of an unfinished epoch) and, where there are several processes, the 'buffers' of its
+    That is its 'meters' (the sums of an unfinished epoch) and, where there are several processes, the 'statistics' of its
     student and its average (EMA): batch norm sees other images in each of them.
     """
     state: dict[str, Any] = {'meters': meters}
     if processes.distributed:
-        modules = _buffers(task)
-        state['buffers'] = [{name: buffer.detach().cpu() for name, buffer in own.items()} for own in modules]
+        state['statistics'] = {name: buffer.detach().cpu() for name, buffer in _buffers(task).items()}
     return processes.gather(state)
 
 
-def load_buffers(task: TrainingTask, buffers: Sequence[dict[str, Tensor]]) -> None:
-    """Put back the 'buffers' of `process_states`; after DDP is made, which gives all processes those of the first."""
-    for own, saved in zip(_buffers(task), buffers, strict=False):
-        for name, buffer in own.items():
-            buffer.copy_(saved[name])
+def load_buffers(task: TrainingTask, saved: dict[str, Tensor]) -> None:
+    """Put back the 'statistics' of `process_states`; after DDP is made, which gives all processes those of the first."""
+    buffers = _buffers(task)
+    for name, value in saved.items():
+        buffers[name].copy_(value)
 
 
-def _buffers(task: TrainingTask) -> list[dict[str, Tensor]]:
-    """The buffers that checkpoints hold, of the student and of its average."""
-    modules = [unwrap_model(task.get_trainable_module(ema=ema)) for ema in (False, *([True] if task.has_ema() else []))]
-    saved = [module.state_dict().keys() for module in modules]
-    return [
-        {name: buffer for name, buffer in module.named_buffers() if name in keys}
-        for module, keys in zip(modules, saved, strict=True)
-    ]
+def _buffers(task: TrainingTask) -> dict[str, Tensor]:
+    """The buffers of the student and of its average."""
+    modules = [unwrap_model(task.get_trainable_module(ema=ema)) for ema in _averages(task)]
+    return {f'{number}.{name}': b for number, module in enumerate(modules) for name, b in module.named_buffers()}
+
+
+def _averages(task: TrainingTask) -> tuple[bool, ...]:
+    return (False, True) if task.has_ema() else (False,)
 
 
 def share_batch_norm(task: TrainingTask, how: str, processes: Processes) -> None:
@@ -162,5 +161,5 @@ def share_batch_norm(task: TrainingTask, how: str, processes: Processes) -> None
         processes: The processes.
     """
     if processes.distributed and how:
-        for ema in (False, True) if task.has_ema() else (False,):
+        for ema in _averages(task):
             distribute_bn(task.get_trainable_module(ema=ema), processes.world_size, how == 'reduce')

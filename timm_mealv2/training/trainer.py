@@ -154,7 +154,7 @@ class Trainer:
             start = position_to_resume(checkpoint, plan.settings, parts.data.loader, updates_per_epoch)
             state = own_state(checkpoint, self.processes)
         parts.wrap(self.task)
-        load_buffers(self.task, state.get('buffers', []))
+        load_buffers(self.task, state.get('statistics', {}))
         if start.batch and 'names' in state.get('meters', {}):
             self.meters.load_state_dict(state['meters'], self.processes.device)
         if plan.start_epoch is not None:
