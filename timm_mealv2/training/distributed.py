@@ -126,7 +126,7 @@ def join_processes(device: str | None, modules: Sequence[str] = (), minutes: flo
 def process_states(task: TrainingTask, meters: dict[str, Any], processes: Processes) -> list[dict[str, Any]]:
     """Return what each process has of its own, in the order of their ranks (a collective call).
 
-    That is its 'meters' (the sums of an unfinished epoch) and, where there are several processes, the 'statistics' of its
+    That is its 'meters' (the sums of an unfinished epoch) and, where there are several processes, 'statistics' of its
     student and its average (EMA): batch norm sees other images in each of them.
     """
     state: dict[str, Any] = {'meters': meters}
@@ -136,7 +136,7 @@ def process_states(task: TrainingTask, meters: dict[str, Any], processes: Proces
 
 
 def load_buffers(task: TrainingTask, saved: dict[str, Tensor]) -> None:
-    """Put back the 'statistics' of `process_states`; after DDP is made, which gives all processes those of the first."""
+    """Put back the 'statistics' of `process_states`, once DDP has given all processes those of the first."""
     buffers = _buffers(task)
     for name, value in saved.items():
         buffers[name].copy_(value)
