@@ -282,6 +282,13 @@ DATA = (
         one_of('L', 'LA', 'RGB', 'RGBA', 'CMYK', 'YCbCr', 'HSV', 'LAB'),
         "Pillow's image mode; RGB, or L for one channel",
     ),
+    Option(
+        '--decode',
+        str,
+        'view: as a viewer shows an image, turned upright and over white where transparent; timm: neither',
+        'timm',
+        choices=('timm', 'view'),
+    ),
     Option('--input-key', str, 'key of the images in a sample'),
     Option('--target-key', str, 'key of the labels in a sample'),
     flag('--dataset-trust-remote-code', help="run a Hugging Face data set's own code"),

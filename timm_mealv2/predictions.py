@@ -182,8 +182,7 @@ def _gallery(
     confidence = torch.minimum(predictions.probabilities[:, 0], ensemble.probabilities[:, 0]).nan_to_num(0)
     differs = (predictions.classes[:, 0] != ensemble.classes[:, 0]).nonzero()[:, 0]
     for number in differs[confidence[differs].argsort(descending=True, stable=True)][:GALLERY].tolist():
-        image, _ = read_image(data, images[number])
-        image = image.convert('RGB')
+        image = read_image(data, images[number], how='view')[0]
         image.thumbnail((160, 160))
         buffer = io.BytesIO()
         image.save(buffer, 'JPEG')

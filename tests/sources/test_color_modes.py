@@ -17,7 +17,6 @@ def ten_classes(path: Path, **kwargs: bool) -> Path:
     return path
 
 
-@pytest.mark.xfail(strict=True, reason='issue 27 number 3')
 def test_gray_pictures_of_torchvision_train_a_model_of_colors(tmp_path: Path) -> None:
     write_fashion_mnist(tmp_path / 'data')
     model = ten_classes(tmp_path / 'model.pth', gray_pictures=True)
@@ -29,7 +28,6 @@ def test_gray_pictures_of_torchvision_train_a_model_of_colors(tmp_path: Path) ->
     assert evaluate(tmp_path / 'e.json', name, *source)[name]['top1'] == pytest.approx(RIGHT['validation'])
 
 
-@pytest.mark.xfail(strict=True, reason='issue 27 number 3')
 def test_colors_of_torchvision_train_a_model_of_gray(tmp_path: Path) -> None:
     write_image_folder(tmp_path / 'data')
     name = save_model(tmp_path / 'gray.pth', channels=1)
@@ -40,7 +38,6 @@ def test_colors_of_torchvision_train_a_model_of_gray(tmp_path: Path) -> None:
     assert evaluate(tmp_path / 'e.json', name, *source)[name]['top1'] == pytest.approx(RIGHT['validation'])
 
 
-@pytest.mark.xfail(strict=True, reason='issue 27 number 3')
 def test_colors_of_torchvision_are_recorded_for_a_model_of_gray(tmp_path: Path) -> None:
     write_image_folder(tmp_path / 'data')
     name = save_model(tmp_path / 'gray.pth', channels=1)
@@ -53,11 +50,7 @@ def test_colors_of_torchvision_are_recorded_for_a_model_of_gray(tmp_path: Path) 
 
 
 @pytest.mark.parametrize('kind', ['wds', 'hfids'])
-@pytest.mark.parametrize(
-    'gray',
-    [pytest.param(True, marks=pytest.mark.xfail(strict=True, reason='issue 27 number 3')), False],
-    ids=['gray model', 'gray pictures'],
-)
+@pytest.mark.parametrize('gray', [True, False], ids=['gray model', 'gray pictures'])
 def test_evaluation_of_a_stream(kind: str, gray: bool, tmp_path: Path) -> None:
     mode = 'RGB' if gray else 'L'
     name = save_model(tmp_path / 'model.pth', channels=1 if gray else 3, gray_pictures=not gray)

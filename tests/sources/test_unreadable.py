@@ -19,7 +19,6 @@ def damaged(kind: str, root: Path) -> list[str]:
     return ['--dataset', f'{kind}/{write_parquet(root, unreadable=UNREADABLE)}']
 
 
-@pytest.mark.xfail(strict=True, reason='issue 27 number 4')
 @pytest.mark.parametrize('kind', ['wds', 'hfds', 'hfids'])
 def test_training_leaves_it_out_and_names_it(
     kind: str, knowing: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -34,7 +33,6 @@ def test_training_leaves_it_out_and_names_it(
         assert sum(name in line.partition('read')[2] for line in left_out) == 1, left_out
 
 
-@pytest.mark.xfail(strict=True, reason='issue 27 number 4')
 @pytest.mark.parametrize('kind', ['wds', 'hfids'])
 def test_evaluation_counts_it(kind: str, knowing: Path, tmp_path: Path) -> None:
     name = f'test_resnet={knowing}'
@@ -44,14 +42,12 @@ def test_evaluation_counts_it(kind: str, knowing: Path, tmp_path: Path) -> None:
     assert row['unreadable'] == 1
 
 
-@pytest.mark.xfail(strict=True, reason='issue 27 number 4')
 def test_too_many_end_the_training_on_a_stream_too(knowing: Path, tmp_path: Path) -> None:
     source = damaged('wds', tmp_path / 'data')
     with pytest.raises(UserError, match='--max-bad-images allows 0'):
         train(tmp_path / 'run', *source, '--initial-checkpoint', knowing, '--max-bad-images', 0)
 
 
-@pytest.mark.xfail(strict=True, reason='issue 27 number 4')
 def test_recording_names_it(
     knowing: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture
 ) -> None:

@@ -26,7 +26,7 @@ from timm_mealv2.command_line import (
     file_text,
     run_cli,
 )
-from timm_mealv2.data.dataset import class_names, image_mode, image_names, unlabeled
+from timm_mealv2.data.dataset import class_names, image_names, unlabeled
 from timm_mealv2.data.loader import eval_loader
 from timm_mealv2.data.normalize import resolve_pixels
 from timm_mealv2.data.unreadable import BadImages
@@ -132,6 +132,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(_table(results))
     if bad.found:
         print(f'Images that cannot be read and are left out: {len(bad.found)}')
+    for line in bad.tell_ignored():
+        print(line)
     if args.json is not None:
         for name, model in models.items():
             parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -180,8 +182,8 @@ def _evaluate(
     bad: BadImages,
 ) -> dict[str, tuple[Metrics, Predictions | None]]:
     """Evaluate models on the data, cut and normalized as `config` says; with predictions if they are asked for."""
-    data.input_img_mode = image_mode(args.input_img_mode, config['input_size'][0])
     options = {'num_workers': args.workers, 'pin_memory': device.type == 'cuda'}
+    options |= {'img_mode': args.input_img_mode, 'decode': args.decode}
     loader = eval_loader(data, config, batch_size=args.batch_size, device=device, bad=bad, **options)
     # A model that is a teacher too is run once, as a member of the ensemble.
     ensemble, members = models.get(ENSEMBLE), {}

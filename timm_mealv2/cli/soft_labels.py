@@ -222,23 +222,13 @@ def _parts(args: argparse.Namespace, device: torch.device) -> tuple[Dataset, Ens
     pixels = {name: getattr(args, name) for name in ('input_size', 'img_size', 'mean', 'std')}
     config = resolve_pixels(pixels, cfg, teachers.in_chans)
     augmentation = build_augmentation(args, config)
-    dataset = open_split(
-        args, '--train-split', or_all=args.train_split == 'train', input_img_mode=augmentation.input_img_mode
-    )
+    dataset = open_split(args, '--train-split', or_all=args.train_split == 'train')
     meta = describe(dataset, teachers, augmentation, seed=args.seed, top_k=args.top_k, batch_size=args.batch_size)
     return dataset, teachers, meta
 
 
 def _samples(args: argparse.Namespace, store: SoftLabelStore) -> StoredSamples:
-    return StoredSamples(
-        store,
-        open_split(
-            args,
-            '--train-split',
-            or_all=args.train_split == 'train',
-            input_img_mode=store.meta.augmentation.input_img_mode,
-        ),
-    )
+    return StoredSamples(store, open_split(args, '--train-split', or_all=args.train_split == 'train'))
 
 
 def _amount(meta: StoreMeta, epochs: int) -> str:

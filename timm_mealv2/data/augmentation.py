@@ -28,6 +28,7 @@ class Augmentation:
     Attributes:
         input_size: (channels, height, width).
         input_img_mode: Pillow's mode of the images, 'RGB' or 'L'.
+        decode: 'view' turns images as their orientation says, and puts transparent ones over white; 'timm' does not.
         train_interpolation: An interpolation, or 'random'.
         mean: Gray of what geometric augmentation uncovers and erasing fills in, one number (0..1) per channel.
         std: Unit of the noise that erasing fills in.
@@ -37,6 +38,7 @@ class Augmentation:
 
     input_size: tuple[int, int, int]
     input_img_mode: str = 'RGB'
+    decode: str = 'timm'
     no_aug: bool = False
     train_crop_mode: str | None = None
     scale: tuple[float, float] | None = (0.08, 1.0)

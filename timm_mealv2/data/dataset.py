@@ -3,8 +3,8 @@
 import os
 import time
 from collections.abc import Sequence
-from contextlib import closing
 from copy import copy
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from timm.data.readers.targets import get_field, has_field
 from torch.utils.data import Dataset, IterableDataset
 from torchvision.datasets import ImageFolder
 
+from timm_mealv2.data.decode import decode, find_all_images, image_endings, is_image_file
 from timm_mealv2.data.unreadable import UnreadableImage
 from timm_mealv2.errors import UserError, one_line
 
@@ -26,7 +27,7 @@ RETRY_AFTER = (0.1, 0.5, 2.0)
 
 
 def open_dataset(name: str, root: str | None, split: str, **kwargs: Any) -> Dataset:
-    """Open a data set with timm's `create_dataset`.
+    """Open a data set with timm's `create_dataset`, with all the images that Pillow reads.
 
     Raises:
         UserError: If there is nothing at `root`, no image in it, or the data set's library is missing.
@@ -35,12 +36,21 @@ def open_dataset(name: str, root: str | None, split: str, **kwargs: Any) -> Data
     local = '/' not in name or name.lower().startswith(('torch/image_folder', 'torch/folder'))
     if local and not (root and Path(root).exists()):
         raise UserError(f'no data set at {root!r}: give a folder or a .tar file with --data-dir.')
+    kind = name.lower().split('/')
+    find_all_images()
+    if kind[0] == 'wds' and not kwargs.get('input_key'):
+        kwargs['input_key'] = ';'.join(ending[1:] for ending in image_endings())
+    elif kind[0] == 'torch' and kind[-1] in ('folder', 'image_folder'):
+        kwargs['is_valid_file'] = is_image_file
     try:
-        dataset = create_dataset(name, root=root, split=split, **kwargs)
+        dataset: Any = create_dataset(name, root=root, split=split, **kwargs)
     except (AssertionError, ImportError, OSError, RuntimeError, ValueError) as error:  # timm's way to say what is wrong
         raise UserError(f'cannot open split {split!r} of {name or root!r}: {error}') from error
     if not isinstance(dataset, IterableDataset) and not len(dataset):
         raise UserError(f'split {split!r} of {name or root!r} holds no images.')
+    dataset.split_name = split
+    if hasattr(dataset, 'loader'):  # torchvision's, which decodes: the files themselves are wanted
+        dataset.loader = partial(open, mode='rb')
     reader = getattr(dataset, 'reader', None)
     if isinstance(reader, ReaderImageFolder):
         reader.samples = PathsAndTargets(reader.samples)
@@ -208,26 +218,30 @@ def image_names(dataset: Dataset) -> list[str]:
     return [f'#{index}' for index in range(len(dataset))]  # type: ignore[arg-type]
 
 
-def read_image(dataset: Dataset, index: int, img_mode: str | None = None) -> tuple[Image.Image, int]:
-    """Return an image of a data set, fully decoded and without its transform, and its label.
+def read_image(
+    dataset: Dataset, index: int, img_mode: str = 'RGB', how: str = 'timm'
+) -> tuple[Image.Image, int, list[str]]:
+    """Return an image of a data set, fully decoded and without its transform, its label, and what is ignored of it.
 
     timm's own access would give the next image in place of one that cannot be read. After an error of the file system,
     such as a network disk that is away for a moment, it tries again (`RETRY_AFTER`).
 
     Args:
-        dataset: timm's `ImageDataset`, or one whose items are (image, label) with its transform unset.
+        dataset: timm's `ImageDataset`, or one whose items are (image or open file, label) with its transform unset.
         index: Number of the image.
-        img_mode: Pillow's mode of the image; the data set's own if None.
+        img_mode: Pillow's mode of the image.
+        how: How it is decoded, see `decode`.
 
     Returns:
-        The image and its label, -1 if unknown.
+        The image, its label, -1 if unknown, and what `decode` ignored.
 
     Raises:
         UnreadableImage: If the image is missing, cut off or no image.
     """
     for pause in (*RETRY_AFTER, None):
         try:
-            image, target = _decode(dataset, index)
+            file, target = _open(dataset, index)
+            image, ignored = decode(file, img_mode, how)
             break
         except MemoryError:
             raise
@@ -236,24 +250,17 @@ def read_image(dataset: Dataset, index: int, img_mode: str | None = None) -> tup
             if pause is None or getattr(error, 'errno', None) is None:
                 raise UnreadableImage(f'{image_name(dataset, index)}: {one_line(error)}', index) from error
             time.sleep(pause)
-    if img_mode not in (None, image.mode):
-        image = image.convert(img_mode)
-    return image, -1 if target is None else int(target)
+    return image, -1 if target is None else int(target), ignored
 
 
-def _decode(dataset: Dataset, index: int) -> tuple[Image.Image, Any]:
+def _open(dataset: Dataset, index: int) -> tuple[Any, Any]:
+    """Return the open file, or the image, and the label."""
     if not isinstance(dataset, ImageDataset):
         return dataset[index]
     file, target = dataset.reader[index][:2]
-    mode = dataset.input_img_mode or 'RGB'
-    with closing(file):
-        image: Image.Image = Image.open(file)
-        image.load()
-    if image.mode != mode:  # Pillow would copy it in any case
-        image = image.convert(mode)
     if target is not None and dataset.target_transform is not None:
         target = dataset.target_transform(target)
-    return image, target
+    return file, target
 
 
 def keeping_no_file_open(dataset: Dataset) -> Dataset:
@@ -269,6 +276,6 @@ def keeping_no_file_open(dataset: Dataset) -> Dataset:
 
 
 def image_name(dataset: Dataset, index: int) -> str:
-    """Path of an image, for messages; its number where the data set keeps no files."""
+    """Path of an image, for messages; its split and number where the data set keeps no files."""
     name = dataset.filename(index, absolute=True) if isinstance(dataset, ImageDataset) else None
-    return str(name) if name else f'#{index}'
+    return str(name) if name else f'{getattr(dataset, "split_name", "")} #{index}'.strip()

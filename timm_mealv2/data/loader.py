@@ -14,23 +14,24 @@ import weakref
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from timm.data import FastCollateMixup, create_loader, create_transform
-from timm.data.loader import PrefetchLoader
+from timm.data.loader import PrefetchLoader, fast_collate
 from timm.data.mixup import one_hot
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from timm_mealv2.data.augmentation import Erasing, pixels_of
-from timm_mealv2.data.dataset import read_image
+from timm_mealv2.data.dataset import image_mode, read_image
 from timm_mealv2.data.normalize import Stats
-from timm_mealv2.data.samples import EpochSampler, Key, KeyBatch, Sample, Samples
+from timm_mealv2.data.samples import EpochSampler, Key, KeyBatch, Sample, Samples, mix_batch
 from timm_mealv2.data.seed import Stream, counted_seed, preserved_generators, seed_cpu
-from timm_mealv2.data.unreadable import BadImages, UnreadableImage
+from timm_mealv2.data.stream import CollateStream, StreamedImages
+from timm_mealv2.data.unreadable import BadImages, Fetched, UnreadableImage
 from timm_mealv2.errors import UserError
 
 Batch = tuple[Tensor, Tensor]
@@ -98,25 +99,12 @@ class CollateMixed:
         self.mixing.mixup_enabled = not 0 < self.off_epoch <= batch.epoch
         seed_cpu(counted_seed(Stream.MIXUP, self.seed, batch.epoch, batch.number, self.rank))
         labeled = [(sample.pixels, max(sample.target, 0)) for sample in samples]
-        if len(samples) % 2 == 0:
-            images, target = self.mixing(labeled)
-        else:  # timm mixes pairs: the odd one of a last batch is paired, and thus mixed, with itself
-            images, target = (part[:1] for part in self.mixing([labeled[-1]] * 2))
-            if len(samples) > 1:
-                others = self.mixing(labeled[:-1])
-                images, target = torch.cat([others[0], images]), torch.cat([others[1], target])
+        images, target = mix_batch(self.mixing, labeled)
         for key, image in zip(batch.keys, images.numpy(), strict=True):
             self.erasing(image, key.epoch, key.index, *key.repeat)
         if all(sample.target < 0 for sample in samples):
             target = torch.full((len(samples),), -1)
         return images, target
-
-
-class _Fetched(NamedTuple):
-    """A batch, None if none of its images can be read, and what could not be read (index -> path and reason)."""
-
-    batch: Batch | None
-    unreadable: dict[int, str]
 
 
 class _ReadableBatches(Dataset):
@@ -132,9 +120,9 @@ class _ReadableBatches(Dataset):
     def __init__(self, samples: 'Samples | _EvalSamples', collate: Collate, *, limit: int, fill: bool = False) -> None:
         self.samples, self.collate, self.fill, self.limit = samples, collate, fill, limit
 
-    def __getitem__(self, batch: KeyBatch) -> _Fetched | UserError:
+    def __getitem__(self, batch: KeyBatch) -> Fetched | UserError:
         read: list[tuple[Key, Sample]] = []
-        unreadable: dict[int, str] = {}
+        unreadable: dict[int | str, str] = {}
         try:
             with preserved_generators():
                 for key in batch.keys:
@@ -143,20 +131,21 @@ class _ReadableBatches(Dataset):
                 if self.fill and len(read) < min(2, len(batch.keys)):
                     self._fill_up(batch.keys, read, unreadable)
                 if not read:
-                    return _Fetched(None, unreadable)
+                    return Fetched(None, unreadable)
                 keys, samples = zip(*read, strict=True)
-                return _Fetched(self.collate(batch._replace(keys=list(keys)), list(samples)), unreadable)
+                ignored = {entry for sample in samples for entry in sample.ignored}
+                return Fetched(self.collate(batch._replace(keys=list(keys)), list(samples)), unreadable, ignored)
         except UserError as error:  # returned, not raised: DataLoader would add the worker's traceback to its text
             return error
 
-    def _add(self, key: Key, read: list[tuple[Key, Sample]], unreadable: dict[int, str]) -> None:
+    def _add(self, key: Key, read: list[tuple[Key, Sample]], unreadable: dict[int | str, str]) -> None:
         try:
             read.append((key, self.samples[key]))
         except UnreadableImage as error:
-            if error.index >= 0:  # else the sampler has told that there is no record
+            if error.index is not None:  # else the sampler has told that there is no record
                 unreadable[error.index] = str(error)
 
-    def _fill_up(self, keys: list[Key], read: list[tuple[Key, Sample]], unreadable: dict[int, str]) -> None:
+    def _fill_up(self, keys: list[Key], read: list[tuple[Key, Sample]], unreadable: dict[int | str, str]) -> None:
         asked = {key.index for key in keys}
         for step in range(1, len(self.samples)):
             index = (keys[-1].index + step) % len(self.samples)
@@ -180,6 +169,7 @@ class _ReportingLoader:
             if isinstance(fetched, UserError):
                 raise fetched
             self.bad.report(self.split, fetched.unreadable)
+            self.bad.ignored[self.split].update(fetched.ignored)
             if fetched.batch is not None:
                 yield fetched.batch
             elif self.split == 'train':  # the other processes wait for a batch of this one
@@ -316,15 +306,17 @@ class StreamLoader:
     Such a set has no random access: an epoch can only be entered at its start, and its augmentation is reproducible for
     the same number of processes and workers alone.
 
-    `dataset` is timm's `IterableImageDataset`; `loader` has arguments of timm's `create_loader`.
+    `loader` has arguments of timm's `create_loader`.
     """
 
     resumable = False
 
-    def __init__(self, dataset: IterableDataset, *, seed: int, rank: int, device: torch.device, **loader: Any) -> None:
+    def __init__(
+        self, dataset: StreamedImages, *, seed: int, rank: int, device: torch.device, bad: BadImages, **loader: Any
+    ) -> None:
         self.dataset, self.seed, self.rank, self.device = dataset, seed, rank, device
-        loader |= {'device': device, 'persistent_workers': False, 'worker_seeding': _seed_of_worker}
-        self.loader = create_loader(dataset, is_training=True, **loader)
+        loader |= {'device': device, 'persistent_workers': False, 'is_training': True}
+        self.loader = _load_stream(dataset, bad, 'train', **loader)
 
     def __len__(self) -> int:
         """Batches an epoch on every process, by the data set's own count."""
@@ -333,10 +325,21 @@ class StreamLoader:
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield (images, targets) of `epoch`; `start` must be 0."""
         assert start == 0, 'a streaming data set is entered at the start of an epoch'
-        self.dataset.set_epoch(epoch)  # type: ignore[attr-defined]
+        self.dataset.set_epoch(epoch)
         seed_cpu(counted_seed(Stream.STREAMING, self.seed, self.rank, epoch))
         for images, target in self.loader:
             yield images.to(self.device), target.to(self.device)
+
+
+def _load_stream(dataset: StreamedImages, bad: BadImages, split: str, **options: Any) -> Any:
+    """Load a stream with timm's `create_loader`, which has the `options`; what cannot be read is reported."""
+    prefetch = options.get('use_prefetcher', True)
+    collate = options.pop('collate_fn', None) or (fast_collate if prefetch else default_collate)
+    loader = create_loader(dataset, collate_fn=CollateStream(collate), worker_seeding=_seed_of_worker, **options)
+    if not prefetch:
+        return _ReportingLoader(loader, bad, split)
+    loader.loader = _ReportingLoader(loader.loader, bad, split)
+    return loader
 
 
 def eval_loader(
@@ -346,6 +349,8 @@ def eval_loader(
     batch_size: int,
     device: torch.device,
     bad: BadImages | None = None,
+    img_mode: str | None = None,
+    decode: str = 'timm',
     distributed: bool = False,
     **kwargs: Any,
 ) -> Iterable[Batch]:
@@ -357,21 +362,23 @@ def eval_loader(
     Args:
         data_config: As timm's `resolve_data_config` gives it.
         batch_size: Images a batch and process.
+        img_mode: Pillow's mode of the images; RGB or L, as the channels are, if None.
+        decode: How images are decoded, see `timm_mealv2.data.decode.decode`.
         distributed: Share the images among the processes of the default group.
         **kwargs: Further arguments of timm's `create_loader`: 'num_workers', 'pin_memory', 'use_prefetcher' and
             'img_dtype'.
     """
     names = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
     config = {name: data_config[name] for name in names}
+    img_mode, bad = image_mode(img_mode, config['input_size'][0]), bad or BadImages()
     if isinstance(dataset, IterableDataset):
-        kwargs |= {'batch_size': batch_size, 'device': device, 'distributed': distributed}
-        return create_loader(dataset, is_training=False, worker_seeding=_seed_of_worker, **config, **kwargs)
+        kwargs |= {'batch_size': batch_size, 'device': device, 'distributed': distributed, 'is_training': False}
+        return _load_stream(StreamedImages(dataset, img_mode, decode), bad, 'validation', **config, **kwargs)
     prefetch = kwargs.pop('use_prefetcher', True)
     dtype = kwargs.pop('img_dtype', torch.float32)
-    bad = bad or BadImages()
     transform = create_transform(**config, is_training=False, use_prefetcher=True)
     transform.transforms[-1] = pixels_of
-    samples = _EvalSamples(dataset, transform)
+    samples = _EvalSamples(dataset, transform, img_mode, decode)
     rank, processes = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
     keys = [Key(0, index) for index in range(rank, len(samples), processes)]
     starts = range(0, len(keys), batch_size)
@@ -383,12 +390,13 @@ def eval_loader(
 
 
 class _EvalSamples:
-    def __init__(self, dataset: Dataset, transform: Any) -> None:
-        self.dataset, self.transform = dataset, transform
+    def __init__(self, dataset: Dataset, transform: Any, img_mode: str, decode: str) -> None:
+        self.dataset, self.transform, self.img_mode, self.decode = dataset, transform, img_mode, decode
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
 
     def __getitem__(self, key: Key) -> Sample:
-        image, target = read_image(self.dataset, key.index)
-        return Sample(self.transform(image), target, target)
+        image, target, ignored = read_image(self.dataset, key.index, self.img_mode, self.decode)
+        notes = tuple((key.index, what) for what in ignored)
+        return Sample(self.transform(image), target, target, ignored=notes)

@@ -23,6 +23,7 @@ from torch.utils.data import Dataset, Sampler
 from timm_mealv2.data.augmentation import Augmentation, Erasing
 from timm_mealv2.data.dataset import image_name, read_image
 from timm_mealv2.data.seed import Stream, counted_seed, seed_cpu
+from timm_mealv2.data.unreadable import Ignored
 from timm_mealv2.errors import UserError
 
 
@@ -34,12 +35,14 @@ class Sample(NamedTuple):
         target: Label of its image, -1 if unknown.
         mixed_target: Label of the image that is mixed in; its own where nothing is.
         lam: Mixup/CutMix lambda of the sample's own label.
+        ignored: What is ignored of its images.
     """
 
     pixels: np.ndarray
     target: int
     mixed_target: int
     lam: float = 1.0
+    ignored: tuple[Ignored, ...] = ()
 
 
 class Pair(NamedTuple):
@@ -134,7 +137,7 @@ class Samples:
                 label_smoothing=0.0,
                 num_classes=2,
             )
-        self._decoded: dict[int, tuple[Image.Image, int]] = {}  # the last image and its partner
+        self._decoded: dict[int, tuple[Image.Image, int, list[str]]] = {}  # the last image and its partner
         self._mixed: tuple[Any, list[Sample]] | None = None  # the last pair
 
     def __len__(self) -> int:
@@ -183,28 +186,30 @@ class Samples:
         pixels, targets = mixing([(first.pixels, 0), (second.pixels, 1)])
         lam = float(targets[0, 0])
         return [
-            Sample(pixels[0].numpy(), first.target, second.target, lam),
-            Sample(pixels[1].numpy(), second.target, first.target, lam),
+            Sample(pixels[0].numpy(), first.target, second.target, lam, first.ignored),
+            Sample(pixels[1].numpy(), second.target, first.target, lam, second.ignored),
         ]
 
     def _augmented(self, key: Key) -> Sample:
-        image, target = self._read(key.index)
+        image, target, ignored = self._read(key.index)
+        notes = tuple((key.index, what) for what in ignored)
         seed_cpu(counted_seed(Stream.AUGMENTATION, self.seed, key.epoch, key.index, *key.repeat))
         transform = self._transforms[key.size]
         if not self.augmentation.aug_splits:
-            return Sample(transform(image), target, target)
+            return Sample(transform(image), target, target, ignored=notes)
         crop, augment, finish = transform
         image = crop(image)
         copies = [finish(image)]
         copies += [finish(augment(image)) for _ in range(self.augmentation.aug_splits - 1)]
-        return Sample(np.stack(copies), target, target)
+        return Sample(np.stack(copies), target, target, ignored=notes)
 
-    def _read(self, index: int) -> tuple[Image.Image, int]:
+    def _read(self, index: int) -> tuple[Image.Image, int, list[str]]:
         position = index if self.positions is None else int(self.positions[index])
         if index in self._decoded:
-            image, target = self._decoded.pop(index)
+            read = self._decoded.pop(index)
         else:
-            image, target = read_image(self.dataset, position, self.augmentation.input_img_mode)
+            read = read_image(self.dataset, position, self.augmentation.input_img_mode, self.augmentation.decode)
+            target = read[1]
             if self.labels is not None and target not in self.labels:
                 raise UserError(
                     f'image {image_name(self.dataset, position)} has the label {target}, expected '
@@ -213,8 +218,20 @@ class Samples:
                 )
         while len(self._decoded) > 1:
             del self._decoded[next(iter(self._decoded))]
-        self._decoded[index] = image, target
-        return image, target
+        self._decoded[index] = read
+        return read
+
+
+def mix_batch(mixing: FastCollateMixup, labeled: list[tuple[Any, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mix images with each other as timm does, which takes even numbers: an odd last one is mixed with itself."""
+    if len(labeled) % 2 == 0:
+        images, target = mixing(labeled)
+        return images, target
+    images, target = (part[:1] for part in mixing([labeled[-1]] * 2))
+    if len(labeled) > 1:
+        others = mixing(labeled[:-1])
+        images, target = torch.cat([others[0], images]), torch.cat([others[1], target])
+    return images, target
 
 
 class EpochSampler(Sampler[KeyBatch]):

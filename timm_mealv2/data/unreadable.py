@@ -1,8 +1,11 @@
-"""Images that cannot be read: the error that names one, and the list of a run, which has a limit."""
+"""Images that cannot be read, or not as a viewer shows them: the error that names one, and the lists of a run."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
+from timm_mealv2.data.decode import IGNORED
 from timm_mealv2.errors import UserError
 
 _logger = logging.getLogger(__name__)
@@ -11,28 +14,43 @@ _logger = logging.getLogger(__name__)
 class UnreadableImage(Exception):
     """An image that cannot be read: the message names it and says why.
 
-    `index` is its place in the data set, -1 where a stored label is what is missing.
+    `index` is its place in the data set, or its name in a stream; None where a stored label is what is missing.
     """
 
-    def __init__(self, message: str, index: int = -1) -> None:
+    def __init__(self, message: str, index: int | str | None = None) -> None:
         super().__init__(message)
         self.index = index
 
 
+Ignored = tuple[int | str, str]
+"""An image's place in the data set, or its name in a stream, and what is ignored of it (see `decode`)."""
+
+
+class Fetched(NamedTuple):
+    """A batch, None if none of its images can be read, and what could not be read (index -> path and reason)."""
+
+    batch: Any
+    unreadable: dict[int | str, str]
+    ignored: Iterable[Ignored] = ()
+
+
 class BadImages:
-    """The images that could not be read since the program started, each of them once.
+    """The images that could not be read since the program started, each of them once, and those read in part.
 
     Attributes:
         limit: How many a run puts up with.
         found: 'SPLIT #INDEX' -> path and reason.
+        ignored: Split -> what is ignored of its images.
     """
 
     def __init__(self, limit: int = 100) -> None:
         self.limit = limit
         self.found: dict[str, str] = {}
+        self.ignored: dict[str, set[Ignored]] = defaultdict(set)
         self._unshared: dict[str, str] = {}
+        self._told: Counter[str] = Counter()  # split -> number of entries in `ignored` at the last look
 
-    def report(self, split: str, unreadable: Mapping[int, str]) -> None:
+    def report(self, split: str, unreadable: Mapping[Any, str]) -> None:
         """Log and count the images (index -> path and reason) of `split` that are not known yet."""
         for index, text in unreadable.items():
             key = f'{split} #{index}'
@@ -50,6 +68,23 @@ class BadImages:
         for found in gather(self._unshared):
             self.found.update(found)
         self._unshared.clear()
+
+    def tell_ignored(self, gather: Callable[[Any], list[Any]] = lambda value: [value]) -> list[str]:
+        """Return a line for each split and each thing that is ignored of its images, if there is news.
+
+        Args:
+            gather: Returns what all processes give it (a collective call).
+        """
+        lines = []
+        for of_process in gather(dict(self.ignored)):
+            for split, entries in of_process.items():
+                self.ignored[split] |= entries
+        for split, entries in self.ignored.items():
+            counts = Counter(what for _, what in entries)
+            if len(entries) > self._told[split]:
+                lines += [f'{split}: {counts[what]:,} images {text}' for what, text in IGNORED.items() if counts[what]]
+            self._told[split] = len(entries)
+        return lines
 
     def check(self, advice: str = '') -> None:
         """Name all images once more, and raise `UserError` with some `advice`, if they are too many."""

@@ -56,17 +56,20 @@ def add_onnx(
     """
     config = resolve_model_data_config(model)
     args = checkpoint.args
-    validation = _open(checkpoint, args.get('val_split') or 'validation', data_dir, config)
+    mode, decode = image_mode(args.get('input_img_mode'), config['input_size'][0]), args.get('decode', 'timm')
+    validation = _open(checkpoint, args.get('val_split') or 'validation', data_dir)
     write_onnx(model, folder / ONNX_FILE, label_names)
     forms: dict[str, nn.Module] = {'': model.eval(), ONNX_FILE: OnnxModel(folder / ONNX_FILE)}
     if int8:
-        training = _open(checkpoint, args.get('train_split') or 'train', data_dir, config)
-        quantize_onnx(folder / ONNX_FILE, folder / INT8_FILE, _calibration(training, config))
+        training = _open(checkpoint, args.get('train_split') or 'train', data_dir)
+        quantize_onnx(folder / ONNX_FILE, folder / INT8_FILE, _calibration(training, config, mode, decode))
         forms[INT8_FILE] = OnnxModel(folder / INT8_FILE)
 
     images, labeled, right = 0, 0, dict.fromkeys(forms, 0)
     differences = dict.fromkeys(forms, 0.0)
-    loader = eval_loader(validation, config, batch_size=64, device=torch.device('cpu'), num_workers=0)
+    loader = eval_loader(
+        validation, config, batch_size=64, device=torch.device('cpu'), num_workers=0, img_mode=mode, decode=decode
+    )
     with torch.inference_mode():
         for x, target in loader:
             probabilities = {name: form(x).softmax(dim=1) for name, form in forms.items()}
@@ -96,18 +99,17 @@ def add_onnx(
     return {'images': images, 'top1': top1[''], 'files': files}
 
 
-def _open(checkpoint: TrainingCheckpoint, split: str, data_dir: str | None, config: dict[str, Any]) -> Any:
+def _open(checkpoint: TrainingCheckpoint, split: str, data_dir: str | None) -> Any:
     args = checkpoint.args
     if data_dir is None and args.get('dataset'):
         raise UserError(f'--onnx compares on images: give a folder or tar of {args["dataset"]} with --data-dir.')
     root = data_dir or args.get('data_dir') or args.get('data')
-    mode = image_mode(args.get('input_img_mode'), config['input_size'][0])
-    return open_dataset('', root, split, class_map=args.get('class_map') or '', input_img_mode=mode)
+    return open_dataset('', root, split, class_map=args.get('class_map') or '')
 
 
-def _calibration(dataset: Any, config: dict[str, Any]) -> Iterator[Tensor]:
+def _calibration(dataset: Any, config: dict[str, Any], mode: str, decode: str) -> Iterator[Tensor]:
     """Yield a few hundred training images, drawn with a fixed seed, cut and normalized as in the evaluation."""
     transform: Any = create_transform(**config, is_training=False)
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:_CALIBRATION_IMAGES]
     for indices in order.split(32):
-        yield torch.stack([transform(read_image(dataset, index)[0]) for index in indices.tolist()])
+        yield torch.stack([transform(read_image(dataset, index, mode, decode)[0]) for index in indices.tolist()])

@@ -30,7 +30,7 @@ from timm_mealv2.data.dataset import image_names, keeping_no_file_open
 from timm_mealv2.data.loader import ignore_signals, unchanged
 from timm_mealv2.data.normalize import channel_stats
 from timm_mealv2.data.samples import Key, Samples
-from timm_mealv2.data.unreadable import UnreadableImage
+from timm_mealv2.data.unreadable import BadImages, Ignored, UnreadableImage
 from timm_mealv2.errors import UserError
 from timm_mealv2.files import replacing
 from timm_mealv2.models.ensemble import ClassSubset, EnsembleTeacher
@@ -184,18 +184,20 @@ def record(
     """
     meta = _begin(out, meta, dataset, epochs)
     samples = Samples(dataset, meta.augmentation, meta.seed)
-    parts, bar = PartQueue(out, samples), RecordingBar(out, progress)
+    parts, bar, bad = PartQueue(out, samples), RecordingBar(out, progress), BadImages()
     # Batches are asked for in advance, while parts are locked: workers go on from part to part without a pause.
     loader = _sample_loader(samples, parts, workers, torch.device(device))
     try:
         while SoftLabelStore(out).missing:
-            _record_parts(loader, teachers, parts, torch.device(device), bar)
+            _record_parts(loader, teachers, parts, torch.device(device), bar, bad)
             if SoftLabelStore(out).missing:  # other processes are at them
                 bar.update(0)
                 time.sleep(_POLL_SECONDS)
     finally:
         parts.release()
         bar.bar.close()
+    for line in bad.tell_ignored():
+        _logger.warning(line)
     shutil.rmtree(out / _LOCKS, ignore_errors=True)
     store = SoftLabelStore(out)
     unreadable = np.count_nonzero(store.read_epoch(0, np.arange(meta.images))['crc'] == 0)
@@ -326,17 +328,23 @@ class _SampleBatches(Dataset):
     def __init__(self, samples: Samples) -> None:
         self.samples = samples
 
-    def __getitem__(self, keys: list[Key]) -> tuple[Tensor, np.ndarray, list[str]]:
-        """Return the pixels uint8 [n, C, H, W] that could be read, the CRC of each key's pixels, and what failed."""
+    def __getitem__(self, keys: list[Key]) -> tuple[Tensor, np.ndarray, list[str], set[Ignored]]:
+        """Return the pixels uint8 [n, C, H, W] that could be read, the CRC of each key's pixels, and what failed.
+
+        At the end comes what was ignored of the images.
+        """
         pixels = np.empty((len(keys), *self.samples.augmentation.input_size), np.uint8)
         crcs, failures = np.zeros(len(keys), np.uint32), []
+        ignored: set[Ignored] = set()
         for place, key in enumerate(keys):
             try:
-                pixels[place] = self.samples[key].pixels
+                sample = self.samples[key]
+                pixels[place] = sample.pixels
+                ignored.update(sample.ignored)
                 crcs[place] = pixel_crc(pixels[place])
             except UnreadableImage as error:
                 failures.append(str(error))
-        return torch.from_numpy(pixels[crcs > 0] if failures else pixels), crcs, failures
+        return torch.from_numpy(pixels[crcs > 0] if failures else pixels), crcs, failures, ignored
 
 
 def _sample_loader(samples: Samples, batches: Iterable[list[Key]], workers: int, device: torch.device) -> DataLoader:
@@ -354,12 +362,18 @@ def _sample_loader(samples: Samples, batches: Iterable[list[Key]], workers: int,
 
 
 def _record_parts(
-    loader: DataLoader, teachers: EnsembleTeacher, parts: PartQueue, device: torch.device, bar: 'RecordingBar'
+    loader: DataLoader,
+    teachers: EnsembleTeacher,
+    parts: PartQueue,
+    device: torch.device,
+    bar: 'RecordingBar',
+    bad: BadImages,
 ) -> None:
     """Make the parts that can be locked, and write each when its last batch has come."""
     meta = SoftLabelStore(parts.out).meta
     made: list[np.ndarray] = []  # records of a part's batches
-    for pixels, crcs, failures in loader:
+    for pixels, crcs, failures, ignored in loader:
+        bad.ignored['train'].update(ignored)
         for failure in failures:
             _logger.warning(f'Cannot be read: {failure}')
         records = np.zeros(len(crcs), meta.dtype)
@@ -438,7 +452,7 @@ def measure_rate(
     images = np.random.default_rng(0).choice(meta.images, min(meta.images, 4096), replace=False).tolist()
     batches = list(part_batches(samples, images, range(BLOCK_EPOCHS), meta.batch_size))
     times: list[float] = []
-    for pixels, _, _ in _sample_loader(samples, cycle(batches), workers, torch.device(device)):
+    for pixels, *_ in _sample_loader(samples, cycle(batches), workers, torch.device(device)):
         predict(teachers, pixels, torch.device(device)).topk(meta.top_k, dim=1)[0].cpu()
         times.append(time.perf_counter())
         if times[-1] - times[0] > seconds:

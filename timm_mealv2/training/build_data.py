@@ -25,6 +25,7 @@ from timm_mealv2.data.loader import (
     eval_loader,
 )
 from timm_mealv2.data.samples import EpochSampler, Samples
+from timm_mealv2.data.stream import StreamedImages
 from timm_mealv2.data.unreadable import BadImages
 from timm_mealv2.errors import UserError
 from timm_mealv2.soft_labels.replay import replay
@@ -139,6 +140,8 @@ def build_data(
         pin_memory=args.pin_mem,
         use_prefetcher=not args.no_prefetcher,
         img_dtype=pixels.dtype,
+        img_mode=args.input_img_mode,
+        decode=args.decode,
     )
     return Data(loader, Validation(evaluated, by_agreement), class_names(train))
 
@@ -171,8 +174,7 @@ class _ChosenImages:
 
 
 def _open_split(args: argparse.Namespace, option: str, pixels: InputSpec, **kwargs: Any) -> Dataset:
-    mode = image_mode(args.input_img_mode, pixels.channels)
-    return open_split(args, option, batch_size=pixels.batch_size, seed=args.seed, input_img_mode=mode, **kwargs)
+    return open_split(args, option, batch_size=pixels.batch_size, seed=args.seed, **kwargs)
 
 
 def _open_datasets(args: argparse.Namespace, pixels: InputSpec) -> tuple[Dataset, Dataset | None]:
@@ -229,7 +231,7 @@ def _build_train_loader(
     if args.unlabeled:
         dataset = unlabeled(dataset)
     if isinstance(dataset, IterableDataset):
-        return _build_stream_loader(args, dataset, pixels, processes)
+        return _build_stream_loader(args, dataset, pixels, processes, bad)
     collate: Collate = collate_labels
     if augmentation.mixes:
         collate = CollatePairs(pixels.num_classes, args.smoothing)
@@ -293,12 +295,13 @@ def _choice_of_sizes(args: argparse.Namespace, batch_size: int) -> dict[str, Any
 
 
 def _build_stream_loader(
-    args: argparse.Namespace, dataset: IterableDataset, pixels: InputSpec, processes: Processes
+    args: argparse.Namespace, dataset: IterableDataset, pixels: InputSpec, processes: Processes, bad: BadImages
 ) -> StreamLoader:
     for name in ('soft_labels', 'train_img_sizes', 'samples_per_decode', 'aug_repeats'):
         if getattr(args, name) not in (None, 0, 1):
             option = '--' + name.replace('_', '-')
             raise UserError(f'{option} needs numbered images, and a streaming data set has none: leave it out.')
+    augmentation = build_augmentation(args, pixels.config)
     collate: Callable | None = None
     if mixes(args):
         if args.no_prefetcher or args.unlabeled or pixels.batch_size % 2:
@@ -306,10 +309,11 @@ def _build_stream_loader(
         collate = FastCollateMixup(**_mixup_arguments(args, pixels.num_classes))
     _logger.info('Streaming data set: a resumed run goes on at the start of its epoch.')
     return StreamLoader(
-        dataset,
+        StreamedImages(dataset, augmentation.input_img_mode, augmentation.decode),
         seed=args.seed,
         rank=processes.rank,
         device=processes.device,
+        bad=bad,
         batch_size=pixels.batch_size,
         num_aug_splits=args.aug_splits,
         collate_fn=collate,
@@ -322,5 +326,5 @@ def _build_stream_loader(
         re_mode=args.remode,
         re_count=args.recount,
         re_split=args.resplit,
-        **build_augmentation(args, pixels.config).transform_options(),
+        **augmentation.transform_options(),
     )

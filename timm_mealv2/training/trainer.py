@@ -218,6 +218,9 @@ class Trainer:
         if due and self.validator is not None:
             with contextlib.suppress(EvaluationStoppedError):
                 evaluated = self.validator.after_epoch()
+        for line in self.guard.bad.tell_ignored(self.processes.gather):
+            if self.processes.primary:
+                _logger.warning(line)
         self._stop_if_needed(trained_to)
         self.meters = Meters()
         metric = evaluated[plan.eval_metric] if evaluated else None

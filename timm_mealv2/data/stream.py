@@ -1,0 +1,144 @@
+"""Streamed data sets (wds/, hfids/, tfds/): decoded as numbered images are, and named where they cannot be read."""
+
+import io
+import zlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, BinaryIO
+
+from PIL import Image
+from timm.data import FastCollateMixup, IterableImageDataset
+from timm.data.readers.reader_wds import ReaderWds
+
+from timm_mealv2.data.decode import decode
+from timm_mealv2.data.samples import Sample, mix_batch
+from timm_mealv2.data.unreadable import Fetched, UnreadableImage
+from timm_mealv2.errors import UserError, one_line
+
+
+class StreamedImages(IterableImageDataset):
+    """The images of a streamed data set of timm's, for timm's loader with `CollateStream`.
+
+    timm's readers would decode themselves: those of wds/ and hfids/ are made to hand on files.
+
+    Args:
+        dataset: timm's data set, as `open_dataset` gives it.
+        img_mode: Pillow's mode of the images.
+        how: How they are decoded, see `decode`.
+    """
+
+    def __init__(self, dataset: Any, img_mode: str = 'RGB', how: str = 'timm') -> None:
+        super().__init__('', reader=dataset.reader, target_transform=dataset.target_transform)
+        self.split, self.img_mode, self.how = dataset.split_name, img_mode, how
+        if isinstance(self.reader, ReaderWds):
+            return
+        self.reader.input_img_mode = None
+        if not hasattr(self.reader.builder, 'as_streaming_dataset'):
+            if how == 'view':
+                raise UserError('--decode view: TensorFlow decodes tfds/ by itself; take another kind of data set.')
+            self.reader.input_img_mode = img_mode
+        elif not isinstance(self.reader.builder, _UndecodedBuilder):
+            self.reader.builder = _UndecodedBuilder(self.reader.builder, self.reader.input_key)
+
+    def __iter__(self) -> Iterator[Sample | UnreadableImage]:
+        if isinstance(self.reader, ReaderWds):
+            _keep_undecoded(self.reader)
+        for content, target in self.reader:
+            name, source = _file(content)
+            try:
+                image, ignored = decode(source, self.img_mode, self.how)
+            except MemoryError:
+                raise
+            except Exception as error:  # Pillow's decoders raise many kinds
+                yield UnreadableImage(f'{self.split} {name}: {one_line(error)}', name)
+                continue
+            if self.target_transform is not None:
+                target = self.target_transform(target)
+            yield Sample(self.transform(image), target, target, ignored=tuple((name, what) for what in ignored))
+
+
+def _file(content: Any) -> tuple[str, BinaryIO | Image.Image]:
+    """Return the name of what a reader gives, and the file or image."""
+    if isinstance(content, Image.Image):
+        return '', content
+    if isinstance(content, tuple):
+        return content[0], io.BytesIO(content[1])
+    data = content['bytes']
+    if data is None:
+        import fsspec  # comes with datasets
+
+        with fsspec.open(content['path'], 'rb') as file:
+            data = file.read()
+    return content['path'] or f'image with CRC-32 {zlib.crc32(data):08x}', io.BytesIO(data)
+
+
+class _UndecodedBuilder:
+    """A builder of Hugging Face's whose data sets leave the images as they are stored."""
+
+    def __init__(self, builder: Any, column: str) -> None:
+        self.builder, self.column = builder, column
+
+    def __getattr__(self, name: str) -> Any:
+        if name == 'builder':  # of an instance that is being unpickled
+            raise AttributeError(name)
+        return getattr(self.builder, name)
+
+    def as_streaming_dataset(self, split: str) -> Any:
+        return self._undecoded(self.builder.as_streaming_dataset(split=split))
+
+    def as_dataset(self, split: str) -> Any:
+        return self._undecoded(self.builder.as_dataset(split=split))
+
+    def _undecoded(self, dataset: Any) -> Any:
+        from datasets import Image
+
+        return dataset.cast_column(self.column, Image(decode=False))
+
+
+_PIXEL = io.BytesIO()
+Image.new('L', (1, 1)).save(_PIXEL, 'PNG')
+
+
+def _keep_undecoded(reader: ReaderWds) -> None:
+    """Make the last step of a reader's pipeline one that leaves the images as they are stored."""
+    if reader.ds is None:
+        import webdataset
+
+        reader._lazy_init()  # timm makes the pipeline in the worker process, when it is first iterated over
+        pipeline: list[Any] = reader.ds.pipeline  # type: ignore[attr-defined]
+        timms = pipeline[-2]
+        contents = partial(_content, timms.args[0], reader.input_key)
+        pipeline[-2:] = [webdataset.map(contents, **timms.kw)]
+
+
+def _content(decode_sample: Callable, input_key: str, sample: dict[str, Any]) -> dict[str, Any] | None:
+    keys = input_key.split(';')
+    data = next((sample[key] for key in keys if key in sample), b'')
+    # timm's function knows where the label is.
+    decoded = decode_sample({**sample, keys[0]: _PIXEL.getvalue()})
+    if decoded is None:
+        return None
+    shard = sample.get('__url__', '').rpartition('/')[2]
+    return {'image': (f'{shard} {sample["__key__"]}', data), 'target': decoded['target']}
+
+
+class CollateStream:
+    """Collates what a `StreamedImages` gives; images that cannot be read are left out.
+
+    Args:
+        collate: Makes a batch of pairs (pixels, label).
+    """
+
+    def __init__(self, collate: Callable) -> None:
+        self.collate = collate
+
+    def __call__(self, items: list[Sample | UnreadableImage]) -> Fetched:
+        unreadable = {item.index or '': str(item) for item in items if isinstance(item, UnreadableImage)}
+        samples = [item for item in items if isinstance(item, Sample)]
+        ignored = {entry for sample in samples for entry in sample.ignored}
+        pairs: list[tuple[Any, Any]] = [(sample.pixels, sample.target) for sample in samples]
+        if not pairs:
+            return Fetched(None, unreadable, ignored)
+        if isinstance(self.collate, FastCollateMixup):
+            return Fetched(mix_batch(self.collate, pairs), unreadable, ignored)
+        return Fetched(self.collate(pairs), unreadable, ignored)
