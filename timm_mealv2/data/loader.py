@@ -7,9 +7,6 @@ An image that cannot be read is left out of its batch, named and counted; timm's
 in its place and tell nobody. Which images are left out is a function of the data alone.
 """
 
-import os
-import signal
-import threading
 import weakref
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -19,19 +16,20 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from timm.data import FastCollateMixup, create_loader, create_transform
-from timm.data.loader import PrefetchLoader, fast_collate
+from timm.data import FastCollateMixup, create_transform
+from timm.data.loader import PrefetchLoader
 from timm.data.mixup import one_hot
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from timm_mealv2.data.augmentation import Erasing, pixels_of
 from timm_mealv2.data.dataset import image_mode, read_image
 from timm_mealv2.data.normalize import Stats
 from timm_mealv2.data.samples import EpochSampler, Key, KeyBatch, Sample, Samples, mix_batch
 from timm_mealv2.data.seed import Stream, counted_seed, preserved_generators, seed_cpu
-from timm_mealv2.data.stream import CollateStream, StreamedImages
-from timm_mealv2.data.unreadable import BadImages, Fetched, UnreadableImage
+from timm_mealv2.data.stream import StreamedImages, load_stream
+from timm_mealv2.data.unreadable import BadImages, Fetched, ReportingLoader, UnreadableImage
+from timm_mealv2.data.workers import ignore_signals
 from timm_mealv2.errors import UserError
 
 Batch = tuple[Tensor, Tensor]
@@ -155,29 +153,7 @@ class _ReadableBatches(Dataset):
                 return
 
 
-class _ReportingLoader:
-    """The batches alone, as timm's `PrefetchLoader` takes them; what could not be read is reported."""
-
-    def __init__(self, loader: DataLoader, bad: BadImages, split: str) -> None:
-        self.loader, self.bad, self.split = loader, bad, split
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def __iter__(self) -> Iterator[Batch]:
-        for fetched in self.loader:
-            if isinstance(fetched, UserError):
-                raise fetched
-            self.bad.report(self.split, fetched.unreadable)
-            self.bad.ignored[self.split].update(fetched.ignored)
-            if fetched.batch is not None:
-                yield fetched.batch
-            elif self.split == 'train':  # the other processes wait for a batch of this one
-                self.bad.check()
-                raise UserError('no image of the training split can be read: look at the log for the reasons.')
-
-
-class _InUsedMemory(_ReportingLoader):
+class _InUsedMemory(ReportingLoader):
     """Batches with images as float32, in the memory of former batches that nothing refers to any more.
 
     Fresh memory for a large batch takes longer than normalizing it: the system hands it out page by page, all zeros.
@@ -196,30 +172,6 @@ class _InUsedMemory(_ReportingLoader):
             images = torch.from_numpy(lent).copy_(images)
             del lent
             yield images, target
-
-
-def ignore_signals(worker: int) -> None:
-    """Let a worker process leave Ctrl-C and a cluster's SIGTERM, which reach every process, to the main process.
-
-    SIGTERM cannot just be ignored: multiprocessing ends workers with one at exit, and waits for them. Where the sender
-    of a signal is not told (macOS), any SIGTERM ends the worker.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, 'sigwaitinfo'):
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_leave_when_told, daemon=True).start()
-
-
-def _leave_when_told() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)
-
-
-def _seed_of_worker(info: Any) -> int:
-    """A `worker_seeding` of timm's loader: the seed that torch has given the worker."""
-    ignore_signals(info.id)
-    return int(info.seed)
 
 
 def unchanged(fetched: Any) -> Any:
@@ -248,7 +200,7 @@ def _load_batches(
         **workers,
     )
     mean, std = normalization
-    kind = _InUsedMemory if device.type == 'cpu' and dtype == torch.float32 else _ReportingLoader
+    kind = _InUsedMemory if device.type == 'cpu' and dtype == torch.float32 else ReportingLoader
     reporting = kind(loader, bad, split)
     return PrefetchLoader(reporting, mean=mean, std=std, channels=len(mean), device=device, img_dtype=dtype)
 
@@ -300,48 +252,6 @@ class TrainLoader:
         self.sampler.end_epoch()
 
 
-class StreamLoader:
-    """Training batches of a streaming data set (wds/, tfds/, hfids/), through timm's own loader.
-
-    Such a set has no random access: an epoch can only be entered at its start, and its augmentation is reproducible for
-    the same number of processes and workers alone.
-
-    `loader` has arguments of timm's `create_loader`.
-    """
-
-    resumable = False
-
-    def __init__(
-        self, dataset: StreamedImages, *, seed: int, rank: int, device: torch.device, bad: BadImages, **loader: Any
-    ) -> None:
-        self.dataset, self.seed, self.rank, self.device = dataset, seed, rank, device
-        loader |= {'device': device, 'persistent_workers': False, 'is_training': True}
-        self.loader = _load_stream(dataset, bad, 'train', **loader)
-
-    def __len__(self) -> int:
-        """Batches an epoch on every process, by the data set's own count."""
-        return len(self.loader)
-
-    def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """Yield (images, targets) of `epoch`; `start` must be 0."""
-        assert start == 0, 'a streaming data set is entered at the start of an epoch'
-        self.dataset.set_epoch(epoch)
-        seed_cpu(counted_seed(Stream.STREAMING, self.seed, self.rank, epoch))
-        for images, target in self.loader:
-            yield images.to(self.device), target.to(self.device)
-
-
-def _load_stream(dataset: StreamedImages, bad: BadImages, split: str, **options: Any) -> Any:
-    """Load a stream with timm's `create_loader`, which has the `options`; what cannot be read is reported."""
-    prefetch = options.get('use_prefetcher', True)
-    collate = options.pop('collate_fn', None) or (fast_collate if prefetch else default_collate)
-    loader = create_loader(dataset, collate_fn=CollateStream(collate), worker_seeding=_seed_of_worker, **options)
-    if not prefetch:
-        return _ReportingLoader(loader, bad, split)
-    loader.loader = _ReportingLoader(loader.loader, bad, split)
-    return loader
-
-
 def eval_loader(
     dataset: Dataset,
     data_config: dict[str, Any],
@@ -373,7 +283,7 @@ def eval_loader(
     img_mode, bad = image_mode(img_mode, config['input_size'][0]), bad or BadImages()
     if isinstance(dataset, IterableDataset):
         kwargs |= {'batch_size': batch_size, 'device': device, 'distributed': distributed, 'is_training': False}
-        return _load_stream(StreamedImages(dataset, img_mode, decode), bad, 'validation', **config, **kwargs)
+        return load_stream(StreamedImages(dataset, img_mode, decode), bad, 'validation', **config, **kwargs)
     prefetch = kwargs.pop('use_prefetcher', True)
     dtype = kwargs.pop('img_dtype', torch.float32)
     transform = create_transform(**config, is_training=False, use_prefetcher=True)

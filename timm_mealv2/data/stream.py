@@ -6,13 +6,19 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, BinaryIO
 
+import torch
 from PIL import Image
-from timm.data import FastCollateMixup, IterableImageDataset
+from timm.data import FastCollateMixup, IterableImageDataset, create_loader
+from timm.data.loader import fast_collate
 from timm.data.readers.reader_wds import ReaderWds
+from torch import Tensor
+from torch.utils.data import default_collate
 
 from timm_mealv2.data.decode import decode
 from timm_mealv2.data.samples import Sample, mix_batch
-from timm_mealv2.data.unreadable import Fetched, UnreadableImage
+from timm_mealv2.data.seed import Stream, counted_seed, seed_cpu
+from timm_mealv2.data.unreadable import BadImages, Fetched, ReportingLoader, UnreadableImage
+from timm_mealv2.data.workers import seed_of_worker
 from timm_mealv2.errors import UserError, one_line
 
 
@@ -44,9 +50,9 @@ class StreamedImages(IterableImageDataset):
         if isinstance(self.reader, ReaderWds):
             _keep_undecoded(self.reader)
         for content, target in self.reader:
-            name, source = _file(content)
+            name = _name(content)
             try:
-                image, ignored = decode(source, self.img_mode, self.how)
+                image, ignored = decode(_opened(content), self.img_mode, self.how)
             except MemoryError:
                 raise
             except Exception as error:  # Pillow's decoders raise many kinds
@@ -57,19 +63,24 @@ class StreamedImages(IterableImageDataset):
             yield Sample(self.transform(image), target, target, ignored=tuple((name, what) for what in ignored))
 
 
-def _file(content: Any) -> tuple[str, BinaryIO | Image.Image]:
-    """Return the name of what a reader gives, and the file or image."""
+def _name(content: Any) -> str:
+    """Return the name of what a reader gives: a pair (wds/), a mapping (hfids/), or an image without a name (tfds/)."""
     if isinstance(content, Image.Image):
-        return '', content
+        return ''
     if isinstance(content, tuple):
-        return content[0], io.BytesIO(content[1])
-    data = content['bytes']
-    if data is None:
-        import fsspec  # comes with datasets
+        return str(content[0])
+    return content['path'] or f'image with CRC-32 {zlib.crc32(content["bytes"]):08x}'
 
-        with fsspec.open(content['path'], 'rb') as file:
-            data = file.read()
-    return content['path'] or f'image with CRC-32 {zlib.crc32(data):08x}', io.BytesIO(data)
+
+def _opened(content: Any) -> BinaryIO | Image.Image:
+    if isinstance(content, Image.Image):
+        return content
+    data = content[1] if isinstance(content, tuple) else content['bytes']
+    if data is not None:
+        return io.BytesIO(data)
+    import fsspec  # comes with datasets
+
+    return fsspec.open(content['path'], 'rb').open()
 
 
 class _UndecodedBuilder:
@@ -142,3 +153,45 @@ class CollateStream:
         if isinstance(self.collate, FastCollateMixup):
             return Fetched(mix_batch(self.collate, pairs), unreadable, ignored)
         return Fetched(self.collate(pairs), unreadable, ignored)
+
+
+def load_stream(dataset: StreamedImages, bad: BadImages, split: str, **options: Any) -> Any:
+    """Load a stream with timm's `create_loader`, which has the `options`; what cannot be read is reported."""
+    prefetch = options.get('use_prefetcher', True)
+    collate = options.pop('collate_fn', None) or (fast_collate if prefetch else default_collate)
+    loader = create_loader(dataset, collate_fn=CollateStream(collate), worker_seeding=seed_of_worker, **options)
+    if not prefetch:
+        return ReportingLoader(loader, bad, split)
+    loader.loader = ReportingLoader(loader.loader, bad, split)
+    return loader
+
+
+class StreamLoader:
+    """Training batches of a streaming data set (wds/, tfds/, hfids/), through timm's own loader.
+
+    Such a set has no random access: an epoch can only be entered at its start, and its augmentation is reproducible for
+    the same number of processes and workers alone.
+
+    `loader` has arguments of timm's `create_loader`.
+    """
+
+    resumable = False
+
+    def __init__(
+        self, dataset: StreamedImages, *, seed: int, rank: int, device: torch.device, bad: BadImages, **loader: Any
+    ) -> None:
+        self.dataset, self.seed, self.rank, self.device = dataset, seed, rank, device
+        loader |= {'device': device, 'persistent_workers': False, 'is_training': True}
+        self.loader = load_stream(dataset, bad, 'train', **loader)
+
+    def __len__(self) -> int:
+        """Batches an epoch on every process, by the data set's own count."""
+        return len(self.loader)
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (images, targets) of `epoch`; `start` must be 0."""
+        assert start == 0, 'a streaming data set is entered at the start of an epoch'
+        self.dataset.set_epoch(epoch)
+        seed_cpu(counted_seed(Stream.STREAMING, self.seed, self.rank, epoch))
+        for images, target in self.loader:
+            yield images.to(self.device), target.to(self.device)

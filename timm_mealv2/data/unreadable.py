@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from timm_mealv2.data.decode import IGNORED
@@ -95,3 +95,25 @@ class BadImages:
                 f'{len(self.found)} images cannot be read, --max-bad-images allows {self.limit}: they are listed '
                 f'above; mend or remove them, or allow more. {advice}'
             )
+
+
+class ReportingLoader:
+    """The batches alone, as timm's `PrefetchLoader` takes them; what could not be read is reported."""
+
+    def __init__(self, loader: Any, bad: BadImages, split: str) -> None:
+        self.loader, self.bad, self.split = loader, bad, split
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        for fetched in self.loader:
+            if isinstance(fetched, UserError):
+                raise fetched
+            self.bad.report(self.split, fetched.unreadable)
+            self.bad.ignored[self.split].update(fetched.ignored)
+            if fetched.batch is not None:
+                yield fetched.batch
+            elif self.split == 'train':  # the other processes wait for a batch of this one
+                self.bad.check()
+                raise UserError('no image of the training split can be read: look at the log for the reasons.')

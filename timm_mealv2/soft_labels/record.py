@@ -27,10 +27,11 @@ from tqdm import tqdm
 
 from timm_mealv2.data.augmentation import Augmentation
 from timm_mealv2.data.dataset import image_names, keeping_no_file_open
-from timm_mealv2.data.loader import ignore_signals, unchanged
+from timm_mealv2.data.loader import unchanged
 from timm_mealv2.data.normalize import channel_stats
 from timm_mealv2.data.samples import Key, Samples
 from timm_mealv2.data.unreadable import BadImages, Ignored, UnreadableImage
+from timm_mealv2.data.workers import ignore_signals
 from timm_mealv2.errors import UserError
 from timm_mealv2.files import replacing
 from timm_mealv2.models.ensemble import ClassSubset, EnsembleTeacher

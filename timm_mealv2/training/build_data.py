@@ -19,13 +19,12 @@ from timm_mealv2.data.loader import (
     Collate,
     CollateMixed,
     CollatePairs,
-    StreamLoader,
     TrainLoader,
     collate_labels,
     eval_loader,
 )
 from timm_mealv2.data.samples import EpochSampler, Samples
-from timm_mealv2.data.stream import StreamedImages
+from timm_mealv2.data.stream import StreamedImages, StreamLoader
 from timm_mealv2.data.unreadable import BadImages
 from timm_mealv2.errors import UserError
 from timm_mealv2.soft_labels.replay import replay

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from timm_mealv2.data.loader import StreamLoader, TrainLoader
+from timm_mealv2.data.loader import TrainLoader
+from timm_mealv2.data.stream import StreamLoader
 from timm_mealv2.runs import TIMES
 from timm_mealv2.training.distributed import Processes
 from timm_mealv2.training.loop import Stepper

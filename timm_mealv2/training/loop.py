@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from timm_mealv2.data.loader import StreamLoader, TrainLoader
+from timm_mealv2.data.loader import TrainLoader
 from timm_mealv2.data.seed import Stream, counted_seed, seed_torch
+from timm_mealv2.data.stream import StreamLoader
 from timm_mealv2.task import MealV2Task
 from timm_mealv2.training.logs import EpochLog
 from timm_mealv2.training.meters import Clock, Meters

@@ -8,7 +8,8 @@ from typing import Any
 from timm.models import clean_state_dict
 from timm.scheduler import PlateauLRScheduler
 
-from timm_mealv2.data.loader import StreamLoader, TrainLoader
+from timm_mealv2.data.loader import TrainLoader
+from timm_mealv2.data.stream import StreamLoader
 from timm_mealv2.errors import UserError, one_line
 from timm_mealv2.models.checkpoint import TrainingCheckpoint
 from timm_mealv2.training.distributed import Processes
