@@ -272,6 +272,13 @@ TEACHERS = (
     ),
 )
 
+DECODE = Option(
+    '--decode',
+    str,
+    'view: as a viewer shows an image, turned upright and over white where transparent; timm: neither',
+    'timm',
+    choices=('timm', 'view'),
+)
 DATA = (
     Option('--data-dir', None, 'folder or tar of the data set'),
     Option('--dataset', None, 'kind and name: torch/cifar10, hfds/NAME, ...; else a folder', ''),
@@ -282,13 +289,7 @@ DATA = (
         one_of('L', 'LA', 'RGB', 'RGBA', 'CMYK', 'YCbCr', 'HSV', 'LAB'),
         "Pillow's image mode; RGB, or L for one channel",
     ),
-    Option(
-        '--decode',
-        str,
-        'view: as a viewer shows an image, turned upright and over white where transparent; timm: neither',
-        'timm',
-        choices=('timm', 'view'),
-    ),
+    DECODE,
     Option('--input-key', str, 'key of the images in a sample'),
     Option('--target-key', str, 'key of the labels in a sample'),
     flag('--dataset-trust-remote-code', help="run a Hugging Face data set's own code"),

@@ -68,7 +68,7 @@ def test_without_mixing_and_erasing_a_sample_is_what_the_transform_of_timm_draws
     image, target, _ = read_image(open_dataset('', str(image_folder), 'train'), 5)
     seed_cpu(counted_seed(Stream.AUGMENTATION, 7, 2, 5))
     assert np.array_equal(made.pixels, transform(image).numpy())
-    assert made[1:] == (target, target, 1.0)
+    assert made[1:] == (target, target, 1.0, ())
 
 
 def test_pairs_are_mixed_with_each_other(image_folder: Path) -> None:

@@ -2,19 +2,20 @@
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from PIL import Image
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from timm_mealv2.arguments import choose_device
-from timm_mealv2.command_line import COUNT, DEVICE, OneLineParser, Option, add_options, run_cli
+from timm_mealv2.command_line import COUNT, DECODE, DEVICE, OneLineParser, Option, add_options, run_cli
+from timm_mealv2.data.decode import is_image_file
 from timm_mealv2.data.loader import eval_loader
 from timm_mealv2.data.normalize import resolve_pixels
 from timm_mealv2.data.unreadable import BadImages
@@ -39,10 +40,8 @@ class ImageFiles(Dataset):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        image = Image.open(self.paths[index])
-        image.load()
-        return image, -1
+    def __getitem__(self, index: int) -> tuple[BinaryIO, int]:
+        return self.paths[index].open('rb'), -1
 
     def filename(self, index: int, **kwargs: Any) -> str:
         """Return the path of an image, for messages."""
@@ -55,13 +54,11 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     Raises:
         UserError: If there is nothing at a path, or there are no pictures.
     """
-    endings = Image.registered_extensions()
     found = []
     for path in paths:
         if not path.exists():
             raise UserError(f'{path}: there is no such picture or folder.')
-        inside = sorted(file for file in path.rglob('*') if file.suffix.lower() in endings) if path.is_dir() else [path]
-        found += inside
+        found += sorted(file for file in path.rglob('*') if is_image_file(str(file))) if path.is_dir() else [path]
     if not found:
         raise UserError(f'there are no pictures in {", ".join(map(str, paths))}.')
     return found
@@ -85,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     text = 'timm name with its tag, checkpoint, run folder, export, model.onnx, hf-hub:USER/REPO, ...'
     parser.add_argument('model', metavar='MODEL', help=text)
     parser.add_argument('images', nargs='+', type=Path, metavar='IMAGE', help='pictures, or folders of them')
-    add_options(parser, (*_PREDICT, *DEVICE))
+    add_options(parser, (*_PREDICT, DECODE, *DEVICE))
     parser.set_defaults(device=None, workers=0)
     return parser
 
@@ -106,7 +103,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     names = readable_names(model)
     config = resolve_pixels({}, model.pretrained_cfg, model.in_chans)
     bad = BadImages(limit=len(data))
-    loader = eval_loader(data, config, batch_size=args.batch_size, device=device, bad=bad, num_workers=args.workers)
+    options = {'decode': args.decode, 'num_workers': args.workers}
+    loader = eval_loader(data, config, batch_size=args.batch_size, device=device, bad=bad, **options)
     top = [
         model(images).softmax(dim=1).topk(min(args.topk, model.num_classes))
         for images, _ in tqdm(loader, desc='predicting', leave=False, disable=None)
@@ -125,6 +123,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for entry in entries:
         shown = [f'{row["name"]} {100 * row["probability"]:.2f} %' for row in entry['predictions']]
         print(f'{entry["path"]}: {", ".join(shown) or "cannot be read"}')
+    for line in bad.tell_ignored():
+        print(line, file=sys.stderr)
     if args.json is not None:
         with replacing(args.json) as path:
             path.write_text(json.dumps(entries, indent=2) + '\n', encoding='utf-8')

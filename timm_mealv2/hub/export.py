@@ -18,11 +18,12 @@ from typing import Any
 
 import timm
 import torch
-from PIL import Image
 from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
 from timm.models import get_pretrained_cfg, save_for_hf
 from torch import nn
 
+from timm_mealv2.data.dataset import image_mode
+from timm_mealv2.data.decode import decode
 from timm_mealv2.errors import UserError
 from timm_mealv2.hub.card import (
     CARD_FILE,
@@ -307,7 +308,7 @@ def _add_examples(
     examples = []
     for number, path in enumerate(map(Path, images), 1):
         try:
-            image = Image.open(path).convert('L' if config['input_size'][0] == 1 else 'RGB')
+            image = decode(path.open('rb'), image_mode(None, config['input_size'][0]))[0]
         except OSError as error:
             raise UserError(f'{path} is no readable image: {error}') from error
         (folder / EXAMPLES_FOLDER).mkdir(exist_ok=True)
