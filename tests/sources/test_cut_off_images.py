@@ -19,10 +19,7 @@ def damaged(kind: str, root: Path) -> list[str]:
     return ['--dataset', f'{kind}/{write_parquet(root, unreadable=UNREADABLE)}']
 
 
-@pytest.mark.parametrize(
-    'kind',
-    [pytest.param('wds', marks=pytest.mark.xfail(strict=True, reason='issue 27 number 1')), 'hfds', 'hfids'],
-)
+@pytest.mark.parametrize('kind', ['wds', 'hfds', 'hfids'])
 def test_training_leaves_it_out_and_names_it(
     kind: str, knowing: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -45,7 +42,6 @@ def test_evaluation_counts_it(kind: str, knowing: Path, tmp_path: Path) -> None:
     assert row['unreadable'] == 1
 
 
-@pytest.mark.xfail(strict=True, reason='issue 27 number 1')
 def test_too_many_end_the_training_on_a_stream_too(knowing: Path, tmp_path: Path) -> None:
     source = damaged('wds', tmp_path / 'data')
     with pytest.raises(UserError, match='--max-bad-images allows 0'):
