@@ -4,6 +4,7 @@ import io
 import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import islice
 from typing import Any, BinaryIO
 
 import torch
@@ -170,18 +171,31 @@ class StreamLoader:
     """Training batches of a streaming data set (wds/, tfds/, hfids/), through timm's own loader.
 
     Such a set has no random access: an epoch can only be entered at its start, and its augmentation is reproducible for
-    the same number of processes and workers alone.
+    the same number of processes and workers alone. All epochs have the same number of batches, on every process: a
+    stream that ends early, say because it has fewer shards than workers, begins anew.
 
-    `loader` has arguments of timm's `create_loader`.
+    Args:
+        mixing: Mixes the images of a batch, in the epochs before `mixup_off_epoch` (0: in all).
+        **loader: Arguments of timm's `create_loader`.
     """
 
     resumable = False
 
     def __init__(
-        self, dataset: StreamedImages, *, seed: int, rank: int, device: torch.device, bad: BadImages, **loader: Any
+        self,
+        dataset: StreamedImages,
+        *,
+        seed: int,
+        rank: int,
+        device: torch.device,
+        bad: BadImages,
+        mixing: FastCollateMixup | None = None,
+        mixup_off_epoch: int = 0,
+        **loader: Any,
     ) -> None:
         self.dataset, self.seed, self.rank, self.device = dataset, seed, rank, device
-        loader |= {'device': device, 'persistent_workers': False, 'is_training': True}
+        self.mixing, self.mixup_off_epoch = mixing, mixup_off_epoch
+        loader |= {'device': device, 'collate_fn': mixing, 'persistent_workers': False, 'is_training': True}
         self.loader = load_stream(dataset, bad, 'train', **loader)
 
     def __len__(self) -> int:
@@ -189,9 +203,19 @@ class StreamLoader:
         return len(self.loader)
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (images, targets) of `epoch`; `start` must be 0."""
+        """Yield `len` batches (images, targets) of `epoch`; `start` must be 0."""
         assert start == 0, 'a streaming data set is entered at the start of an epoch'
+        if self.mixing is not None:
+            self.mixing.mixup_enabled = not 0 < self.mixup_off_epoch <= epoch
         self.dataset.set_epoch(epoch)
         seed_cpu(counted_seed(Stream.STREAMING, self.seed, self.rank, epoch))
-        for images, target in self.loader:
-            yield images.to(self.device), target.to(self.device)
+        count = 0
+        while count < len(self):
+            already = count
+            for images, target in islice(self.loader, len(self) - already):
+                count += 1
+                yield images.to(self.device), target.to(self.device)
+            if count == already:
+                raise UserError(
+                    'the streaming data set gives this process no batch: give fewer --workers or processes.'
+                )

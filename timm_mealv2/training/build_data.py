@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -301,11 +300,11 @@ def _build_stream_loader(
             option = '--' + name.replace('_', '-')
             raise UserError(f'{option} needs numbered images, and a streaming data set has none: leave it out.')
     augmentation = build_augmentation(args, pixels.config)
-    collate: Callable | None = None
+    mixing = None
     if mixes(args):
         if args.no_prefetcher or args.unlabeled or pixels.batch_size % 2:
             raise UserError('a streaming data set is mixed by the prefetcher, in even batches and with labels only.')
-        collate = FastCollateMixup(**_mixup_arguments(args, pixels.num_classes))
+        mixing = FastCollateMixup(**_mixup_arguments(args, pixels.num_classes))
     _logger.info('Streaming data set: a resumed run goes on at the start of its epoch.')
     return StreamLoader(
         StreamedImages(dataset, augmentation.input_img_mode, augmentation.decode),
@@ -315,7 +314,8 @@ def _build_stream_loader(
         bad=bad,
         batch_size=pixels.batch_size,
         num_aug_splits=args.aug_splits,
-        collate_fn=collate,
+        mixing=mixing,
+        mixup_off_epoch=args.mixup_off_epoch,
         num_workers=args.workers,
         distributed=processes.distributed,
         pin_memory=args.pin_mem,
