@@ -182,7 +182,7 @@ def test_a_checkpoint_cannot_name_code_as_a_teacher(
     args = argparse.Namespace(model='mealv2_ensemble', model_kwargs={'teachers': ['python:foreign:make']})
     state = {f'teachers.0.{name}': value for name, value in state.items()}
     torch.save({'state_dict': state, 'args': args}, tmp_path / 'x.pth')
-    with pytest.raises(UserError, match='names no architecture of timm'):
+    with pytest.raises(UserError, match='does not tell its model'):
         create_ensemble([f'mealv2_ensemble={tmp_path / "x.pth"}'])
     assert not mark.exists()
 
