@@ -11,6 +11,8 @@ from colors import CLASSES, SIZE, color_model, write_folder
 from timm_mealv2.cli.hub import main as hub
 from timm_mealv2.cli.predict import main
 from timm_mealv2.errors import UserError
+from timm_mealv2.models.factory import create_ensemble
+from timm_mealv2.models.onnx_model import write_onnx
 
 
 @pytest.fixture
@@ -33,7 +35,9 @@ def test_pictures_get_the_names_of_the_models_classes(
     pictures = write_folder(tmp_path / 'pictures', 1, folders=['1', '2', '3', '4'])
     (pictures / '2' / 'broken.png').write_bytes(b'no picture')
     hub(['export', str(checkpoint), '--out', str(tmp_path / 'export')])
-    for model in (checkpoint.parent, tmp_path / 'export', f'test_resnet={checkpoint}'):
+    model = create_ensemble(str(checkpoint)).teachers[0]
+    write_onnx(model, tmp_path / 'model.onnx', list(CLASSES))
+    for source in (checkpoint.parent, tmp_path / 'export', f'test_resnet={checkpoint}', tmp_path / 'model.onnx'):
         capsys.readouterr()
         options = [
             '--json',
@@ -45,7 +49,7 @@ def test_pictures_get_the_names_of_the_models_classes(
             '--device',
             'cpu',
         ]
-        main([str(model), str(pictures), *options])
+        main([str(source), str(pictures), *options])
         entries = json.loads((tmp_path / 'p.json').read_text())
         names = [entry['predictions'][0]['name'] if entry['predictions'] else None for entry in entries]
         assert names == ['apple', 'leaf', None, 'sea', 'sun']

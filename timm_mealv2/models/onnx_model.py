@@ -43,7 +43,7 @@ class OnnxModel(nn.Module):
         metadata = {key: json.loads(entries[key]) for key in (*PREPROCESSING, 'label_names') if key in entries}
         if 'num_classes' not in metadata:
             raise UserError(f'{os.fspath(path)} does not say what its images are: export it with mealv2-hub.')
-        self.label_names: list[str] | None = metadata.pop('label_names', None)
+        self.label_names: list[str] | None = metadata.get('label_names')
         self.pretrained_cfg: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in metadata.items()}
         self.default_cfg = self.pretrained_cfg
         self.num_classes: int = metadata['num_classes']
