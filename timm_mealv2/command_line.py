@@ -275,7 +275,7 @@ TEACHERS = (
 DECODE = Option(
     '--decode',
     str,
-    'view: as a viewer shows an image, turned upright and over white where transparent; timm: neither',
+    'view: turned upright, transparency over white; timm: pixels as stored',
     'timm',
     choices=('timm', 'view'),
 )

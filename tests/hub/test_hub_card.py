@@ -1,6 +1,5 @@
 """The model card: every figure in it is the run folder's, for exactly the exported weights."""
 
-import argparse
 import csv
 import functools
 import json
@@ -76,7 +75,7 @@ def accuracies(card: ModelCard) -> dict[str, float]:
 def changed(checkpoint: Path, path: Path, **args: Any) -> Path:
     """Write the checkpoint to `path` as one of a training with other arguments."""
     saved = torch.load(checkpoint, weights_only=False)
-    saved['args'] = argparse.Namespace(**{**vars(saved['args']), **args})
+    saved['args'] |= args
     torch.save(saved, path)
     return path
 
@@ -232,9 +231,9 @@ def test_no_path_of_the_machine_and_no_device_but_the_runs_is_in_the_card(run_fo
 
 
 def test_without_labels_it_is_the_agreement_with_the_teachers_and_no_accuracy(
-    train_run: Callable[..., Path], teacher: str, tmp_path: Path
+    train_run: Callable[..., Path], teacher: str, image_folder: Path, tmp_path: Path
 ) -> None:
-    folder = train_run('--epochs', '1', '--unlabeled', '--val-split', '', '--teachers', teacher)
+    folder = train_run('--epochs', '1', '--unlabeled', '--data-dir', str(image_folder / 'train'), '--teachers', teacher)
     card = card_of(folder / 'last.pth.tar', tmp_path / 'out')
     assert f'| same top-1 as the teachers, % | {float(row(folder, 0)["eval_agreement"]):.2f} |' in card.text
     assert 'accuracy, %' not in card.text
