@@ -122,11 +122,13 @@ def metrics_as_json(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _pixels_for(model: nn.Module, x: Tensor, data_config: Mapping[str, Any] | None) -> Tensor:
-    """`x` as the model was trained to take it, where both the loader's and the model's normalization are known."""
+    """`x` as the model takes it: in its dtype, and in its normalization where the loader's is known too."""
     cfg = getattr(unwrap_model(model), 'pretrained_cfg', None)
-    if data_config is None or not cfg:
+    if data_config is not None and cfg:
+        x = renormalize(x, *channel_stats(data_config, x.shape[1]), *channel_stats(cfg, x.shape[1]))
+    if isinstance(model, EnsembleTeacher):  # whose teachers may have several
         return x
-    return renormalize(x, *channel_stats(data_config, x.shape[1]), *channel_stats(cfg, x.shape[1]))
+    return x.to(next((parameter.dtype for parameter in model.parameters()), x.dtype))
 
 
 def _mean_log_prob(logits: Tensor, weights: tuple[float, ...]) -> Tensor:

@@ -33,7 +33,6 @@ def largest_difference(a: Path, b: Path) -> float:
     return max((first[name] - second[name]).abs().max().item() for name in first)
 
 
-@pytest.mark.xfail(strict=True, reason='issue 27 number 17')
 @pytest.mark.parametrize('teachers', [False, True], ids=['labels', 'teachers'])
 def test_an_update_of_8_and_8_and_2_images(teachers: bool, tmp_path: Path) -> None:
     data = write(tmp_path / 'data', (9, 4, 4, 1))
@@ -46,7 +45,6 @@ def test_an_update_of_8_and_8_and_2_images(teachers: bool, tmp_path: Path) -> No
     assert largest_difference(tmp_path / 'whole', tmp_path / 'parts') < 1e-5
 
 
-@pytest.mark.xfail(strict=True, reason='issue 27 number 17')
 def test_two_processes_with_8_and_8_and_2_images_each(tmp_path: Path) -> None:
     data = write(tmp_path / 'data', (18, 9, 8, 1))
     options = [str(word) for word in ('--data-dir', data, *UPDATE)]

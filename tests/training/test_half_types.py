@@ -67,7 +67,6 @@ def test_a_run_in_float16_of_which_no_update_is_made_stops(
     assert 4 <= len(summary(tmp_path / 'run')) <= 5  # the 20th update in a row is the last of the fifth epoch
 
 
-@pytest.mark.xfail(strict=True, reason='issue 27 number 15')
 def test_the_average_of_weights_in_float16_moves(data: Path, tmp_path: Path) -> None:
     options = ('--data-dir', data, '--model', 'test_vit', '--model-dtype', 'float16', '--opt', 'momentum')
     options = (*options, '--lr', 0.01, '--model-ema', '--batch-size', 16)  # an epoch is an update

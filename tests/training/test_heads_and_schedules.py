@@ -40,7 +40,6 @@ def state(folder: Path) -> dict[str, torch.Tensor]:
     return weights
 
 
-@pytest.mark.xfail(strict=True, reason='issue 27 number 16')
 def test_layer_decay_without_a_schedule(data: Path, tmp_path: Path) -> None:
     options = ('--data-dir', data, '--model', 'test_vit', '--opt', 'momentum', '--lr', 0.1, '--layer-decay', 0.5)
     row = train(tmp_path / 'run', *options)[0]
@@ -51,7 +50,6 @@ def test_layer_decay_without_a_schedule(data: Path, tmp_path: Path) -> None:
     assert float(row['lr']) == pytest.approx(sum(expected) / len(expected))
 
 
-@pytest.mark.xfail(strict=True, reason='issue 27 number 16')
 def test_head_init_scale_scales_the_bias_too(data: Path, tmp_path: Path) -> None:
     save_model(tmp_path / 'start.pth')
     before = torch.load(tmp_path / 'start.pth')['state_dict']
@@ -64,7 +62,6 @@ def test_head_init_scale_scales_the_bias_too(data: Path, tmp_path: Path) -> None
     torch.testing.assert_close(after['fc.bias'], before['fc.bias'] / 2)
 
 
-@pytest.mark.xfail(strict=True, reason='issue 27 number 16')
 @pytest.mark.parametrize(
     ('option', 'weight', 'bias'), [(('--head-init-scale', 0.5), 0.1, 0.05), (('--head-init-bias', -3), 0.2, -3)]
 )
@@ -78,7 +75,6 @@ def test_both_heads_are_initialized(option: tuple, weight: float, bias: float, d
         assert after[f'{head}.bias'].unique().tolist() == pytest.approx([bias])
 
 
-@pytest.mark.xfail(strict=True, reason='issue 27 number 18')
 @pytest.mark.parametrize('use', ['evaluated', 'exported', 'a teacher', 'begun with'])
 def test_a_checkpoint_of_split_batch_norm(use: str, data: Path, tmp_path: Path) -> None:
     save_model(tmp_path / 'start.pth')
@@ -114,14 +110,12 @@ def train_without(folder: Path, *flags_and_words: object) -> dict[str, str]:
         colors.STANDING = standing
 
 
-@pytest.mark.xfail(strict=True, reason='issue 27 number 18')
 def test_initial_weights_with_more_classes(data: Path, tmp_path: Path) -> None:
     torch.save(timm.create_model('test_resnet', num_classes=10).state_dict(), tmp_path / 'ten.pth')
     with pytest.raises(UserError, match='--pretrained-path'):
         train(tmp_path / 'run', '--data-dir', data, '--initial-checkpoint', tmp_path / 'ten.pth')
 
 
-@pytest.mark.xfail(strict=True, reason='issue 27 number 18')
 def test_a_warm_up_that_is_never_left_is_said(data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     warm_up = ('--sched', 'cosine', '--lr', 0.1, '--warmup-epochs', 5, '--warmup-lr', 0, '--epochs', 3)
     with caplog.at_level('INFO'):
@@ -130,7 +124,6 @@ def test_a_warm_up_that_is_never_left_is_said(data: Path, tmp_path: Path, caplog
     assert sum('--warmup-epochs' in line for line in caplog.messages) == 1
 
 
-@pytest.mark.xfail(strict=True, reason='issue 27 number 18')
 def test_device_modules_may_register_the_model(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / 'registers_a_net.py').write_text(

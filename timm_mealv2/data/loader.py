@@ -244,6 +244,10 @@ class TrainLoader:
         """Batches an epoch on every process."""
         return len(self.sampler)
 
+    def batch_sizes(self, epoch: int) -> list[int]:
+        """Return the number of images of each batch of an epoch, where all of them can be read."""
+        return self.sampler.batch_sizes(epoch)
+
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield (images [B, chans, H, W] normalized, targets) of `epoch` from batch `start` on."""
         self.sampler.set_position(epoch, start)

@@ -296,6 +296,10 @@ class EpochSampler(Sampler[KeyBatch]):
         whole, rest = divmod(self._length, self.batch_size)
         return whole + (rest > 1 or (rest == 1 and not whole))
 
+    def batch_sizes(self, epoch: int) -> list[int]:
+        """Return the number of samples of each batch of an epoch, the same on every process."""
+        return [len(batch) for batch, _ in self._batches(epoch)]
+
     def set_position(self, epoch: int, start: int = 0) -> None:
         """Choose the epoch and the first batch of the next iteration; what is skipped is not loaded."""
         self.epoch, self.start = epoch, start
@@ -327,13 +331,13 @@ class EpochSampler(Sampler[KeyBatch]):
             return np.stack([first, first + 1], axis=1).reshape(-1) % self.count
         return np.arange(self.rank, self._length * self.world_size, self.world_size) % self.count
 
-    def _batches(self) -> Iterator[tuple[Sequence[int], int]]:
+    def _batches(self, epoch: int) -> Iterator[tuple[Sequence[int], int]]:
         """Which of the process's samples make each batch, and the number of the batch's image size."""
         if self._scheduled is None:
             for batch in range(len(self)):
                 yield range(self._length)[batch * self.batch_size : (batch + 1) * self.batch_size], 0
         else:
-            self._scheduled.set_epoch(self.epoch)
+            self._scheduled.set_epoch(epoch)
             for entries in islice(self._scheduled, len(self)):
                 yield [entry[0] for entry in entries], entries[0][1]
 
@@ -342,7 +346,7 @@ class EpochSampler(Sampler[KeyBatch]):
         paired = self.pairs and self._repeated is None
         order, places = _order_of_epoch(self.count, self.seed, self.epoch), self._places() if paired else None
         taken = 0
-        for number, (batch, size) in enumerate(self._batches()):
+        for number, (batch, size) in enumerate(self._batches(self.epoch)):
             if number >= self.start:
                 keys = []
                 for turn, at in enumerate(batch, taken):

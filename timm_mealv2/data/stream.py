@@ -195,12 +195,17 @@ class StreamLoader:
     ) -> None:
         self.dataset, self.seed, self.rank, self.device = dataset, seed, rank, device
         self.mixing, self.mixup_off_epoch = mixing, mixup_off_epoch
+        self.batch_size: int = loader['batch_size']
         loader |= {'device': device, 'collate_fn': mixing, 'persistent_workers': False, 'is_training': True}
         self.loader = load_stream(dataset, bad, 'train', **loader)
 
     def __len__(self) -> int:
         """Batches an epoch on every process, by the data set's own count."""
         return len(self.loader)
+
+    def batch_sizes(self, epoch: int) -> list[int]:
+        """Return the number of images of each batch of an epoch: timm's loader drops what fills no batch."""
+        return [self.batch_size] * len(self)
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield `len` batches (images, targets) of `epoch`; `start` must be 0."""

@@ -124,7 +124,8 @@ class TrainingCheckpoint:
         keys = ('state_dict_ema', 'model_ema', 'state_dict', 'model')
         held = [key for key in (keys if ema else keys[2:]) if isinstance(self.contents.get(key), dict)]
         state: dict[str, Any] = clean_state_dict(self.contents[held[0]] if held else self.contents)
-        return state
+        # Batch norm for augmentation splits (--split-bn) serves training alone; the first split's has the usual names.
+        return {name: value for name, value in state.items() if '.aux_bn.' not in name}
 
     @property
     def args(self) -> dict[str, Any]:
@@ -142,6 +143,10 @@ class TrainingCheckpoint:
     def class_names(self) -> tuple[str, ...]:
         """The names of the classes, () if the file has none."""
         return tuple(self.contents.get('class_names') or ())
+
+    def num_classes(self, arch: str) -> int | None:
+        """Return the class count that the classifier's weights tell, for timm's architecture `arch`."""
+        return _classifier_width(arch, self.state_dict())
 
     def build(self, num_classes: int | None = None, ema: bool = True) -> nn.Module:
         """Rebuild the model on the CPU and load its weights strictly; nothing is downloaded.

@@ -84,7 +84,12 @@ def build(args: argparse.Namespace, processes: Processes, signals: Signals) -> T
     optimizer = _build_optimizer(args, task, lr)
     if args.model_ema:
         ema_device = torch.device('cpu') if args.model_ema_force_cpu else None
-        task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup, device=ema_device)
+        task.setup_ema(
+            decay=args.model_ema_decay,
+            use_warmup=args.model_ema_warmup,
+            device=ema_device,
+            dtype=torch.float32,  # what an update adds is too small for a half type
+        )
     eval_metric = data.validation.metric(args.eval_metric) if data.validation is not None else ''
     schedule = _build_schedule(args, optimizer, data, eval_metric)
     stepper = _build_stepper(args, task, optimizer, pixels, guard)
@@ -270,6 +275,13 @@ def _build_schedule(
     updates = updates_per_epoch(data.loader, args.grad_accum_steps)
     options = scheduler_kwargs(args, decreasing_metric=eval_metric in ('loss', 'kl'))
     scheduler, epochs = create_scheduler_v2(optimizer, **options, updates_per_epoch=updates)
+    if scheduler is None:  # which would scale them
+        for group in optimizer.param_groups:
+            group['lr'] = group.get('initial_lr', group['lr']) * group.get('lr_scale', 1.0)
+    elif args.warmup_epochs >= epochs:
+        _logger.warning(
+            f'--warmup-epochs {args.warmup_epochs} is not over in {epochs} epochs: the learning rate stays below --lr.'
+        )
     return Schedule(scheduler, epochs, updates)
 
 

@@ -55,14 +55,15 @@ def build_student(
         try:
             model.load_state_dict(initial.state_dict())
         except RuntimeError as error:
-            raise UserError(
-                f'--initial-checkpoint {args.initial_checkpoint} does not fit: {one_line(error)}'
-            ) from error
-    if args.head_init_scale is not None:
-        with torch.no_grad():
-            model.get_classifier().weight.mul_(args.head_init_scale)
-    if args.head_init_bias is not None:
-        nn.init.constant_(model.get_classifier().bias, args.head_init_bias)
+            classes = initial.num_classes(arguments['model_name'])
+            fault = one_line(error)
+            if classes not in (None, model.num_classes):
+                fault = (
+                    f'it has {classes} classes, the model {model.num_classes}; --pretrained-path takes all weights '
+                    'but those of the classifier.'
+                )
+            raise UserError(f'--initial-checkpoint {args.initial_checkpoint} does not fit: {fault}') from error
+    _initialize_heads(model, args.head_init_scale, args.head_init_bias)
     if args.grad_checkpointing:
         model.set_grad_checkpointing(enable=True)
 
@@ -91,6 +92,19 @@ def build_student(
     if processes.distributed and args.sync_bn:
         model = convert_sync_batchnorm(model)
     return model, inputs, model_config
+
+
+@torch.no_grad()
+def _initialize_heads(model: Any, scale: float | None, bias: float | None) -> None:
+    """Scale the weights of the classifier, or of each of several, and set its bias."""
+    if scale is None and bias is None:
+        return
+    classifiers = model.get_classifier()
+    for classifier in classifiers if isinstance(classifiers, tuple) else (classifiers,):
+        for parameter in classifier.parameters():
+            parameter.mul_(1.0 if scale is None else scale)
+        if bias is not None:
+            nn.init.constant_(classifier.bias, bias)
 
 
 @torch.no_grad()

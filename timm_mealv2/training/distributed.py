@@ -1,6 +1,5 @@
 """The processes of a run: how they meet, what they tell each other, and what each has of its own."""
 
-import importlib
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -86,22 +85,16 @@ class Processes:
         return self.gather(value if self.primary else None)[0]
 
 
-def join_processes(device: str | None, modules: Sequence[str] = (), minutes: float = 30) -> Processes:
+def join_processes(device: str | None, minutes: float = 30) -> Processes:
     """Choose the device, and join the process group under torchrun or SLURM.
 
     Args:
         device: The device that was asked for; None takes CUDA where there is some.
-        modules: Modules to import first, which may register a device or a compiler.
         minutes: torch's timeout: how long a process waits for the others' part in a collective call.
 
     Raises:
-        UserError: If there is no such device or module.
+        UserError: If there is no such device.
     """
-    for name in modules:
-        try:
-            importlib.import_module(name)
-        except ImportError as error:
-            raise UserError(f'--device-modules {name}: {error}') from error
     available = torch.cuda.is_available()
     if device is None and not available:
         _logger.info('No CUDA device: training on the CPU (--device chooses).')

@@ -12,7 +12,7 @@ from timm_mealv2.data.loader import TrainLoader
 from timm_mealv2.data.stream import StreamLoader
 from timm_mealv2.runs import TIMES
 from timm_mealv2.training.distributed import Processes
-from timm_mealv2.training.loop import Stepper
+from timm_mealv2.training.loop import Stepper, batches_with_parts
 
 
 def _now() -> float:
@@ -41,14 +41,12 @@ def measure_training(
     epoch = images_seen = updates = 0
     began = 0.0
     while True:
-        for number, (images, target) in enumerate(loader.batches(epoch)):
+        for _, images, target, place in batches_with_parts(loader, epoch, 0, stepper.accumulate):
             clock.mark('data')
-            part = number % stepper.accumulate
-            parts = min(stepper.accumulate, len(loader) - number + part)
-            stepper.step(images, target, update=updates, part=part, parts=parts)
+            _, norm = stepper.step(images, target, update=updates, **place)
             clock.mark('update')
             images_seen += len(images)
-            if part == parts - 1:
+            if norm is not None:
                 updates += 1
                 if updates == 1:
                     began, images_seen = _now(), 0

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -84,9 +84,17 @@ class Stepper:
                 norm.eval()
 
     def step(
-        self, images: Tensor, target: Tensor, *, update: int, part: int = 0, parts: int = 1
+        self, images: Tensor, target: Tensor, *, update: int, part: int = 0, parts: int = 1, share: float | None = None
     ) -> tuple[dict[str, Tensor], float | None]:
         """Train on one batch, the `part`th of the `parts` that make up update number `update`.
+
+        Args:
+            images: Images [B, chans, H, W].
+            target: What the task takes.
+            update: Number of the update.
+            part: Number of the batch in its update.
+            parts: Batches of the update.
+            share: The batch's share of the update's images, by which its loss is weighted; 1 / `parts` if None.
 
         Returns:
             The task's scalars, detached, and the gradient norm of the update (None before the last part).
@@ -102,18 +110,14 @@ class Stepper:
         with nullcontext() if last else self.task.no_sync():
             with self.autocast():
                 result: dict[str, Tensor] = self.task(images, target)
-            loss = result['loss'] if parts == 1 else result['loss'] / parts
+            loss = result['loss'] if parts == 1 else result['loss'] * (share or 1 / parts)
             if self.loss_weight is not None:
                 loss = loss * self.loss_weight(len(images))
-            self.backward(loss)
+            scaled = loss if self.scaler is None else self.scaler.scale(loss)
+            scaled.backward(create_graph=getattr(self.optimizer, 'is_second_order', False))
         self.clock.mark('student')
         scalars = {name: value.detach() for name, value in result.items() if name != 'output'}
         return scalars, self.update(update) if last else None
-
-    def backward(self, loss: Tensor) -> None:
-        """Add a loss's gradient to that of the update."""
-        scaled = loss if self.scaler is None else self.scaler.scale(loss)
-        scaled.backward(create_graph=getattr(self.optimizer, 'is_second_order', False))
 
     def update(self, update: int) -> float:
         """Make update number `update` if its gradient norm is finite; return the norm, the same on all processes."""
@@ -124,8 +128,7 @@ class Stepper:
         if math.isfinite(norm):
             self._clip(total_norm)
             self.optimizer.step()
-            if self.task.has_ema():
-                self._update_average(update)
+            self.task.update_ema(step=update + 1)
         if self.scaler is not None:
             self.scaler.update()
         self.optimizer.zero_grad()
@@ -139,12 +142,6 @@ class Stepper:
         else:
             parameters = self.task.get_clip_parameters(exclude_head=self.clip_mode == 'agc')
             dispatch_clip_grad(parameters, value=self.clip_grad, mode=self.clip_mode)
-
-    def _update_average(self, update: int) -> None:
-        # Rounding of a bfloat16 average is random too, and the same on every process.
-        ema: Any = self.task.get_trainable_module(ema=True)
-        ema._sr_generator.manual_seed(counted_seed(Stream.EMA_ROUNDING, self.seed, update))
-        self.task.update_ema(step=update + 1)
 
     def statistics_are_finite(self) -> bool:
         """Whether batch norm's running statistics are: a forward pass that overflows spoils them for good."""
@@ -221,6 +218,23 @@ def updates_per_epoch(loader: TrainLoader | StreamLoader, accumulate: int) -> in
     return math.ceil(len(loader) / accumulate)
 
 
+def batches_with_parts(
+    loader: TrainLoader | StreamLoader, epoch: int, start: int, accumulate: int
+) -> Iterator[tuple[int, Tensor, Tensor, dict[str, Any]]]:
+    """Yield number, images and target of each batch of an epoch, and its place in its update, for `Stepper.step`.
+
+    An update of several batches is one batch of all their images: each counts by its number of images, which is the
+    same on every process.
+    """
+    batches = len(loader)
+    sizes = loader.batch_sizes(epoch) if accumulate > 1 else [1] * batches
+    for batch, (images, target) in enumerate(loader.batches(epoch, start), start):
+        part = batch % accumulate
+        of_update = sizes[batch - part : batch - part + accumulate]
+        place = {'part': part, 'parts': len(of_update), 'share': sizes[batch] / sum(of_update)}
+        yield batch, images, target, place
+
+
 def train_one_epoch(
     stepper: Stepper,
     loader: TrainLoader | StreamLoader,
@@ -250,14 +264,12 @@ def train_one_epoch(
         the time of this one went (see `Clock.means`).
     """
     stepper.train()
-    clock, batches, update = stepper.clock, len(loader), start.update
+    clock, update = stepper.clock, start.update
     clock.restart()
     scalars: list[tuple[dict[str, Tensor], int]] = []  # of the update's batches, counted if it is made
-    for batch, (images, target) in enumerate(loader.batches(start.epoch, start.batch), start.batch):
+    for batch, images, target, place in batches_with_parts(loader, start.epoch, start.batch, stepper.accumulate):
         clock.mark('data')
-        part = batch % stepper.accumulate
-        parts = min(stepper.accumulate, batches - batch + part)
-        result, norm = stepper.step(images, target, update=update, part=part, parts=parts)
+        result, norm = stepper.step(images, target, update=update, **place)
         scalars.append((result, len(images)))
         if synchronize and images.is_cuda:
             torch.cuda.synchronize()

@@ -13,7 +13,7 @@ from timm_mealv2.training.build import build
 from timm_mealv2.training.distributed import join_processes
 from timm_mealv2.training.logs import logging_of_run
 from timm_mealv2.training.options import BEGIN
-from timm_mealv2.training.settings import parse_args, recipes
+from timm_mealv2.training.settings import import_modules, parse_args, recipes
 from timm_mealv2.training.stopping import Signals
 
 _PATIENCE = 10  # seconds for torchrun to find the process that failed; it looks ten times a second
@@ -35,8 +35,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     primary = int(os.environ.get('RANK', os.environ.get('SLURM_PROCID', 0))) == 0
     with logging_of_run(primary) as log, Signals(log=primary) as signals:
         args = parse_args(argv)
+        import_modules(args.device_modules or ())
         device = args.device if 'device' in args.given else None
-        processes = join_processes(device, args.device_modules or (), args.process_timeout)
+        processes = join_processes(device, args.process_timeout)
         try:
             build(args, processes, signals).run(log)
         except RuntimeError as error:

@@ -5,6 +5,7 @@ An entry of a file is turned into words of a command line, and argparse does the
 
 import argparse
 import difflib
+import importlib
 import sys
 from collections.abc import Sequence
 from importlib.resources import files
@@ -41,7 +42,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         UserError: If a setting of a file is not possible, or settings contradict each other.
         SystemExit: From `--help` and `--list-recipes` (code 0), and from argparse on what it cannot parse (code 2).
     """
-    args = parse_with_files(build_parser(), sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument('--device-modules', nargs='*', default=())
+    import_modules(early.parse_known_args(argv)[0].device_modules)
+    args = parse_with_files(build_parser(), argv)
     if args.list_recipes:
         print(recipe_table())
         raise SystemExit(0)
@@ -57,6 +62,19 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         vars(args).update(SoftLabelStore(args.soft_labels).training_settings(asked))
     check_args(args)
     return args
+
+
+def import_modules(names: Sequence[str]) -> None:
+    """Import modules that may register a model, a device or a compiler.
+
+    Raises:
+        UserError: If one cannot be imported.
+    """
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise UserError(f'--device-modules {name}: {error}') from error
 
 
 def parse_with_files(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
