@@ -294,6 +294,7 @@ DATA = (
     Option('--target-key', str, 'key of the labels in a sample'),
     flag('--dataset-trust-remote-code', help="run a Hugging Face data set's own code"),
 )
+UNLABELED = flag('--unlabeled', 'ignore labels; any folder of images works')
 TRAIN_SPLIT = Option('--train-split', None, 'training split', 'train')
 
 DEVICE = (

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from torch import Tensor
+from timm.data import ImageNetInfo, infer_imagenet_subset
+from torch import Tensor, nn
 
+from timm_mealv2.data.class_names import class_names_of
 from timm_mealv2.data.dataset import read_image
 from timm_mealv2.evaluation import calibration_bins
 from timm_mealv2.files import replacing
@@ -27,12 +29,14 @@ class Predictions:
     """The most likely classes of each image by one model, K = 5 or all if there are fewer.
 
     Attributes:
+        names: What the model calls its classes.
         targets: Label of each image [N], -1 where it is not known.
         classes: The most likely classes [N, K], the first one first.
         probabilities: Their probabilities [N, K].
         ensemble: The same of the teachers' ensemble on the same pixels; None without teachers, or of the ensemble.
     """
 
+    names: Sequence[str]
     targets: Tensor
     classes: Tensor
     probabilities: Tensor
@@ -49,16 +53,24 @@ class Predictions:
         return list(zip(self.classes[number].tolist(), self.probabilities[number].tolist(), strict=True))
 
 
-def write_predictions(
-    path: Path, models: Mapping[str, Predictions], files: Sequence[str], class_names: Sequence[str]
-) -> None:
+def readable_names(model: nn.Module) -> list[str]:
+    """Return the names of a model's classes: its own, ImageNet's for timm's models of it, else their numbers."""
+    if names := class_names_of(model):
+        return names
+    subset = infer_imagenet_subset(model)
+    if subset is not None:
+        info = ImageNetInfo(subset)
+        return [info.index_to_description(index) for index in range(info.num_classes())]
+    return [str(index) for index in range(model.num_classes)]  # type: ignore[arg-type]
+
+
+def write_predictions(path: Path, models: Mapping[str, Predictions], files: Sequence[str]) -> None:
     """Write a CSV file with a row for each model and image; the columns have the names of timm's inference.py.
 
     Args:
         path: The file; it is written whole or not at all.
         models: Model's name -> its predictions.
         files: File name of each image.
-        class_names: Name of each class; its number stands for one beyond them.
     """
     most = max(predictions.classes.shape[1] for predictions in models.values())
     columns = [f'{column}_{k}' for column in ('index', 'label', 'prob') for k in range(most)]
@@ -74,17 +86,12 @@ def write_predictions(
                 row: dict[str, Any] = {'model': model, 'filename': name, 'target': '' if target < 0 else target}
                 for k, (index, probability) in enumerate(predictions.top(number)):
                     row[f'index_{k}'], row[f'prob_{k}'] = index, probability
-                    row[f'label_{k}'] = _class_name(index, class_names)
+                    row[f'label_{k}'] = predictions.names[index]
                 writer.writerow(row)
 
 
 def write_page(
-    path: Path,
-    models: Mapping[str, Predictions],
-    data: Any,
-    images: Sequence[int],
-    files: Sequence[str],
-    class_names: Sequence[str],
+    path: Path, models: Mapping[str, Predictions], data: Any, images: Sequence[int], files: Sequence[str]
 ) -> None:
     """Write one HTML page: confusion, accuracy of each class, calibration, and where model and ensemble differ.
 
@@ -96,23 +103,22 @@ def write_page(
         data: The data set.
         images: Number in the data set of each predicted image.
         files: File name of each.
-        class_names: Name of each class.
     """
     shown = []
     for name, predictions in models.items():
         known = (predictions.expected >= 0) & predictions.probabilities[:, 0].isfinite()
-        figure = _draw(predictions, known, class_names) if known.any() else None
+        figure = _draw(predictions, known) if known.any() else None
         differing, gallery = None, []
         if predictions.ensemble is not None:
             differing = int((predictions.classes[:, 0] != predictions.ensemble.classes[:, 0]).sum())
-            gallery = list(_gallery(predictions, predictions.ensemble, data, images, files, class_names))
+            gallery = list(_gallery(predictions, predictions.ensemble, data, images, files))
         shown.append({'name': name, 'figure': figure, 'differing': differing, 'gallery': gallery})
     page = render('evaluation.html', title='Predictions', models=shown, images=len(images))
     with replacing(path) as temporary:
         temporary.write_text(page, encoding='utf-8', errors='backslashreplace')
 
 
-def _draw(predictions: Predictions, known: Tensor, class_names: Sequence[str]) -> str:
+def _draw(predictions: Predictions, known: Tensor) -> str:
     """Confusion matrix, accuracy of each class and calibration of the images `known` [N], as PNG in base 64."""
     expected, top1 = predictions.expected[known], predictions.classes[known, 0]
     confidence = predictions.probabilities[known, 0]
@@ -123,7 +129,7 @@ def _draw(predictions: Predictions, known: Tensor, class_names: Sequence[str]) -
     right = torch.bincount(expected[expected == top1], minlength=count)
     # Of many classes those are shown that have most errors.
     shown = (images - right).argsort(descending=True, stable=True)[:CLASSES_SHOWN].sort().values
-    names = [_class_name(int(index), class_names) for index in shown]
+    names = [predictions.names[index] for index in shown.tolist()]
     figure = Figure(figsize=(16, 5.4), layout='constrained')
     FigureCanvasAgg(figure)
     matrix, bars, calibration = figure.subplots(1, 3)
@@ -171,12 +177,7 @@ def count_confusions(expected: Tensor, top1: Tensor, shown: Tensor) -> Tensor:
 
 
 def _gallery(
-    predictions: Predictions,
-    ensemble: Predictions,
-    data: Any,
-    images: Sequence[int],
-    files: Sequence[str],
-    class_names: Sequence[str],
+    predictions: Predictions, ensemble: Predictions, data: Any, images: Sequence[int], files: Sequence[str]
 ) -> Iterator[dict[str, Any]]:
     """Rows of the table of images where the two differ, those first of which both are most confident."""
     confidence = torch.minimum(predictions.probabilities[:, 0], ensemble.probabilities[:, 0]).nan_to_num(0)
@@ -190,14 +191,10 @@ def _gallery(
         yield {
             'file': files[number],
             'picture': _base64(buffer),
-            'label': _class_name(target, class_names) if target >= 0 else '-',
-            'model': [(_class_name(index, class_names), 100 * p) for index, p in predictions.top(number)],
-            'ensemble': [(_class_name(index, class_names), 100 * p) for index, p in ensemble.top(number)],
+            'label': predictions.names[target] if target >= 0 else '-',
+            'model': [(predictions.names[index], 100 * p) for index, p in predictions.top(number)],
+            'ensemble': [(predictions.names[index], 100 * p) for index, p in ensemble.top(number)],
         }
-
-
-def _class_name(index: int, class_names: Sequence[str]) -> str:
-    return class_names[index] if index < len(class_names) else str(index)
 
 
 def _base64(buffer: io.BytesIO) -> str:

@@ -309,7 +309,7 @@ def test_mistakes_are_one_line(tmp_path, image_folder, capsys):
     assert 'no such file' in refused(capsys, f'test_resnet={tmp_path}/none.pth', *data)
     assert 'no data set at None' in refused(capsys, good)
     assert 'no data set at' in refused(capsys, good, '--data-dir', tmp_path / 'none')
-    assert 'Found 0 images' in refused(capsys, good, *data, '--imagenet-v2')
+    assert 'holds no images' in refused(capsys, good, *data, '--imagenet-v2')
     assert 'Cannot locate specified class map' in refused(capsys, good, *data, '--class-map', 'none.txt')
     assert '2 classes' in refused(capsys, two, *data)
     assert '3 classes, ensemble 2' in refused(capsys, good, *data, '--teachers', two)
@@ -347,7 +347,8 @@ def test_predictions_are_written_for_each_image_that_can_be_read(tmp_path, spoil
         assert row['target'] == (str(target) if labeled else '')
         assert row['filename'].split('/')[0] == names[target]
         assert [row[f'index_{k}'] for k in range(3)] == [str(index) for index in top]
-        assert [row[f'label_{k}'] for k in range(3)] == [names[index] for index in top]
+        known = names if labeled else '012'  # the model has no names, and is taken to be in the folders' order
+        assert [row[f'label_{k}'] for k in range(3)] == [known[index] for index in top]
         assert [float(row[f'prob_{k}']) for k in range(3)] == pytest.approx(probs.tolist(), abs=1e-5)
     assert [path.name for path in (tmp_path / 'page').iterdir()] == ['evaluation.html']
     text = (tmp_path / 'page/evaluation.html').read_text()
@@ -361,9 +362,10 @@ def test_a_page_of_many_classes_takes_no_matrix_of_them_all(tmp_path, image_fold
     data = open_dataset('', str(image_folder), 'validation')
     targets = torch.tensor([19_999, 19_999, 7, 5])
     classes = torch.tensor([[7, 0], [19_999, 0], [7, 0], [19_999, 0]])
-    predictions = Predictions(targets, classes, torch.tensor([[0.9, 0.1]]).expand(4, -1))
+    names = list(map(str, range(20_000)))
+    predictions = Predictions(names, targets, classes, torch.tensor([[0.9, 0.1]]).expand(4, -1))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    write_page(tmp_path / 'e.html', {'model': predictions}, data, range(4), data.filenames()[:4], [])
+    write_page(tmp_path / 'e.html', {'model': predictions}, data, range(4), data.filenames()[:4])
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
     assert 'data:image/png' in (tmp_path / 'e.html').read_text()
     confusion = count_confusions(targets, classes[:, 0], torch.tensor([5, 7, 19_999]))

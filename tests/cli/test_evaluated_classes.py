@@ -32,7 +32,6 @@ def export(root: Path, classes: Sequence[str]) -> str:
     return f'local-dir:{root / "exported"}'
 
 
-@pytest.mark.xfail(strict=True, reason='issue 27 number 7')
 @pytest.mark.parametrize('exported', [False, True], ids=['checkpoint', 'export'])
 @pytest.mark.parametrize(
     ('order', 'there'), [(CLASSES, CLASSES[1:]), (REVERSED, CLASSES), (REVERSED, CLASSES[2:])], ids=str
@@ -47,7 +46,6 @@ def test_a_model_is_scored_by_the_names_of_its_classes(
     assert row['top1'] == 100
 
 
-@pytest.mark.xfail(strict=True, reason='issue 27 number 7')
 def test_names_that_are_numbers_are_names(tmp_path: Path) -> None:
     numbers = ('10', '2', '3', '7')  # in the order of text; timm reads folders as 2, 3, 7, 10
     name = save_model(tmp_path / 'm.pth', CLASSES, names=numbers)
@@ -55,7 +53,6 @@ def test_names_that_are_numbers_are_names(tmp_path: Path) -> None:
     assert evaluate(tmp_path / 'e.json', name, '--data-dir', data)[name]['top1'] == 100
 
 
-@pytest.mark.xfail(strict=True, reason='issue 27 number 7')
 @pytest.mark.parametrize(
     'folders',
     [('pear', 'leaf', 'sea', 'sun'), ('Apple', 'leaf', 'sea', 'sun'), ('apple ', 'leaf', 'sea', 'sun')],
@@ -69,14 +66,12 @@ def test_other_names_are_refused(folders: Sequence[str], tmp_path: Path) -> None
     assert not (tmp_path / 'e.json').exists()
 
 
-@pytest.mark.xfail(strict=True, reason='issue 27 number 7')
 def test_a_class_too_many_is_refused(tmp_path: Path) -> None:
     name = save_model(tmp_path / 'm.pth', CLASSES[:3], names=CLASSES[:3])
     with pytest.raises(UserError, match='sun'):
         evaluate(tmp_path / 'e.json', name, '--data-dir', write_folder(tmp_path / 'images'))
 
 
-@pytest.mark.xfail(strict=True, reason='issue 27 number 7')
 def test_a_model_without_names_is_taken_as_it_is_with_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -87,7 +82,6 @@ def test_a_model_without_names_is_taken_as_it_is_with_one_line(
     assert said(capsys, caplog).count('class names') == 1
 
 
-@pytest.mark.xfail(strict=True, reason='issue 27 number 7')
 def test_each_teacher_of_an_ensemble_is_mapped_by_itself(tmp_path: Path) -> None:
     models = [save_model(tmp_path / f'{order[0]}.pth', order, names=order) for order in (CLASSES, REVERSED)]
     data = write_folder(tmp_path / 'images', classes=CLASSES[1:])
@@ -104,7 +98,6 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
         return list(csv.DictReader(file))
 
 
-@pytest.mark.xfail(strict=True, reason='issue 27 number 10')
 def test_predictions_have_the_names_of_the_model(tmp_path: Path) -> None:
     name = save_model(tmp_path / 'm.pth', REVERSED, names=REVERSED)
     data = write_folder(tmp_path / 'images', classes=CLASSES[2:])
@@ -113,7 +106,6 @@ def test_predictions_have_the_names_of_the_model(tmp_path: Path) -> None:
     assert [row['filename'].partition('/')[0] for row in rows] == [row['label_0'] for row in rows]
 
 
-@pytest.mark.xfail(strict=True, reason='issue 27 number 10')
 def test_a_flat_folder_has_no_labels_and_no_score(tmp_path: Path) -> None:
     name = save_model(tmp_path / 'm.pth', names=CLASSES)
     (tmp_path / 'images').mkdir()
@@ -132,7 +124,6 @@ def test_a_flat_folder_has_no_labels_and_no_score(tmp_path: Path) -> None:
 # Class maps and folders
 
 
-@pytest.mark.xfail(strict=True, reason='issue 27 number 9')
 def test_a_class_map_with_a_byte_order_mark(tmp_path: Path) -> None:
     name = save_model(tmp_path / 'm.pth')
     (tmp_path / 'map.txt').write_text('\n'.join(CLASSES), encoding='utf-8-sig')
@@ -141,7 +132,6 @@ def test_a_class_map_with_a_byte_order_mark(tmp_path: Path) -> None:
     assert (row['samples'], row['top1']) == (16, 100)
 
 
-@pytest.mark.xfail(strict=True, reason='issue 27 number 9')
 def test_folders_and_entries_of_a_class_map_that_miss_each_other_are_named(
     tmp_path: Path, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -159,7 +149,6 @@ def test_folders_and_entries_of_a_class_map_that_miss_each_other_are_named(
     assert 'sea' in text  # without an entry
 
 
-@pytest.mark.xfail(strict=True, reason='issue 27 number 9')
 @pytest.mark.parametrize('place', ['.ipynb_checkpoints', 'apple/.ipynb_checkpoints', '.Trash-1000/files'])
 def test_hidden_folders_are_no_classes(place: str, tmp_path: Path) -> None:
     name = save_model(tmp_path / 'm.pth')
@@ -170,7 +159,6 @@ def test_hidden_folders_are_no_classes(place: str, tmp_path: Path) -> None:
     assert (row['samples'], row['top1']) == (16, 100)
 
 
-@pytest.mark.xfail(strict=True, reason='issue 27 number 9')
 def test_one_name_in_two_branches_is_said(
     tmp_path: Path, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -3,7 +3,6 @@
 import errno
 import pickle
 import shutil
-import tarfile
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
@@ -14,15 +13,13 @@ from images import cut_off
 from timm.data import create_dataset
 
 from timm_mealv2.data import dataset as dataset_module
+from timm_mealv2.data.class_names import unlabeled
 from timm_mealv2.data.dataset import (
     PathsAndTargets,
     UnreadableImage,
-    check_classes,
-    class_names,
     image_names,
     open_dataset,
     read_image,
-    unlabeled,
 )
 from timm_mealv2.errors import UserError
 
@@ -38,25 +35,6 @@ def test_what_cannot_be_opened_is_said_in_one_line(image_folder: Path, tmp_path:
         open_dataset('', str(image_folder), 'train', class_map=str(tmp_path / 'classes.txt'))
     with pytest.raises(UserError, match="cannot open split 'train' of 'torch/none'"):
         open_dataset('torch/none', str(tmp_path), 'train')
-
-
-def test_class_counts_and_names_are_compared(image_folder: Path, tmp_path: Path) -> None:
-    train = open_dataset('', str(image_folder), 'train')
-    check_classes(train, open_dataset('', str(image_folder), 'validation'), 3)
-    with pytest.raises(UserError, match='3 classes, the model 10'):
-        check_classes(train, None, 10)
-    other = tmp_path / 'validation'
-    other.mkdir()
-    for name in ('cold', 'plain', 'wet'):
-        (other / name).symlink_to(image_folder / 'validation' / 'cold')
-    with pytest.raises(UserError, match='warm, wet'):
-        check_classes(train, open_dataset('', str(tmp_path), 'validation'), 3)
-    with tarfile.open(tmp_path / 'train.tar', 'w') as tar:
-        tar.add(image_folder / 'train', 'train')
-    packed = open_dataset('', str(tmp_path), 'train.tar')
-    assert class_names(packed) == ['cold', 'plain', 'warm']
-    with pytest.raises(UserError, match='3 classes, the model 10'):
-        check_classes(packed, None, 10)
 
 
 def test_a_data_set_without_labels_shows_the_same_images(image_folder: Path) -> None:

@@ -16,7 +16,8 @@ from timm.data import create_loader
 from torch import Tensor
 
 from timm_mealv2.data.augmentation import Augmentation, Erasing
-from timm_mealv2.data.dataset import open_dataset, unlabeled
+from timm_mealv2.data.class_names import unlabeled
+from timm_mealv2.data.dataset import open_dataset
 from timm_mealv2.data.loader import CollateMixed, CollatePairs, TrainLoader, collate_labels, eval_loader
 from timm_mealv2.data.samples import EpochSampler, Key, Sample, Samples
 from timm_mealv2.data.unreadable import BadImages

@@ -36,7 +36,6 @@ def contents(folder: Path) -> dict:
     return checkpoint
 
 
-@pytest.mark.xfail(strict=True, reason='issue 27 number 8')
 def test_a_teacher_is_mapped_by_the_names_of_its_classes(data: Path, knowing: Path, tmp_path: Path) -> None:
     teachers = [save_model(tmp_path / f'{order[0]}.pth', order, names=order) for order in (CLASSES, REVERSED)]
     run = tmp_path / 'run'
@@ -49,7 +48,6 @@ def test_a_teacher_is_mapped_by_the_names_of_its_classes(data: Path, knowing: Pa
     assert contents(run)['class_names'] == list(CLASSES)
 
 
-@pytest.mark.xfail(strict=True, reason='issue 27 number 8')
 def test_an_exported_teacher_with_more_classes_is_mapped_to_those_that_are_there(
     data: Path, knowing: Path, tmp_path: Path
 ) -> None:
@@ -64,7 +62,6 @@ def test_an_exported_teacher_with_more_classes_is_mapped_to_those_that_are_there
     assert float(row['train_kl']) == pytest.approx(0, abs=1e-3)
 
 
-@pytest.mark.xfail(strict=True, reason='issue 27 number 8')
 def test_a_teacher_of_other_classes_is_refused(data: Path, tmp_path: Path) -> None:
     teacher = save_model(tmp_path / 't.pth', names=('apple', 'leaf', 'sea', 'moon'))
     with pytest.raises(UserError, match='moon'):
@@ -72,7 +69,6 @@ def test_a_teacher_of_other_classes_is_refused(data: Path, tmp_path: Path) -> No
     assert not (tmp_path / 'run').exists()
 
 
-@pytest.mark.xfail(strict=True, reason='issue 27 number 8')
 def test_a_run_without_labels_has_the_classes_of_its_teachers(tmp_path: Path) -> None:
     (tmp_path / 'data' / 'train' / 'all').mkdir(parents=True)
     for number, name in enumerate(CLASSES * 2):
@@ -85,7 +81,6 @@ def test_a_run_without_labels_has_the_classes_of_its_teachers(tmp_path: Path) ->
     assert float(row['train_kl']) == pytest.approx(0, abs=1e-3)
 
 
-@pytest.mark.xfail(strict=True, reason='issue 27 number 7')
 def test_initial_weights_are_mapped_by_the_names_of_their_classes(data: Path, tmp_path: Path) -> None:
     save_model(tmp_path / 'start.pth', REVERSED, names=REVERSED)
     row = train(tmp_path / 'run', '--data-dir', data, '--initial-checkpoint', tmp_path / 'start.pth')[0]
@@ -93,7 +88,6 @@ def test_initial_weights_are_mapped_by_the_names_of_their_classes(data: Path, tm
     assert float(row['eval_top1']) == 100
 
 
-@pytest.mark.xfail(strict=True, reason='issue 27 number 7')
 def test_initial_weights_of_other_classes_are_refused(data: Path, tmp_path: Path) -> None:
     save_model(tmp_path / 'start.pth', names=('apple', 'leaf', 'sea', 'moon'))
     with pytest.raises(UserError, match='moon'):
@@ -105,7 +99,6 @@ def class_map(path: Path, classes: Sequence[str]) -> tuple[str, Path]:
     return '--class-map', path
 
 
-@pytest.mark.xfail(strict=True, reason='issue 27 number 7')
 def test_a_run_is_not_resumed_with_its_classes_in_another_order(data: Path, knowing: Path, tmp_path: Path) -> None:
     options = ('--data-dir', data, '--resume', 'auto')
     former = class_map(tmp_path / 'map.txt', CLASSES)
@@ -120,7 +113,6 @@ def record(store: Path, teacher: str, data: Path) -> None:
     soft_labels([str(word) for word in (*words, '--top-k', 4, '--workers', 0, '--device', 'cpu', '--out', store)])
 
 
-@pytest.mark.xfail(strict=True, reason='issue 27 number 7')
 def test_a_recording_maps_its_teachers_by_the_names_of_their_classes(data: Path, knowing: Path, tmp_path: Path) -> None:
     record(tmp_path / 'store', save_model(tmp_path / 't.pth', REVERSED, names=REVERSED), data)
     start = ('--initial-checkpoint', knowing, *TEACHERS_ALONE)
@@ -128,7 +120,6 @@ def test_a_recording_maps_its_teachers_by_the_names_of_their_classes(data: Path,
     assert float(row['train_kl']) == pytest.approx(0, abs=1e-3)
 
 
-@pytest.mark.xfail(strict=True, reason='issue 27 number 7')
 def test_stored_labels_of_another_order_are_refused(data: Path, knowing: Path, tmp_path: Path) -> None:
     record(tmp_path / 'store', save_model(tmp_path / 't.pth', names=CLASSES), data)
     with pytest.raises(UserError, match='class'):
@@ -139,7 +130,6 @@ def test_stored_labels_of_another_order_are_refused(data: Path, knowing: Path, t
     assert not (tmp_path / 'run').exists()
 
 
-@pytest.mark.xfail(strict=True, reason='issue 27 number 9')
 def test_a_training_with_hidden_folders_and_a_byte_order_mark(knowing: Path, tmp_path: Path) -> None:
     for split in ('train', 'validation'):
         write_folder(tmp_path / 'data' / split)

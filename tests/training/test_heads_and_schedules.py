@@ -146,7 +146,6 @@ def test_device_modules_may_register_the_model(data: Path, tmp_path: Path, monke
     assert float(train(tmp_path / 'run', *options, '--model', 'net_of_a_device_module')[0]['eval_top1']) == 100
 
 
-@pytest.mark.xfail(strict=True, reason='issue 27 number 18')
 @pytest.mark.parametrize('kind', ['logit', 'feature', 'token'])
 def test_timms_distillations_take_a_checkpoint_as_teacher(kind: str, data: Path, tmp_path: Path) -> None:
     teacher = save_model(tmp_path / 'teacher.pth')

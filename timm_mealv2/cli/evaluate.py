@@ -21,12 +21,14 @@ from timm_mealv2.command_line import (
     FLOAT_TYPES,
     PIXELS,
     TEACHERS,
+    UNLABELED,
     OneLineParser,
     add_options,
     file_text,
     run_cli,
 )
-from timm_mealv2.data.dataset import class_names, image_names, unlabeled
+from timm_mealv2.data.class_names import class_names_of, has_labels, index_map, relabeled, unlabeled
+from timm_mealv2.data.dataset import image_names
 from timm_mealv2.data.loader import eval_loader
 from timm_mealv2.data.normalize import resolve_pixels
 from timm_mealv2.data.unreadable import BadImages
@@ -34,8 +36,8 @@ from timm_mealv2.errors import UserError
 from timm_mealv2.evaluation import Metrics, evaluate, member_names, metrics_as_json
 from timm_mealv2.files import replacing
 from timm_mealv2.models.ensemble import EnsembleTeacher
-from timm_mealv2.models.factory import TeacherSpec, create_ensemble
-from timm_mealv2.predictions import Predictions, write_page, write_predictions
+from timm_mealv2.models.factory import TeacherSpec, create_ensemble, for_classes
+from timm_mealv2.predictions import Predictions, readable_names, write_page, write_predictions
 
 ENSEMBLE = 'ensemble'
 """What the ensemble of `--teachers` is called in the table and the JSON."""
@@ -69,7 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = group.add_argument
     add('--split', metavar='NAME', help='default: validation, or the whole folder where there is none')
     add('--imagenet-v2', action='store_true', help='the folder names 0..999 are the class indices; no --class-map')
-    add('--unlabeled', action='store_true', help='there are no labels, or none to be looked at')
+    add_options(group, [UNLABELED])
     text = "ImageNet-ReaL too; timm's own labels if no FILE"
     add('--real-labels', nargs='?', const='', type=file_text, metavar='FILE', help=text)
     add('--img-size', type=PIXELS, metavar='PIXELS', help="image size; the model's own if not given")
@@ -113,8 +115,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     sizes = None if args.img_size is None else [args.img_size]
     options: dict[str, Any] = {'autocast_dtype': getattr(torch, args.amp_dtype) if args.amp else None, 'device': device}
     models = {str(spec): create_ensemble(spec, img_sizes=sizes, **options) for spec in specs}
+    models, data, classes = _with_the_same_classes(models, data, args.imagenet_v2)
     if args.teachers:
-        models[ENSEMBLE] = build_ensemble(args, **options)
+        models[ENSEMBLE] = build_ensemble(args, class_names=classes, **options)
     configs = {
         name: resolve_pixels({'img_size': args.img_size}, model.pretrained_cfg, model.in_chans, args.use_test_size)
         for name, model in models.items()
@@ -144,11 +147,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if predictions:
         every = image_names(data)
         images = [index for index in range(len(every)) if f'validation #{index}' not in bad.found]
-        files, classes = [every[index] for index in images], class_names(data) or []
+        files = [every[index] for index in images]
         if args.predictions is not None:
-            write_predictions(args.predictions, predictions, files, classes)
+            write_predictions(args.predictions, predictions, files)
         if args.report is not None:
-            write_page(args.report / 'evaluation.html', predictions, data, images, files, classes)
+            write_page(args.report / 'evaluation.html', predictions, data, images, files)
 
 
 def _check_args(args: argparse.Namespace) -> None:
@@ -171,6 +174,23 @@ def _open_data(args: argparse.Namespace) -> Any:
     if (args.report or args.predictions) and isinstance(data, IterableDataset):
         raise UserError('--report and --predictions need a data set with numbered images, and this one is a stream.')
     return unlabeled(data) if args.unlabeled else data
+
+
+def _with_the_same_classes(
+    models: Mapping[str, Any], data: Any, numbered: bool
+) -> tuple[dict[str, Any], Any, list[str] | None]:
+    """Map the classes of models and data by name to those of the model that knows the fewest; return these, too.
+
+    Where no model knows any, these are the data's; data that is `numbered` has the numbers of the model's classes.
+    """
+    folders = None if numbered else class_names_of(data)
+    classes = min(filter(None, map(class_names_of, models.values())), key=len, default=folders)
+    mapped: dict[str, Any] = {name: for_classes(model, classes, name) for name, model in models.items()}
+    for model in mapped.values():  # those without names are taken to be in the data's order
+        model.pretrained_cfg['label_names'] = classes
+    if has_labels(data) and not numbered:
+        data = relabeled(data, index_map(classes, folders, ' and '.join(models)))
+    return mapped, data, classes
 
 
 def _evaluate(
@@ -216,15 +236,17 @@ def _evaluate(
     for row, labels in real_labels.items():
         results[row].update({f'real_top{k}': accuracy for k, accuracy in labels.get_accuracy().items()})
     predictions: dict[str, Predictions] = {}
-    for row, batches in top.items():
-        targets, classes, probabilities = map(torch.cat, zip(*batches, strict=True))
-        predictions[row] = Predictions(targets, classes, probabilities)
-    evaluated: dict[str, tuple[Metrics, Predictions | None]] = {}
     for name, row in rows.items():
-        of_row = predictions.get(row)
-        if of_row is not None and name != ENSEMBLE:
-            of_row = replace(of_row, ensemble=predictions.get(ENSEMBLE))
-        evaluated[name] = results[row], of_row
+        if row in top:
+            targets, classes, probabilities = map(torch.cat, zip(*top[row], strict=True))
+            predictions[name] = Predictions(readable_names(models[name]), targets, classes, probabilities)
+    of_ensemble = predictions.pop(ENSEMBLE, None)
+    evaluated: dict[str, tuple[Metrics, Predictions | None]] = {
+        name: (results[row], replace(predictions[name], ensemble=of_ensemble) if name in predictions else None)
+        for name, row in rows.items()
+    }
+    if of_ensemble is not None:
+        evaluated[ENSEMBLE] = results[ENSEMBLE], of_ensemble
     return evaluated
 
 

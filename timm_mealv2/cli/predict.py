@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from timm.data import ImageNetInfo, infer_imagenet_subset
-from torch import nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -22,7 +20,7 @@ from timm_mealv2.data.unreadable import BadImages
 from timm_mealv2.errors import UserError
 from timm_mealv2.files import replacing
 from timm_mealv2.models.factory import TeacherSpec, create_ensemble
-from timm_mealv2.predictions import Predictions, write_predictions
+from timm_mealv2.predictions import Predictions, readable_names, write_predictions
 
 _PREDICT = (
     Option('--topk', COUNT, 'classes of each image', 5),
@@ -64,18 +62,6 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     return found
 
 
-def readable_names(model: nn.Module) -> list[str]:
-    """Return the names of a model's classes: its own, ImageNet's for timm's models of it, else their numbers."""
-    cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
-    if cfg.get('label_names'):
-        return [str(name) for name in cfg['label_names']]
-    subset = infer_imagenet_subset(model)
-    if subset is not None:
-        info = ImageNetInfo(subset)
-        return [info.index_to_description(index) for index in range(info.num_classes())]
-    return [str(index) for index in range(model.num_classes)]  # type: ignore[arg-type]
-
-
 def build_parser() -> argparse.ArgumentParser:
     """Return a fresh parser of the program's command line."""
     parser = OneLineParser(prog='mealv2-predict', description='The most likely classes of pictures.')
@@ -113,13 +99,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     entries: list[dict[str, Any]] = [{'path': str(path), 'predictions': []} for path in data.paths]
     if readable:
         classes, probabilities = (torch.cat([batch[part] for batch in top]).cpu() for part in (1, 0))
-        predictions = Predictions(torch.full((len(readable),), -1), classes, probabilities)
+        predictions = Predictions(names, torch.full((len(readable),), -1), classes, probabilities)
         for number, index in enumerate(readable):
             entries[index]['predictions'] = [
                 {'name': names[which], 'probability': probability} for which, probability in predictions.top(number)
             ]
         if args.csv is not None:
-            write_predictions(args.csv, {args.model: predictions}, [str(data.paths[i]) for i in readable], names)
+            write_predictions(args.csv, {args.model: predictions}, [str(data.paths[i]) for i in readable])
     for entry in entries:
         shown = [f'{row["name"]} {100 * row["probability"]:.2f} %' for row in entry['predictions']]
         print(f'{entry["path"]}: {", ".join(shown) or "cannot be read"}')

@@ -24,6 +24,7 @@ from timm_mealv2.command_line import (
     SEED,
     TEACHERS,
     TRAIN_SPLIT,
+    UNLABELED,
     OneLineParser,
     add_options,
     flag,
@@ -31,7 +32,7 @@ from timm_mealv2.command_line import (
     run_cli,
 )
 from timm_mealv2.data.augmentation import Augmentation
-from timm_mealv2.data.dataset import class_names
+from timm_mealv2.data.class_names import class_names_of, unlabeled
 from timm_mealv2.data.normalize import resolve_pixels
 from timm_mealv2.errors import UserError, one_line
 from timm_mealv2.models.ensemble import EnsembleTeacher
@@ -98,6 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
     add('--model', type=model_text, metavar='NAME', help=student)
     dry_run = flag('--dry-run', 'measure the rate for half a minute, tell samples, bytes and hours, and write nothing')
     add_options(command, [dry_run])
+    add_options(command, [UNLABELED])
     groups = {'teachers': TEACHERS, 'images': INPUT, 'augmentation': AUGMENTATION, 'device': DEVICE}
     for name, options in groups.items():
         add_options(command.add_argument_group(name), options)
@@ -196,7 +198,7 @@ def _show(args: argparse.Namespace) -> None:
     if not 0 <= image < len(names):
         raise UserError(f'{args.store} has no image {args.image}, but {names[0]} for one (or its number, 0).')
     samples = _samples(args, store)
-    classes = class_names(samples.dataset)
+    classes = store.meta.class_names or class_names_of(samples.dataset)
     if classes is not None and len(classes) != store.meta.num_classes:
         classes = None
     draw_samples(samples, image, classes, args.samples).savefig(args.out)
@@ -212,8 +214,14 @@ def _parts(args: argparse.Namespace, device: torch.device) -> tuple[Dataset, Ens
         raise UserError(f'--mixup-mode {args.mixup_mode}: {fault}.')
     check_image_settings(args)
     args.teachers = TeacherSpec.parse_all(args.teachers)
+    for spec in args.teachers:
+        spec.check()
+    dataset = open_split(args, '--train-split', or_all=args.train_split == 'train')
+    folders = class_names_of(unlabeled(dataset) if args.unlabeled else dataset)
+    if folders and len(folders) == 1:  # a place for all images, and no class
+        folders = None
     in_chans = args.in_chans or (args.input_size[0] if args.input_size else None)
-    teachers = build_ensemble(args, num_classes=args.num_classes, in_chans=in_chans, device=device)
+    teachers = build_ensemble(args, num_classes=args.num_classes, in_chans=in_chans, class_names=folders, device=device)
     # A model of random weights tells the pixels that a student of this name expects.
     try:
         cfg = timm.create_model(args.model).pretrained_cfg if args.model else teachers.pretrained_cfg
@@ -222,7 +230,6 @@ def _parts(args: argparse.Namespace, device: torch.device) -> tuple[Dataset, Ens
     pixels = {name: getattr(args, name) for name in ('input_size', 'img_size', 'mean', 'std')}
     config = resolve_pixels(pixels, cfg, teachers.in_chans)
     augmentation = build_augmentation(args, config)
-    dataset = open_split(args, '--train-split', or_all=args.train_split == 'train')
     meta = describe(dataset, teachers, augmentation, seed=args.seed, top_k=args.top_k, batch_size=args.batch_size)
     return dataset, teachers, meta
 

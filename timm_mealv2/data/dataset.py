@@ -1,4 +1,4 @@
-"""Data sets of images, as timm opens them: what they are called, which classes they have, and one image of one."""
+"""Data sets of images, as timm opens them: what the images are called, and one image of one."""
 
 import os
 import time
@@ -18,6 +18,7 @@ from timm.data.readers.targets import get_field, has_field
 from torch.utils.data import Dataset, IterableDataset
 from torchvision.datasets import ImageFolder
 
+from timm_mealv2.data.class_names import number_classes, read_class_map, unlabeled
 from timm_mealv2.data.decode import decode, find_all_images, image_endings, is_image_file
 from timm_mealv2.data.unreadable import UnreadableImage
 from timm_mealv2.errors import UserError, one_line
@@ -26,8 +27,10 @@ RETRY_AFTER = (0.1, 0.5, 2.0)
 """Seconds before each further attempt to read an image after an error of the file system."""
 
 
-def open_dataset(name: str, root: str | None, split: str, **kwargs: Any) -> Dataset:
+def open_dataset(name: str, root: str | None, split: str, class_map: Any = None, **kwargs: Any) -> Dataset:
     """Open a data set with timm's `create_dataset`, with all the images that Pillow reads.
+
+    Hidden folders are no classes, and pictures that lie in no class folders have no labels (-1).
 
     Raises:
         UserError: If there is nothing at `root`, no image in it, or the data set's library is missing.
@@ -42,8 +45,16 @@ def open_dataset(name: str, root: str | None, split: str, **kwargs: Any) -> Data
         kwargs['input_key'] = ';'.join(ending[1:] for ending in image_endings())
     elif kind[0] == 'torch' and kind[-1] in ('folder', 'image_folder'):
         kwargs['is_valid_file'] = is_image_file
+    if class_map and kind[0] == 'torch':
+        raise UserError(f'--class-map: {name} numbers its classes by itself; leave it out, or give a plain folder.')
     try:
+        if class_map and kind[0] in ('hfds', 'hfids', 'tfds', 'wds'):
+            kwargs['class_map'] = read_class_map(class_map)
         dataset: Any = create_dataset(name, root=root, split=split, **kwargs)
+        reader = getattr(dataset, 'reader', None)
+        class_folders = None
+        if isinstance(reader, (ReaderImageFolder, ReaderImageInTar)):
+            class_folders = number_classes(reader, class_map, split)
     except (AssertionError, ImportError, OSError, RuntimeError, ValueError) as error:  # timm's way to say what is wrong
         raise UserError(f'cannot open split {split!r} of {name or root!r}: {error}') from error
     if not isinstance(dataset, IterableDataset) and not len(dataset):
@@ -51,12 +62,11 @@ def open_dataset(name: str, root: str | None, split: str, **kwargs: Any) -> Data
     dataset.split_name = split
     if hasattr(dataset, 'loader'):  # torchvision's, which decodes: the files themselves are wanted
         dataset.loader = partial(open, mode='rb')
-    reader = getattr(dataset, 'reader', None)
     if isinstance(reader, ReaderImageFolder):
         reader.samples = PathsAndTargets(reader.samples)
     elif name.lower().startswith(('hfds/', 'hfids/', 'tfds/')):
         _check_columns(dataset, name, **kwargs)
-    return dataset
+    return unlabeled(dataset) if class_folders == [''] else dataset
 
 
 def _check_columns(
@@ -133,17 +143,6 @@ class PathsAndTargets(Sequence[tuple[str, int]]):
         return os.fsdecode(names).split('\0')
 
 
-def unlabeled(dataset: Dataset) -> Dataset:
-    """Return a data set of timm or torchvision with all its labels -1: unknown."""
-    dataset = copy(dataset)
-    dataset.target_transform = _no_label  # type: ignore[attr-defined]
-    return dataset
-
-
-def _no_label(_: Any) -> int:
-    return -1
-
-
 def split_is_missing(dataset: Dataset, data_dir: str | None, split: str) -> bool:
     """Whether timm has opened something else, as there is no split of that name.
 
@@ -159,38 +158,6 @@ def split_is_missing(dataset: Dataset, data_dir: str | None, split: str) -> bool
 
 
 _TWO_SPLITS = ('train', 'training', 'val', 'valid', 'validation', 'eval', 'evaluation', 'test')
-
-
-def class_names(dataset: Dataset) -> list[str] | None:
-    """Names of the classes in the order of their indices, None where the data set does not tell."""
-    reader = getattr(dataset, 'reader', dataset)
-    mapping = getattr(reader, 'class_to_idx', None) or getattr(reader, 'class_name_to_idx', None)  # of tars
-    if not mapping or len(set(mapping.values())) != len(mapping):
-        return None
-    return [str(name) for name in sorted(mapping, key=mapping.__getitem__)]
-
-
-def check_classes(train: Dataset, validation: Dataset | None, num_classes: int) -> None:
-    """Compare the classes of the splits with each other and with the width of the model's output.
-
-    Raises:
-        UserError: If they differ: the labels would be other classes than the model's outputs.
-    """
-    names = class_names(train)
-    if names is None:
-        return
-    if len(names) != num_classes:
-        raise UserError(
-            f'the training split has {len(names)} classes, the model {num_classes}: set --num-classes {len(names)}, '
-            'or name the classes with --class-map.'
-        )
-    others = class_names(validation) if validation is not None else None
-    if others is not None and others != names:
-        differing = sorted(set(names) ^ set(others)) or [a for a, b in zip(names, others, strict=True) if a != b]
-        raise UserError(
-            f'the classes of the training and validation splits differ ({", ".join(differing[:5])}): the same class '
-            'would have two indices; use the same folders in both, or --class-map.'
-        )
 
 
 def image_mode(asked: str | None, channels: int) -> str:

@@ -22,6 +22,7 @@ from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
 from timm.models import get_pretrained_cfg, save_for_hf
 from torch import nn
 
+from timm_mealv2.data.class_names import class_names_of
 from timm_mealv2.data.dataset import image_mode
 from timm_mealv2.data.decode import decode
 from timm_mealv2.errors import UserError
@@ -102,10 +103,9 @@ def export_model(
     has_average = bool(trained.contents.get('state_dict_ema'))
     averaged = use_ema and has_average
     model: Any = trained.build(ema=averaged)
-    data_config = resolve_model_data_config(model)
+    data_config, names = resolve_model_data_config(model), class_names_of(model)
     _describe(model, data_config)
-    names = trained.class_names  # the folders' names, which tell no class where there are no labels
-    labels = _labels(names) if len(names) == model.num_classes else {}
+    labels = _labels(names) if names else {}
     with replacing_export(out) as folder:
         config = _save(model, folder, labels, data_config)
         measured = None

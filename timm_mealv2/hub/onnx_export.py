@@ -9,6 +9,7 @@ import torch
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
+from timm_mealv2.data.class_names import class_names_of, index_map, relabeled, unlabeled
 from timm_mealv2.data.dataset import image_mode, open_dataset, read_image
 from timm_mealv2.data.loader import eval_loader
 from timm_mealv2.errors import UserError
@@ -58,6 +59,11 @@ def add_onnx(
     args = checkpoint.args
     mode, decode = image_mode(args.get('input_img_mode'), config['input_size'][0]), args.get('decode', 'timm')
     validation = _open(checkpoint, args.get('val_split') or 'validation', data_dir)
+    folders = class_names_of(validation)
+    if args.get('unlabeled') and len(folders or ()) != model.num_classes:
+        validation = unlabeled(validation)
+    else:
+        validation = relabeled(validation, index_map(label_names, folders, str(checkpoint)))
     write_onnx(model, folder / ONNX_FILE, label_names)
     forms: dict[str, nn.Module] = {'': model.eval(), ONNX_FILE: OnnxModel(folder / ONNX_FILE)}
     if int8:

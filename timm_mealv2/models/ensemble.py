@@ -12,6 +12,7 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from timm_mealv2.data.class_names import class_names_of
 from timm_mealv2.data.normalize import channel_stats, renormalize
 from timm_mealv2.errors import UserError, one_line
 from timm_mealv2.losses import at_least_float32
@@ -32,10 +33,15 @@ class ClassSubset(nn.Module):
 
     def __init__(self, model: nn.Module, classes: Sequence[int]) -> None:
         super().__init__()
+        if isinstance(model, ClassSubset):
+            classes = model.get_buffer('indices')[list(classes)].tolist()
+            model = model.get_submodule('model')
+        names = class_names_of(model)
         self.model = model
         self.num_classes = len(classes)
-        self.pretrained_cfg = _cfg_of(model)
-        self.register_buffer('indices', torch.tensor(classes), persistent=False)
+        self.pretrained_cfg = {**_cfg_of(model), 'label_names': names and [names[index] for index in classes]}
+        device = next((parameter.device for parameter in model.parameters()), None)
+        self.register_buffer('indices', torch.tensor(classes, device=device), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits of the classes taken, [B, num_classes]."""
@@ -245,6 +251,7 @@ class EnsembleTeacher(nn.Module):
             custom_load=False,
             first_conv=None,
             classifier=None,
+            label_names=next(filter(None, map(class_names_of, self.teachers)), None),
         )
         cfg.pop('tag', None)
         return cfg

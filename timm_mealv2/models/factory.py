@@ -36,6 +36,7 @@ from timm.models import (
 from timm.utils import unwrap_model
 from torch import nn
 
+from timm_mealv2.data.class_names import class_names_of, index_map
 from timm_mealv2.errors import UserError
 from timm_mealv2.models.checkpoint import TrainingCheckpoint, architecture_arguments, is_ensemble, making
 from timm_mealv2.models.ensemble import ClassSubset, EnsembleTeacher, teacher_name
@@ -153,8 +154,8 @@ class TeacherSpec:
         if self.kind == 'checkpoint':
             return TrainingCheckpoint.read(self.path or '', self.name or None)
         model: Any = self.build()
-        names = (getattr(model, 'pretrained_cfg', None) or {}).get('label_names')
-        return TrainingCheckpoint(Path(str(self)), {'state_dict': model.state_dict(), 'class_names': names})
+        contents = {'state_dict': model.state_dict(), 'class_names': class_names_of(model)}
+        return TrainingCheckpoint(Path(str(self)), contents)
 
     def _model_arguments(
         self,
@@ -172,12 +173,14 @@ class TeacherSpec:
         elif self.kind == 'hf-hub':
             architecture = str(load_model_config_from_hf(self.name, cache_dir)[1])
         if is_ensemble(architecture):  # its arguments are those of `create_ensemble`
-            return {'model_name': name, 'num_classes': num_classes, 'in_chans': in_chans, 'cache_dir': cache_dir}
+            count = None if pretrained else num_classes
+            return {'model_name': name, 'num_classes': count, 'in_chans': in_chans, 'cache_dir': cache_dir}
         resolved = resolve_model_input_args(name, {'img_size': img_size}, cache_dir=cache_dir)
         cfg, kwargs = resolved['pretrained_cfg'], architecture_arguments(resolved)
         if pretrained:
             kwargs['num_classes'] = cfg['num_classes']  # another count would be timm's new head, of random weights
-            _check_count(str(self), 'classes', cfg['num_classes'], num_classes)
+            if not cfg.get('label_names'):  # classes with names are counted when they have been mapped
+                _check_count(str(self), 'classes', cfg['num_classes'], num_classes)
         elif num_classes is not None:
             kwargs['num_classes'] = num_classes
         own_chans = kwargs.get('in_chans', cfg['input_size'][0])
@@ -219,6 +222,7 @@ def create_ensemble(
     weights: Sequence[float] | None = None,
     img_sizes: Sequence[int] | None = None,
     classes: Mapping[str, Sequence[int]] | None = None,
+    class_names: Sequence[str] | None = None,
     autocast_dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     pretrained: bool = True,
@@ -227,8 +231,8 @@ def create_ensemble(
 ) -> EnsembleTeacher:
     """Make an ensemble from modules and from texts that name teachers (see the head of this file).
 
-    No teacher's head is ever replaced: one whose class count is not `num_classes` is refused, unless `classes` says
-    which of its classes to take.
+    No teacher's head is ever replaced: a teacher that knows its classes by name is mapped to those of the ensemble, by
+    itself; otherwise one whose class count is not `num_classes` is refused, unless `classes` says which to take.
 
     Args:
         teachers: One or several modules, texts (`A,B` names two timm models), or texts parsed and checked before.
@@ -239,6 +243,7 @@ def create_ensemble(
             fixed size are built for it.
         classes: Teacher, as its text or name has it -> its class of each class of the ensemble; its probabilities are
             renormalized over these.
+        class_names: The classes of the ensemble by name; None takes those of the teacher that knows the fewest.
         autocast_dtype: Dtype of the teachers' autocast; None for none.
         device: Where the teachers are put.
         pretrained: False gives named models random weights and `num_classes` classes, for tests; checkpoints
@@ -276,12 +281,32 @@ def create_ensemble(
                 num_classes=count, in_chans=in_chans, img_size=size, pretrained=pretrained, cache_dir=cache_dir
             )
         modules.append(_subset(module, name, classes[name], num_classes) if name in classes else module)
+    known = [class_names_of(module) for module in modules]
+    class_names = class_names or min(filter(None, known), key=len, default=None)
+    modules = [
+        module if name in classes else for_classes(module, class_names, name)
+        for module, name in zip(modules, names, strict=True)
+    ]
     ensemble = EnsembleTeacher(modules, weights, names=names, img_sizes=sizes, autocast_dtype=autocast_dtype)
+    if class_names:
+        ensemble.pretrained_cfg['label_names'] = list(class_names)
     _check_count(ensemble.names[0], 'classes', ensemble.num_classes, num_classes)
     _check_count(ensemble.names[0], 'input channels', ensemble.in_chans, in_chans)
     if optimize:
         ensemble.optimize_for_inference()
     return ensemble if device is None else ensemble.to(device)
+
+
+def for_classes(model: nn.Module, class_names: Sequence[str] | None, name: str) -> nn.Module:
+    """Return a model with the outputs that `class_names` asks for, mapped by name; the model itself where it has them.
+
+    A side without names is taken as it is, with one line; `name` is what the line calls the model.
+
+    Raises:
+        UserError: If the model has other classes.
+    """
+    classes = index_map(class_names_of(model), class_names, name)
+    return model if classes is None else _subset(model, name, classes, None)
 
 
 def _subset(teacher: nn.Module, name: str, classes: Sequence[int], num_classes: int | None) -> nn.Module:
@@ -297,6 +322,8 @@ def _subset(teacher: nn.Module, name: str, classes: Sequence[int], num_classes: 
     members = [ClassSubset(member, classes) for member in inner.teachers]
     subset = EnsembleTeacher(members, inner.weights, names=inner.names, img_sizes=inner.img_sizes)
     subset.autocast_dtypes = inner.autocast_dtypes
+    changed = {key: subset.pretrained_cfg[key] for key in ('num_classes', 'label_names')}
+    subset.pretrained_cfg = inner.pretrained_cfg | changed
     return subset
 
 

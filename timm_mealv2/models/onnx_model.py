@@ -22,9 +22,8 @@ class OnnxModel(nn.Module):
     """Runs a file in onnxruntime, on the CPU.
 
     Attributes:
-        pretrained_cfg: What the file's metadata says of its images: 'input_size', 'mean', 'std' and the like.
+        pretrained_cfg: What the file's metadata says: 'input_size', 'mean', 'std', 'label_names' and the like.
         num_classes: Number of classes C.
-        label_names: The names of the classes, None where the file has none.
 
     Raises:
         UserError: If the file cannot be read, is none of `write_onnx`, or onnxruntime is not installed.
@@ -43,7 +42,6 @@ class OnnxModel(nn.Module):
         metadata = {key: json.loads(entries[key]) for key in (*PREPROCESSING, 'label_names') if key in entries}
         if 'num_classes' not in metadata:
             raise UserError(f'{os.fspath(path)} does not say what its images are: export it with mealv2-hub.')
-        self.label_names: list[str] | None = metadata.get('label_names')
         self.pretrained_cfg: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in metadata.items()}
         self.default_cfg = self.pretrained_cfg
         self.num_classes: int = metadata['num_classes']

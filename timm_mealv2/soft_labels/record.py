@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm import tqdm
 
 from timm_mealv2.data.augmentation import Augmentation
+from timm_mealv2.data.class_names import check_same_classes, class_names_of
 from timm_mealv2.data.dataset import image_names, keeping_no_file_open
 from timm_mealv2.data.loader import unchanged
 from timm_mealv2.data.normalize import channel_stats
@@ -98,6 +99,7 @@ def describe(
         batch_size=batch_size,
         part_images=part_images or min(max(-(-images // 128), 256), 2**14),
         blocks=[0],
+        class_names=class_names_of(teachers),
     )
 
 
@@ -228,6 +230,7 @@ def _begin(out: Path, meta: StoreMeta, dataset: Dataset, epochs: int) -> StoreMe
         store = SoftLabelStore(out)
         if differing := difference(store.meta, meta):
             raise UserError(f'{out} is a recording with {differing}: give the same options, or another --out.')
+        check_same_classes(store.meta.class_names, meta.class_names, str(out))
         if store.epochs:
             _compare_pixels(store, dataset)
         if epochs < store.meta.epochs:

@@ -66,6 +66,7 @@ class StoreMeta:
         batch_size: Most samples that go through the teachers together; it decides the last bits of a prediction.
         part_images: Images of a part.
         blocks: First epoch of each block, and at the end the number of epochs M.
+        class_names: Names of the classes in the order of their indices, None if they are not known.
     """
 
     format: int
@@ -80,6 +81,7 @@ class StoreMeta:
     batch_size: int
     part_images: int
     blocks: list[int]
+    class_names: list[str] | None = None
 
     @classmethod
     def read(cls, folder: Path) -> Self:

@@ -23,16 +23,19 @@ from timm.task import (
 )
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Dataset
 
 from timm_mealv2.arguments import build_ensemble
+from timm_mealv2.data.class_names import check_same_classes, class_names_of, index_map
 from timm_mealv2.data.unreadable import BadImages
 from timm_mealv2.errors import UserError
 from timm_mealv2.models.checkpoint import TrainingCheckpoint
 from timm_mealv2.models.ensemble import EnsembleTeacher
-from timm_mealv2.models.factory import TeacherSpec
+from timm_mealv2.models.factory import TeacherSpec, create_ensemble
+from timm_mealv2.soft_labels.store import SoftLabelStore
 from timm_mealv2.task import MealV2Task, scale_discriminator_lr
-from timm_mealv2.training.build_data import Data, InputSpec, build_data
-from timm_mealv2.training.build_student import build_student
+from timm_mealv2.training.build_data import Data, InputSpec, build_data, open_datasets
+from timm_mealv2.training.build_student import build_student, reorder_classes
 from timm_mealv2.training.checks import is_mealv2, mixes
 from timm_mealv2.training.distributed import Processes
 from timm_mealv2.training.loop import LossScaler, Schedule, Stepper, updates_per_epoch
@@ -75,12 +78,16 @@ def build(args: argparse.Namespace, processes: Processes, signals: Signals) -> T
     student, pixels, model_config = build_student(args, batch_size, processes)
     settings['num_classes'] = pixels.num_classes
     live = is_mealv2(args) and not args.soft_labels
-    data = build_data(args, pixels, processes, bad, live)
+    datasets = open_datasets(args, pixels)
+    class_names = None if args.unlabeled else class_names_of(datasets[0])
     teachers = None
     if live:
-        size = {'num_classes': pixels.num_classes, 'in_chans': pixels.channels}
-        teachers = build_ensemble(args, **size, device=processes.device)
-    task = _build_task(args, student, teachers, pixels, processes)
+        teachers = build_ensemble(args, **_size(pixels), class_names=class_names, device=processes.device)
+    class_names = _class_names(args, class_names, teachers, datasets[1], student, pixels.num_classes)
+    if checkpoint is not None and len(checkpoint.class_names) == pixels.num_classes:
+        check_same_classes(checkpoint.class_names, class_names, str(checkpoint))
+    data = build_data(args, *datasets, class_names, pixels, processes, bad, live)
+    task = _build_task(args, student, teachers, class_names, pixels, processes)
     optimizer = _build_optimizer(args, task, lr)
     if args.model_ema:
         ema_device = torch.device('cpu') if args.model_ema_force_cpu else None
@@ -103,8 +110,36 @@ def build(args: argparse.Namespace, processes: Processes, signals: Signals) -> T
     )
     if processes.primary:
         _announce(args, parts, pixels, teachers, student, processes, lr)
-    kept = {'model_config': model_config, 'data_config': pixels.config, 'class_names': data.class_names}
+    kept = {'model_config': model_config, 'data_config': pixels.config, 'class_names': class_names}
     return Trainer(parts, _plan(args, settings, kept, checkpoint, eval_metric), processes, guard, folder)
+
+
+def _size(pixels: InputSpec) -> dict[str, Any]:
+    return {'num_classes': pixels.num_classes, 'in_chans': pixels.channels}
+
+
+def _class_names(
+    args: argparse.Namespace,
+    folders: list[str] | None,
+    teachers: EnsembleTeacher | None,
+    validation: Dataset | None,
+    student: nn.Module,
+    num_classes: int,
+) -> list[str] | None:
+    """Decide what the classes are called, and in which order: as the folders, or as who else knows them by name.
+
+    The initial weights are brought into that order; stored labels have to be in it.
+    """
+    recorded = SoftLabelStore(args.soft_labels).meta.class_names if args.soft_labels else None
+    check_same_classes(recorded, folders, args.soft_labels)
+    names = folders or recorded or (class_names_of(teachers) if teachers is not None else None)
+    others = None if validation is None else class_names_of(validation)
+    names = names or (others if len(others or ()) == num_classes else None)
+    own = class_names_of(student)
+    if own or args.initial_checkpoint:
+        initial = args.initial_checkpoint or args.model
+        reorder_classes(student, index_map(own, names, f'{initial} (--pretrained-path leaves its classes out)'))
+    return names or own
 
 
 def _plan(
@@ -212,6 +247,7 @@ def _build_task(
     args: argparse.Namespace,
     student: nn.Module,
     teachers: EnsembleTeacher | None,
+    class_names: list[str] | None,
     pixels: InputSpec,
     processes: Processes,
 ) -> TrainingTask:
@@ -232,11 +268,18 @@ def _build_task(
     common['criterion'] = _build_criterion(args)
     if not args.teachers:
         return ClassificationTask(student, **common)
-    common |= {'student_model': student, 'teacher_model': str(args.teachers[0])}
-    common |= {'distill_loss_weight': args.distill_loss_weight, 'task_loss_weight': args.task_loss_weight}
-    if args.kd_distill_type == 'feature':
+    common |= {
+        'student_model': student,
+        'distill_loss_weight': args.distill_loss_weight,
+        'task_loss_weight': args.task_loss_weight,
+    }
+    if args.kd_distill_type == 'feature':  # whatever classes the teacher has
+        common['teacher_model'] = args.teachers[0].build(in_chans=pixels.channels).to(processes.device, pixels.dtype)
         common |= {'student_feature_dim': args.kd_student_feature_dim}
         return FeatureDistillationTask(teacher_feature_dim=args.kd_teacher_feature_dim, **common)
+    ensemble = create_ensemble(args.teachers, **_size(pixels), class_names=class_names)
+    teacher = ensemble.teachers[0] if len(ensemble.teachers) == 1 else ensemble
+    common['teacher_model'] = teacher.to(processes.device, pixels.dtype)
     common['temperature'] = args.kd_temperature
     if args.kd_distill_type == 'token':
         return TokenDistillationTask(distill_type=args.kd_token_distill_type, **common)

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -13,7 +14,8 @@ from torch.utils.data import Dataset, IterableDataset, Subset
 
 from timm_mealv2.arguments import open_split
 from timm_mealv2.data.augmentation import Augmentation, Erasing
-from timm_mealv2.data.dataset import check_classes, class_names, image_mode, unlabeled
+from timm_mealv2.data.class_names import class_names_of, has_labels, index_map, relabeled, unlabeled
+from timm_mealv2.data.dataset import image_mode
 from timm_mealv2.data.loader import (
     Collate,
     CollateMixed,
@@ -90,32 +92,40 @@ class Data:
     Attributes:
         loader: Gives the training batches.
         validation: What a model is judged by, None for nothing.
-        class_names: Names of the classes, None where the data set does not tell.
     """
 
     loader: TrainLoader | StreamLoader
     validation: Validation | None
-    class_names: list[str] | None
 
 
 def build_data(
-    args: argparse.Namespace, pixels: InputSpec, processes: Processes, bad: BadImages, live_teachers: bool
+    args: argparse.Namespace,
+    train: Dataset,
+    validation: Dataset | None,
+    class_names: Sequence[str] | None,
+    pixels: InputSpec,
+    processes: Processes,
+    bad: BadImages,
+    live_teachers: bool,
 ) -> Data:
-    """Open the data sets and create the loaders.
+    """Create the loaders.
 
     Args:
         args: The arguments.
+        train: The training split.
+        validation: The validation split, or None.
+        class_names: Names of the run's classes, None if they are not known; those of the validation split are mapped.
         pixels: Input size, normalization and batch size of the student.
         processes: The processes of the run.
         bad: Told of the images that cannot be read.
         live_teachers: Whether there are teachers that a model can be compared with.
     """
-    train, validation = _open_datasets(args, pixels)
     loader = _build_train_loader(args, train, pixels, processes, bad)
-    by_agreement = args.unlabeled and (validation is None or len(class_names(validation) or ()) != pixels.num_classes)
+    folders = None if validation is None else class_names_of(validation)
+    by_agreement = args.unlabeled and len(folders or ()) != pixels.num_classes
     if by_agreement and not live_teachers:
         _logger.info('No validation split with labels, and no live teachers to agree with: there is no evaluation.')
-        return Data(loader, None, class_names(train))
+        return Data(loader, None)
     if validation is None:
         validation = _open_split(args, '--train-split', pixels, or_all=True)
         count = len(validation)  # type: ignore[arg-type]
@@ -127,6 +137,8 @@ def build_data(
         )
     if by_agreement:
         validation = unlabeled(validation)
+    else:
+        validation = relabeled(validation, index_map(class_names, folders, 'the training', 'the validation split'))
     evaluated = eval_loader(
         validation,
         pixels.config,
@@ -141,7 +153,7 @@ def build_data(
         img_mode=args.input_img_mode,
         decode=args.decode,
     )
-    return Data(loader, Validation(evaluated, by_agreement), class_names(train))
+    return Data(loader, Validation(evaluated, by_agreement))
 
 
 def sample_of(dataset: Dataset, count: int, seed: int) -> Dataset:
@@ -175,8 +187,12 @@ def _open_split(args: argparse.Namespace, option: str, pixels: InputSpec, **kwar
     return open_split(args, option, batch_size=pixels.batch_size, seed=args.seed, **kwargs)
 
 
-def _open_datasets(args: argparse.Namespace, pixels: InputSpec) -> tuple[Dataset, Dataset | None]:
-    """Open the training and the validation split; the second is None where a run without labels has none."""
+def open_datasets(args: argparse.Namespace, pixels: InputSpec) -> tuple[Dataset, Dataset | None]:
+    """Open the training and the validation split; the second is None where a run without labels has none.
+
+    Raises:
+        UserError: If one cannot be opened or has no labels, or the classes are not as many as the model's.
+    """
     if pixels.num_classes == 1 and not args.bce_loss:
         raise UserError('one class alone leaves nothing to learn: give --num-classes 2 or more, and data to match.')
     same = args.train_split == args.val_split
@@ -190,8 +206,16 @@ def _open_datasets(args: argparse.Namespace, pixels: InputSpec) -> tuple[Dataset
     or_all = same or (validation is None and args.train_split == 'train')
     streaming = {'is_training': True, 'num_samples': args.train_num_samples, 'repeats': args.epoch_repeats}
     train = _open_split(args, '--train-split', pixels, or_all=or_all, **streaming)
-    if not args.unlabeled and not args.class_map:
-        check_classes(train, validation, pixels.num_classes)
+    if args.unlabeled:
+        return train, validation
+    if not all(has_labels(split) for split in (train, validation) if split is not None):
+        raise UserError('the images lie in no class folders: put them there, or train without labels (--unlabeled).')
+    names = class_names_of(train)
+    if names is not None and len(names) != pixels.num_classes:
+        raise UserError(
+            f'the training split has {len(names)} classes, the model {pixels.num_classes}: set --num-classes '
+            f'{len(names)}, or name the classes with --class-map.'
+        )
     return train, validation
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import timm
@@ -10,6 +11,7 @@ from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_
 from timm.models import filter_pretrained_cfg, resolve_model_input_args
 from torch import nn
 
+from timm_mealv2.data.class_names import class_names_of
 from timm_mealv2.data.normalize import resolve_pixels
 from timm_mealv2.data.seed import Stream, counted_seed, seed_cpu
 from timm_mealv2.errors import UserError, one_line
@@ -50,6 +52,9 @@ def build_student(
         model = timm.create_model(pretrained=pretrained, **arguments)
     except (AssertionError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f'cannot create --model {args.model}: {one_line(error)}') from error
+    known: Sequence[str] | None = None
+    if args.pretrained and not args.pretrained_path:
+        known = class_names_of(model)
     if args.initial_checkpoint:
         initial = TeacherSpec.parse(args.initial_checkpoint).read_checkpoint()
         try:
@@ -63,6 +68,7 @@ def build_student(
                     'but those of the classifier.'
                 )
             raise UserError(f'--initial-checkpoint {args.initial_checkpoint} does not fit: {fault}') from error
+        known = initial.class_names
     _initialize_heads(model, args.head_init_scale, args.head_init_bias)
     if args.grad_checkpointing:
         model.set_grad_checkpointing(enable=True)
@@ -71,7 +77,7 @@ def build_student(
     config = resolve_pixels(vars(args), model.pretrained_cfg, in_chans)
     # Whatever else the weights were once tested with is not what this run measures.
     former = {key: value for key, value in model.pretrained_cfg.items() if not key.startswith('test_')}
-    model.pretrained_cfg = model.default_cfg = {**former, **config}
+    model.pretrained_cfg = model.default_cfg = {**former, **config, 'label_names': known or None}
     _logger.info('Pixels: ' + ', '.join(f'{name} {value}' for name, value in config.items()))
     model_args = architecture_arguments(arguments)
     model_config = {
@@ -99,12 +105,24 @@ def _initialize_heads(model: Any, scale: float | None, bias: float | None) -> No
     """Scale the weights of the classifier, or of each of several, and set its bias."""
     if scale is None and bias is None:
         return
-    classifiers = model.get_classifier()
-    for classifier in classifiers if isinstance(classifiers, tuple) else (classifiers,):
+    for classifier in _classifiers(model):
         for parameter in classifier.parameters():
             parameter.mul_(1.0 if scale is None else scale)
         if bias is not None:
             nn.init.constant_(classifier.bias, bias)
+
+
+@torch.no_grad()
+def reorder_classes(model: nn.Module, classes: list[int] | None) -> None:
+    """Give each class k the weights that class `classes[k]` has in the model's classifiers; None changes nothing."""
+    for classifier in _classifiers(model) if classes else ():
+        for parameter in classifier.parameters():
+            parameter.copy_(parameter[classes])
+
+
+def _classifiers(model: Any) -> tuple[Any, ...]:
+    classifiers = model.get_classifier()
+    return classifiers if isinstance(classifiers, tuple) else (classifiers,)
 
 
 @torch.no_grad()
