@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from data_sets import DIGITS, FASHION, FULL, LABELED, ONE, PHOTOS, SAMPLE, TWO, DataSet
 
 EPOCHS = 15
-SEEDS = (0, 1, 2, 3, 4)
+RECORDED = 50
+SEEDS = tuple(range(10))
 
 TUNING_SEED = 100
 LEARNING_RATES = (0.05, 0.1, 0.2)
@@ -44,6 +45,8 @@ class Arm:
         data: Folder of its images.
         labels: Store of predictions that it learns from, recorded for its seed.
         measured: What it is measured on.
+        loss: Loss of `ledger.LOSSES` in place of the similarity loss.
+        seeds: How many of `SEEDS` it is trained with.
     """
 
     name: str
@@ -57,15 +60,17 @@ class Arm:
     data: str = SAMPLE
     labels: str = ''
     measured: DataSet = FASHION
+    loss: str = ''
+    seeds: int = 5
 
 
-_LABELS, _NO_LABELS = '--weight-decay 5e-4', '--weight-decay 0'
-_MEALV2 = f'--teachers {TWO} {_NO_LABELS}'
-_WITHOUT = '--discriminator-weight 0'
+LABELS, NO_LABELS = '--weight-decay 5e-4', '--weight-decay 0'
+MEALV2 = f'--teachers {TWO} {NO_LABELS}'
+WITHOUT = '--discriminator-weight 0'
 _ADVERSARIAL = '--discriminator-mode adversarial'
 _LOGIT = '--kd-distill-type logit --teachers'
 _START_RECIPE = '--lr 0.1 --warmup-epochs 5 --epochs 50'
-_AUGMENTED = '--aa rand-m5 --cutmix 1 --mixup-mode pair'
+AUGMENTED = '--aa rand-m5 --cutmix 1 --mixup-mode pair'
 
 STUDENTS = {
     'half': ('half as wide', '--model-kwargs channels=[8,16,32,32] stem_width=8 output_stride=8'),
@@ -77,22 +82,22 @@ STUDENTS = {
 """Other students than the quick start's: what tells them from it, and their options, which are never the last ones."""
 
 MODEL_OPTIONS = {
-    'start': f'--data-dir {SAMPLE} {_START_RECIPE} {_LABELS}',
-    'taught_start': f'--data-dir {SAMPLE} {_START_RECIPE} {_MEALV2} {_WITHOUT}',
-    'teacher': f'--data-dir {FULL} --lr 0.2 --sched-on-updates --warmup-epochs 1 --warmup-lr 0.02 --epochs 4 {_LABELS}',
-    'plain': f'--data-dir {SAMPLE} --lr 0.1 --epochs {EPOCHS} {_LABELS}',
-    'distilled': f'--data-dir {SAMPLE} --lr 0.2 --epochs {EPOCHS} {_MEALV2} {_WITHOUT}',
-    'photos_start': f'--data-dir {PHOTOS.folder} {PHOTOS.options} {_START_RECIPE} {_LABELS}',
+    'start': f'--data-dir {SAMPLE} {_START_RECIPE} {LABELS}',
+    'taught_start': f'--data-dir {SAMPLE} {_START_RECIPE} {MEALV2} {WITHOUT}',
+    'teacher': f'--data-dir {FULL} --lr 0.2 --sched-on-updates --warmup-epochs 1 --warmup-lr 0.02 --epochs 4 {LABELS}',
+    'plain': f'--data-dir {SAMPLE} --lr 0.1 --epochs {EPOCHS} {LABELS}',
+    'distilled': f'--data-dir {SAMPLE} --lr 0.2 --epochs {EPOCHS} {MEALV2} {WITHOUT}',
+    'photos_start': f'--data-dir {PHOTOS.folder} {PHOTOS.options} {_START_RECIPE} {LABELS}',
     'photos_teacher': (
         f'--data-dir {PHOTOS.folder} {PHOTOS.options} --train-split train_all --lr 0.2 --warmup-epochs 5 --epochs 40 '
-        f'{_LABELS}'
+        f'{LABELS}'
     ),
     **{
-        f'start_{count}': f'--data-dir {LABELED}/{count} --lr 0.1 --warmup-epochs 5 --epochs {epochs} {_LABELS}'
+        f'start_{count}': f'--data-dir {LABELED}/{count} --lr 0.1 --warmup-epochs 5 --epochs {epochs} {LABELS}'
         for count, epochs in ((200, 200), (600, 120))
     },
     **{
-        f'start_{name}': f'{options} --data-dir {SAMPLE} {_START_RECIPE} {_LABELS}'
+        f'start_{name}': f'{options} --data-dir {SAMPLE} {_START_RECIPE} {LABELS}'
         for name, (_, options) in STUDENTS.items()
     },
 }
@@ -107,63 +112,72 @@ MODEL_DATA = {'photos_start': PHOTOS, 'photos_teacher': PHOTOS}
 
 STORES = {
     'augmented_labels': (
-        f'--recipe quickstart --data-dir {SAMPLE} --train-split train.tar --workers 0 --teachers {TWO} {_AUGMENTED} '
+        f'--recipe quickstart --data-dir {SAMPLE} --train-split train.tar --workers 0 --teachers {TWO} {AUGMENTED} '
         '--epochs 20'
     ),
+    **{
+        f'labels_of_{name}': (
+            f'--recipe quickstart --data-dir {SAMPLE} --train-split train.tar --workers 0 --teachers {TWO} {options} '
+            f'--epochs {RECORDED}'
+        )
+        for name, options in (('crops', ''), ('mixed', AUGMENTED))
+    },
 }
 """Predictions that are recorded before the arms that learn from them: options of `mealv2-softlabels record`."""
 
 TEACHER_SEEDS = (10, 11, 12, 13, 14)
-_TWO = tuple(('teacher', seed) for seed in TEACHER_SEEDS[:2])
+TEACHER_PAIR = tuple(('teacher', seed) for seed in TEACHER_SEEDS[:2])
 _WEAK = ('start', 200)
 
 
-def _teachers(models: tuple[tuple[str, int], ...], options: str = '') -> str:
+def of_teachers(models: tuple[tuple[str, int], ...], options: str = '') -> str:
     paths = ' '.join(f'resnet10t={MODELS}/{name}-{seed}/last.pth.tar' for name, seed in models)
-    return f'--teachers {paths} {_WITHOUT} {_NO_LABELS} {options}'.strip()
+    return f'--teachers {paths} {WITHOUT} {NO_LABELS} {options}'.strip()
 
 
 def _methods() -> tuple[Arm, ...]:
     """Study A: what users would pick instead."""
     options = {
-        'control': ('control, cross-entropy', _LABELS),
-        'mealv2': ('MEAL V2, official discriminator', _MEALV2),
-        'mealv2_without': ('MEAL V2 without discriminator', f'{_MEALV2} {_WITHOUT}'),
+        'control': ('control, cross-entropy', LABELS),
+        'mealv2': ('MEAL V2, official discriminator', MEALV2),
+        'mealv2_without': ('MEAL V2 without discriminator', f'{MEALV2} {WITHOUT}'),
         'logit_t1': (
             'logit distillation, one teacher, T = 1',
-            f'{_LOGIT} {ONE} --kd-temperature 1 --task-loss-weight 0 {_NO_LABELS}',
+            f'{_LOGIT} {ONE} --kd-temperature 1 --task-loss-weight 0 {NO_LABELS}',
         ),
         'logit_t4': (
             'logit distillation, one teacher, T = 4',
-            f'{_LOGIT} {ONE} --kd-temperature 4 --task-loss-weight 0 {_NO_LABELS}',
+            f'{_LOGIT} {ONE} --kd-temperature 4 --task-loss-weight 0 {NO_LABELS}',
         ),
         'logit_t4_labels': (
             'logit distillation, one teacher, T = 4, half labels',
-            f'{_LOGIT} {ONE} --kd-temperature 4 --task-loss-weight 0.5 {_LABELS}',
+            f'{_LOGIT} {ONE} --kd-temperature 4 --task-loss-weight 0.5 {LABELS}',
         ),
-        'mealv2_adversarial': ('MEAL V2, adversarial discriminator', f'{_MEALV2} {_ADVERSARIAL}'),
+        'mealv2_adversarial': ('MEAL V2, adversarial discriminator', f'{MEALV2} {_ADVERSARIAL}'),
         'ensemble_t4': (
             'logit distillation, ensemble, T = 4',
-            f'{_LOGIT} {TWO} --kd-temperature 4 --task-loss-weight 0 {_NO_LABELS}',
+            f'{_LOGIT} {TWO} --kd-temperature 4 --task-loss-weight 0 {NO_LABELS}',
         ),
         'mean_logits': (
             'mean of logits, no discriminator',
-            f'--teachers python:studies.mean_logits:ensemble {_WITHOUT} {_NO_LABELS}',
+            f'--teachers python:studies.mean_logits:ensemble {WITHOUT} {NO_LABELS}',
         ),
-        'mixup': ('mean probability with Mixup (FunMatch)', f'{_MEALV2} {_WITHOUT} --mixup 1'),
+        'mixup': ('mean probability with Mixup (FunMatch)', f'{MEALV2} {WITHOUT} --mixup 1'),
     }
     tuned_with = dict.fromkeys(('mealv2_without', 'mean_logits', 'mixup'), 'logit_t1')
     tuned_with |= {'ensemble_t4': 'logit_t4', 'mealv2_adversarial': 'mealv2'}
-    return tuple(Arm(name, label, text, tuned_with.get(name), models=_TWO) for name, (label, text) in options.items())
+    return tuple(
+        Arm(name, label, text, tuned_with.get(name), models=TEACHER_PAIR) for name, (label, text) in options.items()
+    )
 
 
 def _few(count: int, epochs: int) -> tuple[Arm, ...]:
     """Start, teachers and control know `count` labels of 6,000 images; `epochs` of the labeled ones are 240 steps."""
     start = 'start' if count == 2000 else f'start_{count}'
     teachers = tuple((start, seed) for seed in (210, 211))
-    control = Arm(f'few_{count}_control', f'{count} labels: cross-entropy', _LABELS, 'control', start, epochs)
+    control = Arm(f'few_{count}_control', f'{count} labels: cross-entropy', LABELS, 'control', start, epochs)
     alone = Arm(
-        f'few_{count}_alone', f'{count} labels: MEAL V2 on these', _teachers(teachers), 'logit_t1', start, epochs
+        f'few_{count}_alone', f'{count} labels: MEAL V2 on these', of_teachers(teachers), 'logit_t1', start, epochs
     )
     rest = replace(alone, name=f'few_{count}_all', label=f'{count} labels: MEAL V2 on all 6,000', epochs=5)
     return tuple(
@@ -176,14 +190,19 @@ def _student(name: str, label: str, options: str) -> tuple[Arm, Arm]:
     """Control and MEAL V2 of another student. One of another family tunes its own learning rates."""
     tuned = ('control', 'logit_t1') if label.endswith('wide') else (None, None)
     control = Arm(
-        f'{name}_control', f'{label}: cross-entropy', f'{options} {_LABELS}', tuned[0], f'start_{name}', models=_TWO
+        f'{name}_control',
+        f'{label}: cross-entropy',
+        f'{options} {LABELS}',
+        tuned[0],
+        f'start_{name}',
+        models=TEACHER_PAIR,
     )
     control = replace(control, control=control.name)
     mealv2 = replace(
         control,
         name=f'{name}_mealv2',
         label=f'{label}: MEAL V2',
-        options=f'{options} {_MEALV2} {_WITHOUT}',
+        options=f'{options} {MEALV2} {WITHOUT}',
         lr=tuned[1],
     )
     return control, mealv2
@@ -194,13 +213,13 @@ def _transfer() -> tuple[Arm, ...]:
     digits = Arm(
         'digits_scratch',
         'from scratch',
-        f'{DIGITS.options} {_LABELS}',
+        f'{DIGITS.options} {LABELS}',
         start='',
         epochs=120,
         data=DIGITS.folder,
         measured=DIGITS,
     )
-    anew = f'{DIGITS.options} {_LABELS} --head-init-scale 0 --head-init-bias 0'
+    anew = f'{DIGITS.options} {LABELS} --head-init-scale 0 --head-init-bias 0'
     # Layer decay takes every layer but the last below what is trained.
     probe = f'{anew} --freeze-bn --layer-decay 0.1 --layer-decay-no-opt-scale 0.5'
     arms = [digits]
@@ -214,7 +233,7 @@ def _transfer() -> tuple[Arm, ...]:
                     label=f'{way}: {start}',
                     options=options,
                     start=start,
-                    models=_TWO,
+                    models=TEACHER_PAIR,
                     control=plain,
                 )
             )
@@ -223,14 +242,14 @@ def _transfer() -> tuple[Arm, ...]:
 
 def _photos() -> tuple[Arm, ...]:
     """The first methods of study A on squares of photos."""
-    teachers = f'--teachers {PHOTOS.teacher} {_NO_LABELS}'
+    teachers = f'--teachers {PHOTOS.teacher} {NO_LABELS}'
     options = {
-        'control': ('control, cross-entropy', _LABELS),
-        'without': ('MEAL V2 without discriminator', f'{teachers} {_WITHOUT}'),
+        'control': ('control, cross-entropy', LABELS),
+        'without': ('MEAL V2 without discriminator', f'{teachers} {WITHOUT}'),
         'official': ('MEAL V2, official discriminator', teachers),
         'logit': (
             'logit distillation, ensemble, T = 4, half labels',
-            f'{_LOGIT} {PHOTOS.teacher} --kd-temperature 4 --task-loss-weight 0.5 {_LABELS}',
+            f'{_LOGIT} {PHOTOS.teacher} --kd-temperature 4 --task-loss-weight 0.5 {LABELS}',
         ),
     }
     return tuple(
@@ -247,25 +266,25 @@ def _photos() -> tuple[Arm, ...]:
     )
 
 
-_AUGMENTED_ARM = Arm(
+AUGMENTED_ARM = Arm(
     'augmented',
     'with RandAugment and CutMix, live teachers',
-    f'{_MEALV2} {_WITHOUT} {_AUGMENTED}',
+    f'{MEALV2} {WITHOUT} {AUGMENTED}',
     'logit_t1',
-    models=_TWO,
+    models=TEACHER_PAIR,
 )
 
 STUDIES: dict[str, tuple[Arm, ...]] = {
     'methods': _methods(),
     'discriminator': (
-        Arm('off', 'none', f'{_MEALV2} {_WITHOUT}', 'mealv2', models=_TWO),
+        Arm('off', 'none', f'{MEALV2} {WITHOUT}', 'mealv2', models=TEACHER_PAIR),
         *(
             Arm(
                 f'{mode}_{weight}',
                 f'{mode}, weight {weight}',
-                f'{_MEALV2} --discriminator-mode {mode} --discriminator-weight {weight}',
+                f'{MEALV2} --discriminator-mode {mode} --discriminator-weight {weight}',
                 'mealv2',
-                models=_TWO,
+                models=TEACHER_PAIR,
             )
             for weight in ('10', '0.1')
             for mode in ('official', 'adversarial')
@@ -273,23 +292,29 @@ STUDIES: dict[str, tuple[Arm, ...]] = {
     ),
     'recipe': (
         *(
-            Arm(f'decay_{decay}', f'weight decay {decay}', f'{_MEALV2} --weight-decay {decay}', 'mealv2', models=_TWO)
+            Arm(
+                f'decay_{decay}',
+                f'weight decay {decay}',
+                f'{MEALV2} --weight-decay {decay}',
+                'mealv2',
+                models=TEACHER_PAIR,
+            )
             for decay in ('5e-4', '1e-4', '1e-5')
         ),
-        Arm('scratch', 'from scratch', _MEALV2, 'mealv2', '', models=_TWO),
+        Arm('scratch', 'from scratch', MEALV2, 'mealv2', '', models=TEACHER_PAIR),
         Arm(
             'step',
             'step: tenfold down after 8 of 15 epochs',
-            f'{_MEALV2} --sched step --decay-epochs 8',
+            f'{MEALV2} --sched step --decay-epochs 8',
             'mealv2',
-            models=_TWO,
+            models=TEACHER_PAIR,
         ),
         Arm(
             'slow_discriminator',
             "discriminator's learning rate a tenth",
-            f'{_MEALV2} --discriminator-lr-scale 0.1',
+            f'{MEALV2} --discriminator-lr-scale 0.1',
             'mealv2',
-            models=_TWO,
+            models=TEACHER_PAIR,
         ),
     ),
     'teachers': (
@@ -297,9 +322,9 @@ STUDIES: dict[str, tuple[Arm, ...]] = {
             Arm(
                 f'hard_{weight}',
                 f'2 equal teachers, labels mixed in at {weight}',
-                f'{_MEALV2} {_WITHOUT} --hard-label-weight {weight}',
+                f'{MEALV2} {WITHOUT} --hard-label-weight {weight}',
                 'logit_t1',
-                models=_TWO,
+                models=TEACHER_PAIR,
             )
             for weight in ('0.1', '0.5')
         ),
@@ -307,7 +332,7 @@ STUDIES: dict[str, tuple[Arm, ...]] = {
             Arm(
                 f'equal_{len(models)}',
                 f'{len(models)} equal teachers',
-                _teachers(models),
+                of_teachers(models),
                 'logit_t1',
                 models=models,
             )
@@ -316,35 +341,37 @@ STUDIES: dict[str, tuple[Arm, ...]] = {
         Arm(
             'unequal',
             'one of them and a weak one',
-            _teachers((_TWO[0], _WEAK)),
+            of_teachers((TEACHER_PAIR[0], _WEAK)),
             'logit_t1',
-            models=(_TWO[0], _WEAK),
+            models=(TEACHER_PAIR[0], _WEAK),
         ),
         Arm(
             'unequal_weighted',
             'the same, weighted 4 to 1',
-            _teachers((_TWO[0], _WEAK), '--teacher-weights 4 1'),
+            of_teachers((TEACHER_PAIR[0], _WEAK), '--teacher-weights 4 1'),
             'logit_t1',
-            models=(_TWO[0], _WEAK),
+            models=(TEACHER_PAIR[0], _WEAK),
         ),
     ),
     'start': (
-        Arm('taught_control', 'taught start, then cross-entropy', _LABELS, 'control', 'taught_start', models=_TWO),
-        Arm('taught', 'taught start', _MEALV2, 'mealv2', 'taught_start', models=_TWO),
+        Arm(
+            'taught_control', 'taught start, then cross-entropy', LABELS, 'control', 'taught_start', models=TEACHER_PAIR
+        ),
+        Arm('taught', 'taught start', MEALV2, 'mealv2', 'taught_start', models=TEACHER_PAIR),
     ),
     'longer': tuple(
-        Arm(f'{arm.name}_long', arm.label, arm.options, arm.lr or arm.name, epochs=3 * EPOCHS, models=_TWO)
+        Arm(f'{arm.name}_long', arm.label, arm.options, arm.lr or arm.name, epochs=3 * EPOCHS, models=TEACHER_PAIR)
         for arm in _methods()
         if arm.name in ('control', 'mealv2_without', 'mixup')
     ),
     'stored': (
-        _AUGMENTED_ARM,
+        AUGMENTED_ARM,
         *(
             replace(
-                _AUGMENTED_ARM,
+                AUGMENTED_ARM,
                 name=name,
                 label=label,
-                options=f'{_WITHOUT} {_NO_LABELS} {_AUGMENTED}',
+                options=f'{WITHOUT} {NO_LABELS} {AUGMENTED}',
                 epochs=epochs,
                 labels='augmented_labels',
             )

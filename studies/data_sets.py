@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 SAMPLE = 'examples/fashion_mnist/data'
 FULL = 'output/fashion_mnist_full'
-LABELED = 'output/studies/labeled'
+LABELED, UNLABELED = 'output/studies/labeled', 'output/studies/unlabeled'
 ONE, TWO = 'local-dir:studies/teachers/one', 'local-dir:studies/teachers/two'
 
 
@@ -22,6 +22,7 @@ class DataSet:
         channels: 1 or 3.
         mean: Mean of the pixels (0..1) in each channel.
         std: Their standard deviation.
+        size: Pixels of a side in tests.
     """
 
     folder: str
@@ -33,6 +34,7 @@ class DataSet:
     channels: int = 1
     mean: float = 0.286
     std: float = 0.353
+    size: int = 32
 
 
 FASHION = DataSet(FULL, tuning='train.tar', test='validation.tar', teacher=TWO)

@@ -1,6 +1,6 @@
-r"""Make the tables and the picture of docs/evidence.md from studies/results/*.csv.
+r"""Make the tables and the pictures of docs/evidence.md from studies/results/*.csv.
 
-python studies/report.py            # writes the tables between the markers, and docs/evidence.png
+python studies/report.py            # writes the tables between the markers, docs/evidence.png and evidence_curves.png
 python studies/report.py --check    # fails if the tables in the document are not those of the CSV files
 """
 
@@ -9,7 +9,9 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from arms import SEEDS, STUDENTS, STUDIES, TUNING_SEED
+from arms import RECORDED, SEEDS, STUDENTS, TUNING_SEED
+from data_sets import PHOTOS
+from later_arms import STUDIES
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from run import ROOT, Row, read_rows
@@ -20,6 +22,7 @@ from timm_mealv2.files import replacing
 
 DOCUMENT = ROOT / 'docs/evidence.md'
 PICTURE = ROOT / 'docs/evidence.png'
+CURVES_PICTURE = ROOT / 'docs/evidence_curves.png'
 
 REFERENCES = {
     'methods': (('control', 'mealv2_without'), ()),
@@ -33,8 +36,33 @@ REFERENCES = {
     'students': ((), ('control', 'mealv2_without')),
     'transfer': ((), ()),
     'photos': (('photos_control',), ()),
+    'long': ((), ()),
+    'ledger': (('live',), ()),
+    'pool': (('pool_2000',), ()),
 }
 """Study -> the arms that its others are compared with, and arms of other studies that its table repeats."""
+
+_NEW = [arm.name for arm in STUDIES['ledger'] if arm.name not in ('live', 'weak_weighted')]
+LEDGER = {
+    **{'mealv2': 'off', 'mealv2_adversarial': 'off', 'photos_official': 'photos_without'},
+    **{'ensemble_t4': 'mealv2_without', 'logit_t4_labels': 'mealv2_without', 'photos_logit': 'photos_without'},
+    **dict.fromkeys(('hard_0.1', 'hard_0.5', 'mean_logits', 'equal_3', 'equal_5'), 'mealv2_without'),
+    **{'unequal_weighted': 'unequal', 'taught': 'mealv2', 'decay_5e-4': 'mealv2', 'step': 'mealv2'},
+    **{'mixup': 'mealv2_without', 'mixup_long': 'mealv2_without_long', 'augmented': 'mealv2_without'},
+    **dict.fromkeys(_NEW, 'live'),
+    **{'weak_weighted': 'weak'},
+}
+"""Arm with an add-on -> the arm without it: the rows of the ledger."""
+
+CURVES = {
+    'labels': ('#888888', ('control', 'control_long')),
+    'MEAL V2 without discriminator': ('#1f5fa8', ('mealv2_without', 'mealv2_without_long')),
+    'the same with Mixup': ('#b03060', ('mixup', 'mixup_long')),
+}
+"""Way of training -> its color, and its arms from short to long: the second picture."""
+
+WORTH_NAMING = 0.25
+"""Points of top-1: an add-on whose interval ends below it does not survive."""
 
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """97.5 % quantiles of Student's t for 1 to 9 degrees of freedom."""
@@ -63,10 +91,10 @@ def paired_gain(rows: dict[str, Row], reference: dict[str, Row]) -> Interval | N
     return interval([float(rows[seed]['top1']) - float(reference[seed]['top1']) for seed in seeds])
 
 
-def read_arms() -> dict[str, dict[str, Row]]:
-    """Return arm -> seed -> row over all studies; the tuning runs are left out."""
+def read_arms(studies: Sequence[str] = ('models', *STUDIES)) -> dict[str, dict[str, Row]]:
+    """Return arm -> seed -> row over the studies; the tuning runs are left out."""
     arms: dict[str, dict[str, Row]] = {}
-    for study in ('models', *STUDIES):
+    for study in studies:
         for row in read_rows(study):
             if row['seed'] != str(TUNING_SEED):
                 arms.setdefault(row['arm'], {})[row['seed']] = row
@@ -85,6 +113,16 @@ def mean_of(rows: dict[str, Row], column: str, spec: str) -> str:
     return format(statistics.mean(map(float, values)), spec) if all(values) else '-'
 
 
+def with_recording(name: str, rows: dict[str, Row]) -> dict[str, Row]:
+    """Add the recording of the epochs that an arm reads to its processor time."""
+    arm, stores = ARMS[name], read_arms(['models_later']).get(ARMS[name].labels, {})
+    share = min(arm.epochs, RECORDED) / RECORDED
+    return {
+        seed: {**row, 'seconds': str(float(row['seconds']) + share * float(stores[seed]['seconds']))} if stores else row
+        for seed, row in rows.items()
+    }
+
+
 def study_table(study: str, arms: dict[str, dict[str, Row]]) -> str:
     """Return a study's results as a Markdown table: one arm a line."""
     references, repeated = REFERENCES[study]
@@ -100,6 +138,8 @@ def study_table(study: str, arms: dict[str, dict[str, Row]]) -> str:
         rows = {seed: row for seed, row in arms.get(name, {}).items() if int(seed) in SEEDS}
         if len(rows) < 2:
             continue
+        if study == 'long':
+            rows = with_recording(name, rows)
         top1 = interval([float(row['top1']) for row in rows.values()])
         others = (*references, ARMS[name].control or ('control' if name in repeated else '')) if own else references
         gains = [None if name == other else paired_gain(rows, arms.get(other, {})) for other in others]
@@ -129,6 +169,27 @@ def study_table(study: str, arms: dict[str, dict[str, Row]]) -> str:
     return '\n'.join(lines)
 
 
+def verdict(gain: Interval) -> str:
+    """Return what an add-on's interval says: an end above zero, or below a gain worth naming, or neither."""
+    if gain.mean - gain.half_width > 0:
+        return 'survives'
+    return 'does not' if gain.mean + gain.half_width < WORTH_NAMING else 'cannot tell'
+
+
+def ledger_table(arms: dict[str, dict[str, Row]]) -> str:
+    """Return the ledger: an add-on a line, with its gain and what that says."""
+    lines = ['| add-on | compared with | epochs | seeds | gain, points | |', '|---|---|---:|---:|---:|---|']
+    for name, reference in LEDGER.items():
+        gain = paired_gain(arms.get(name, {}), arms.get(reference, {}))
+        if gain is not None:
+            arm, other = ARMS[name], ARMS[reference]
+            label = f'color: {arm.label}' if arm.measured == PHOTOS else arm.label
+            seeds = len(arms[name].keys() & arms[reference].keys())
+            points = f'{gain.mean:+.2f} ± {gain.half_width:.2f}'
+            lines.append(f'| {label} | {other.label} | {arm.epochs} | {seeds} | {points} | {verdict(gain)} |')
+    return '\n'.join(lines)
+
+
 def models_table(arms: dict[str, dict[str, Row]]) -> str:
     """Return the top-1 of what the arms start from and learn from."""
     names = {'start': 'start', 'taught_start': 'start, taught', 'teacher': 'teacher', 'ensemble': 'the two teachers'}
@@ -147,7 +208,8 @@ def models_table(arms: dict[str, dict[str, Row]]) -> str:
 
 def fill(document: str, arms: dict[str, dict[str, Row]]) -> str:
     """Return the document with each table in its place."""
-    tables = {'models': models_table(arms)} | {study: study_table(study, arms) for study in STUDIES}
+    tables = {'models': models_table(arms), 'models_later': models_table(read_arms(['models_later']))}
+    tables |= {'verdicts': ledger_table(arms)} | {study: study_table(study, arms) for study in STUDIES}
     for name, table in tables.items():
         head, begin, rest = document.partition(f'<!-- {name} -->\n')
         if begin:
@@ -177,9 +239,39 @@ def draw(arms: dict[str, dict[str, Row]]) -> None:
     axes.axvline(0, color='#666666', linewidth=1)
     axes.grid(axis='x', alpha=0.3)
     axes.spines[['top', 'right']].set_visible(False)
-    axes.set_xlabel(f'points of top-1, mean of {len(SEEDS)} seeds and its 95 % interval')
+    axes.set_xlabel('points of top-1, mean of 5 seeds and its 95 % interval')
     figure.suptitle('Gain over going on with cross-entropy for as many steps')
     with replacing(PICTURE) as path:
+        figure.savefig(path, dpi=120)
+
+
+def draw_curves(arms: dict[str, dict[str, Row]]) -> None:
+    """Draw top-1 over processor time, a line for each way of training, from the start towards the teachers."""
+    figure = Figure(figsize=(9, 4.5), layout='constrained')
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    start = statistics.mean(float(arms['start'][str(seed)]['top1']) for seed in range(5))
+    teachers = float(arms['ensemble']['']['top1'])
+    for label, (color, names) in CURVES.items():
+        points = [(0.0, start, 0)]
+        for name in names:
+            seconds, top1 = (float(mean_of(arms[name], column, '')) for column in ('seconds', 'top1'))
+            points.append((seconds, top1, ARMS[name].epochs))
+            axes.plot(
+                [seconds] * len(arms[name]), [float(row['top1']) for row in arms[name].values()], '.', color=color
+            )
+            axes.annotate(f'{ARMS[name].epochs} epochs', (seconds + 1, top1), color=color, va='center')
+        axes.plot(*zip(*(point[:2] for point in points), strict=True), '-', color=color, label=label)
+    axes.axhline(teachers, color='#666666', linestyle='--', linewidth=1)
+    axes.annotate('the two teachers', (0.4, teachers), va='bottom')
+    axes.margins(x=0.1)
+    axes.grid(alpha=0.3)
+    axes.spines[['top', 'right']].set_visible(False)
+    axes.set_xlabel('processor seconds after the start')
+    axes.set_ylabel('top-1, %')
+    axes.legend(loc='lower right', frameon=False)
+    figure.suptitle('How near to its teachers the student comes, and what that costs (5 seeds)')
+    with replacing(CURVES_PICTURE) as path:
         figure.savefig(path, dpi=120)
 
 
@@ -199,6 +291,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         path.write_text(filled)
     if 'control' in arms:
         draw(arms)
+        draw_curves(arms)
 
 
 if __name__ == '__main__':

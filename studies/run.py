@@ -21,8 +21,9 @@ import shutil
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from unittest.mock import patch
 
 import timm
 import torch
@@ -36,17 +37,19 @@ from arms import (
     MODELS,
     SEEDS,
     STORES,
-    STUDIES,
     TUNING_SEED,
     Arm,
 )
 from data_sets import FASHION, FULL, DataSet
+from later_arms import LATER, STUDIES
+from ledger import LOSSES
 from timm.data import create_dataset, create_transform
 from torch import Tensor, nn
 
 from timm_mealv2.cli import soft_labels
 from timm_mealv2.command_line import OneLineParser, run_cli
 from timm_mealv2.errors import UserError
+from timm_mealv2.losses import similarity_loss
 from timm_mealv2.training import run as training
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,7 +63,7 @@ Row = dict[str, str]
 
 @dataclass(frozen=True)
 class Job:
-    """One training: its arm, seed, learning rate ('' if among the options), options, and what it is measured on."""
+    """One training, and what it is measured on; the learning rate is '' if it is among the options."""
 
     arm: str
     seed: int
@@ -68,13 +71,14 @@ class Job:
     options: str
     keep: bool = False
     measured: DataSet = FASHION
+    loss: str = ''
 
 
 @functools.cache
 def images(source: DataSet, split: str) -> tuple[Tensor, Tensor]:
-    """Return images [N, C, 32, 32] and labels [N] of the split 'test' or 'tuning'."""
+    """Return images [N, C, H, W] and labels [N] of the split 'test' or 'tuning'."""
     config = {
-        'input_size': (source.channels, 32, 32),
+        'input_size': (source.channels, source.size, source.size),
         'mean': (source.mean,) * source.channels,
         'std': (source.std,) * source.channels,
         'interpolation': 'bilinear',
@@ -119,6 +123,20 @@ def measure(model: nn.Module, source: DataSet, *, compare: bool) -> Row:
     return row
 
 
+@torch.no_grad()
+def average(model: nn.Module, checkpoints: Sequence[Path], data: str) -> None:
+    """Give a model the mean weights of checkpoints, and the statistics that its images then have in batch norm."""
+    states = [torch.load(path, weights_only=True, map_location='cpu')['state_dict'] for path in checkpoints]
+    model.load_state_dict({name: sum(state[name] for state in states) / len(states) for name in states[0]})
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.momentum = None  # a plain mean over batches
+    model.train()
+    for batch in images(replace(FASHION, folder=data, test='train.tar'), 'test')[0].split(250):
+        model(batch)
+
+
 def train(job: Job) -> Row:
     """Train as `train_distill.py` does, and return the row of its last weights. A kept model's folder is whole."""
     logging.basicConfig(level=logging.WARNING)  # the training program then leaves the logging as it is
@@ -128,7 +146,8 @@ def train(job: Job) -> Row:
     shutil.rmtree(folder, ignore_errors=True)
     argv = [*shlex.split(f'{COMMON} {job.options}'), '--seed', str(job.seed)]
     began = time.process_time()
-    training.main([*argv, '--output', str(folder.parent), '--experiment', folder.name])
+    with patch('timm_mealv2.task.similarity_loss', LOSSES.get(job.loss, similarity_loss)):
+        training.main([*argv, '--output', str(folder.parent), '--experiment', folder.name])
     seconds = time.process_time() - began
     settings = yaml.safe_load((folder / 'args.yaml').read_text())
     model = timm.create_model(
@@ -138,6 +157,8 @@ def train(job: Job) -> Row:
         checkpoint_path=folder / 'last.pth.tar',
         **settings['model_kwargs'],
     )
+    if '--checkpoint-hist' in job.options:
+        average(model, sorted(folder.glob('checkpoint-*.pth.tar')), settings['data_dir'])
     with (folder / 'summary.csv').open(newline='') as file:
         last = list(csv.DictReader(file))[-1]
     if job.keep:
@@ -209,8 +230,8 @@ def missing(study: str, jobs: Iterable[Job]) -> list[Job]:
 def model_jobs(arms: Sequence[Arm], seeds: Sequence[int]) -> list[Job]:
     """Return the trainings of the models that the arms start from or learn from, and the recordings."""
     needed = [model for arm in arms for model in arm.models]
-    needed += [(arm.start, seed) for seed in (TUNING_SEED, *seeds) for arm in arms if arm.start]
-    needed += [(arm.labels, seed) for seed in seeds for arm in arms if arm.labels]
+    needed += [(arm.start, seed) for arm in arms if arm.start for seed in (TUNING_SEED, *seeds[: arm.seeds])]
+    needed += [(arm.labels, seed) for arm in arms if arm.labels for seed in seeds[: arm.seeds]]
     needed += [(MODEL_STARTS[name], seed) for name, seed in needed if name in MODEL_STARTS]
     jobs = []
     for name, seed in dict.fromkeys(needed):
@@ -228,7 +249,7 @@ def arm_job(arm: Arm, seed: int, lr: float | str) -> Job:
         options += f' --soft-labels {MODELS}/{arm.labels}-{seed}'
     if arm.start:
         options += f' --initial-checkpoint {MODELS}/{arm.start}-{seed}/last.pth.tar'
-    return Job(arm.name, seed, str(lr), options, measured=arm.measured)
+    return Job(arm.name, seed, str(lr), options, measured=arm.measured, loss=arm.loss)
 
 
 def tuned_lr(arm: Arm) -> str:
@@ -255,17 +276,18 @@ def run_jobs(pool: Executor, study: str, jobs: Iterable[Job]) -> None:
 def run_study(pool: Executor, study: str, seeds: Sequence[int] = SEEDS) -> None:
     """Run what is missing of a study: the models it needs, learning rates, seeds."""
     arms = STUDIES[study]
+    models = 'models_later' if study in LATER else 'models'
     jobs = model_jobs(arms, seeds)
     later = [job for job in jobs if '--teachers' in job.options or '--initial-checkpoint' in job.options]
-    run_jobs(pool, 'models', [job for job in jobs if job not in later])
-    run_jobs(pool, 'models', later)
+    run_jobs(pool, models, [job for job in jobs if job not in later])
+    run_jobs(pool, models, later)
     for source in {arm.measured for arm in arms if arm.measured.teacher}:
-        if not any(row['settings'] == source.teacher for row in read_rows('models')):
+        if not any(row['settings'] == source.teacher for row in read_rows(models)):
             ensemble = timm.create_model(source.teacher, pretrained=True)
             name = 'ensemble' if source == FASHION else 'photos_ensemble'
-            add_row('models', {'arm': name, 'settings': source.teacher, **measure(ensemble, source, compare=False)})
+            add_row(models, {'arm': name, 'settings': source.teacher, **measure(ensemble, source, compare=False)})
     run_jobs(pool, study, [arm_job(arm, TUNING_SEED, lr) for arm in arms if arm.lr is None for lr in LEARNING_RATES])
-    run_jobs(pool, study, [arm_job(arm, seed, tuned_lr(arm)) for arm in arms for seed in seeds])
+    run_jobs(pool, study, [arm_job(arm, seed, tuned_lr(arm)) for arm in arms for seed in seeds[: arm.seeds]])
 
 
 def main(argv: Sequence[str] | None = None) -> None:

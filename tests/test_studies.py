@@ -14,8 +14,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from timm_mealv2.losses import similarity_loss
 from timm_mealv2.training.settings import parse_args
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,7 +29,7 @@ PHOTO_TEACHERS = ('photos_teacher-10', 'photos_teacher-11')
 def studies(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, ModuleType]]:
     """The programs in studies/, which import each other by their plain names."""
     monkeypatch.syspath_prepend(str(ROOT / 'studies'))
-    names = ('arms', 'run', 'report', 'data_sets', 'make_data')
+    names = ('arms', 'later_arms', 'ledger', 'run', 'report', 'data_sets', 'make_data')
     yield {name: importlib.import_module(name) for name in names}
     for name in names:
         sys.modules.pop(name, None)
@@ -58,11 +60,43 @@ def test_a_paired_gain_is_the_mean_difference_over_shared_seeds_with_students_in
     assert studies['report'].paired_gain(arm, {'0': {'top1': '81.0'}}) is None
 
 
+def test_an_add_on_survives_above_zero_and_fails_below_a_gain_worth_naming(studies: dict[str, ModuleType]) -> None:
+    report = studies['report']
+    for mean, half_width, verdict in ((0.2, 0.1, 'survives'), (0.0, 0.2, 'does not'), (0.1, 0.2, 'cannot tell')):
+        assert report.verdict(report.Interval(mean, half_width / 2, half_width)) == verdict
+    rows = report.ledger_table(
+        {
+            'off': {str(seed): {'top1': '80.0'} for seed in range(3)},
+            'mealv2': {str(seed): {'top1': f'8{seed + 2}.0'} for seed in range(3)},
+        }
+    )
+    assert rows.splitlines()[2:] == ['| MEAL V2, official discriminator | none | 15 | 3 | +3.00 ± 2.48 | survives |']
+
+
+def test_the_losses_of_the_ledger_are_those_of_the_papers(studies: dict[str, ModuleType]) -> None:
+    losses = studies['ledger'].LOSSES
+    logits, teacher = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    log_p = teacher.log_softmax(dim=1)
+    plain, entropy = similarity_loss(logits, log_p)
+    # A student that gives the teachers' probabilities has nothing to relate better.
+    assert float(losses['dist_2'](log_p, log_p)[0]) == pytest.approx(float(entropy))
+    p, q = log_p.exp().numpy(), logits.softmax(dim=1).numpy()
+    related = sum(1 - np.corrcoef(a, b).diagonal(offset=len(a)).mean() for a, b in ((p, q), (p.T, q.T)))
+    assert float(losses['dist_2'](logits, log_p)[0]) == pytest.approx(float(plain) + 2 * related)
+    # Standardized logits know neither scale nor shift.
+    same = losses['standardized'](3 * logits + 1, log_p)[0]
+    assert float(same) == pytest.approx(float(losses['standardized'](logits, log_p)[0]))
+    each = -(p * logits.log_softmax(dim=1).numpy()).sum(axis=1)
+    uncertain = -(p * np.log(p)).sum(axis=1)
+    for name, weights in (('certain', np.log(4) - uncertain), ('uncertain', uncertain)):
+        assert float(losses[name](logits, log_p)[0]) == pytest.approx(np.average(each, weights=weights))
+
+
 def test_every_arm_is_a_command_line_that_the_training_program_takes(
     studies: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
-    arms = [arm for group in studies['arms'].STUDIES.values() for arm in group]
+    arms = [arm for group in studies['later_arms'].STUDIES.values() for arm in group]
     assert len({arm.name for arm in arms}) == len(arms)
     for arm in arms:
         # The model that it starts from and the predictions that it reads are made by the study.
@@ -79,17 +113,20 @@ def test_a_study_goes_on_where_it_was(
     teacher = f'local-dir:{EXAMPLE / "teachers/teacher_b"}'
     fashion = dataclasses.replace(arms.FASHION, folder=str(small_sample), teacher=teacher)
     data = {'data': str(small_sample), 'measured': fashion}
+    options, losses = f'--teachers {teacher} --checkpoint-hist 2', []
     monkeypatch.chdir(ROOT)
     for name, value in {
         'RESULTS': tmp_path / 'results',
         'MODELS': str(tmp_path / 'models'),
         'LEARNING_RATES': (0.05, 0.1),
-        'STUDIES': {'smoke': (arms.Arm('first', 'First', f'--teachers {teacher}', start='', epochs=1, **data),)},
+        'STUDIES': {'smoke': (arms.Arm('first', 'First', options, start='', epochs=2, loss='counted', **data),)},
+        'LOSSES': {'counted': lambda *logits: losses.append(similarity_loss(*logits)) or losses[-1]},
     }.items():
         monkeypatch.setattr(run, name, value)
     pool = InThisProcess()
     run.run_study(pool, 'smoke', seeds=(0,))
     assert pool.jobs == 3  # two learning rates, one seed
+    assert losses  # the arm's own loss was taken
     rows = run.read_rows('smoke')
     tuning = {row['lr']: float(row['tuning_top1']) for row in rows if row['seed'] == '100'}
     assert rows[-1]['lr'] == max(tuning, key=lambda lr: tuning[lr])

@@ -1,0 +1,99 @@
+"""The later studies: longer trainings on stored labels, add-ons of other methods, images without labels.
+
+They were run on another machine than those of `arms.py`, and digits differ from CPU to CPU: their starts and teachers
+were trained there again (`studies/results/models_later.csv`), and their rows are compared with one another alone.
+Learning rates are those that the same losses were tuned to in `arms.py`; losses of their own tune theirs.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+from arms import AUGMENTED, LABELS, MEALV2, NO_LABELS, TEACHER_PAIR, WITHOUT, Arm, of_teachers
+from arms import STUDIES as FIRST
+from data_sets import FASHION, TWO, UNLABELED
+
+LIVE = Arm('live', 'MEAL V2 without discriminator', f'{MEALV2} {WITHOUT}', 'logit_t1', models=TEACHER_PAIR)
+
+
+def _long() -> tuple[Arm, ...]:
+    """Labels and stored predictions, crops alone and mixed, from 15 to 450 epochs."""
+    arms = []
+    for epochs in (15, 45, 150, 450):
+        for name, label, lr, options, store in (
+            ('labels', 'labels', 'control', LABELS, ''),
+            ('stored', 'stored predictions', 'logit_t1', f'{WITHOUT} {NO_LABELS}', 'labels_of'),
+        ):
+            for images, augmented in (('crops', ''), ('mixed', f' {AUGMENTED}')):
+                arms.append(
+                    Arm(
+                        f'{name}_{images}_{epochs}',
+                        f'{epochs} epochs: {label}, {images}',
+                        f'{options}{augmented}',
+                        lr,
+                        epochs=epochs,
+                        models=TEACHER_PAIR,
+                        control=f'labels_crops_{epochs}',
+                        labels=f'{store}_{images}' if store else '',
+                        seeds=5 if epochs == 15 and images == 'crops' else 2 if epochs == 450 else 3,
+                    )
+                )
+    return tuple(arms)
+
+
+def _ledger() -> tuple[Arm, ...]:
+    """MEAL V2 without discriminator, and with one thing more or another."""
+    good_and_weak = (TEACHER_PAIR[0], ('start', 200))
+
+    def arm(name: str, label: str, options: str = LIVE.options, lr: str | None = LIVE.lr, **others: Any) -> Arm:
+        return replace(LIVE, name=name, label=label, options=options, lr=lr, **others)
+
+    def logit(temperature: int, labels: float) -> str:
+        words = f'--kd-distill-type logit --kd-temperature {temperature} --task-loss-weight {labels}'
+        return f'--teachers {TWO} {words} {LABELS if labels else NO_LABELS}'
+
+    return (
+        LIVE,
+        arm('kd_t2', 'T = 2', logit(2, 0), lr=None),
+        arm('kd_t4', 'T = 4', logit(4, 0), lr='logit_t4'),
+        arm('kd_t2_labels', 'T = 2, half labels', logit(2, 0.5), lr='kd_t2'),
+        arm('kd_t4_labels', 'T = 4, half labels', logit(4, 0.5), lr='logit_t4_labels'),
+        arm('dist_2', "DIST's relation terms, weight 2", loss='dist_2'),
+        arm('dist_0.5', "DIST's relation terms, weight 0.5", loss='dist_0.5'),
+        arm('standardized', 'standardized logits, T = 2', lr=None, loss='standardized'),
+        arm('certain', 'images that teachers are sure of weigh more', loss='certain'),
+        arm('uncertain', 'images that teachers are unsure of weigh more', loss='uncertain'),
+        arm('ema', 'moving average of the weights, 0.98', f'{LIVE.options} --model-ema --model-ema-decay 0.98'),
+        arm('average', 'mean weights of the last 4 of 15 epochs', f'{LIVE.options} --checkpoint-hist 4'),
+        arm('official', 'official discriminator', MEALV2, lr='mealv2'),
+        arm('adversarial', 'adversarial discriminator', f'{MEALV2} --discriminator-mode adversarial', lr='mealv2'),
+        arm('test_36', 'tested at 36 pixels', measured=replace(FASHION, size=36, teacher='')),
+        arm(
+            'calibrated',
+            'calibrated teachers',
+            f'--teachers python:studies.ledger:calibrated {WITHOUT} {NO_LABELS}',
+        ),
+        arm('weak', 'a weak teacher in place of one', of_teachers(good_and_weak), models=good_and_weak),
+        arm(
+            'weak_weighted',
+            'the same, weighted by 1 / error',
+            of_teachers(good_and_weak, '--teacher-weights 0.59 0.41'),
+            models=good_and_weak,
+        ),
+    )
+
+
+def _pool() -> tuple[Arm, ...]:
+    """Some 448 steps on images whose labels are not looked at; the learning rate falls with each step."""
+    arm = replace(LIVE, options=f'{LIVE.options} --sched-on-updates')
+    return tuple(
+        replace(arm, name=f'pool_{count}', label=f'{count:,} images', data=data, epochs=epochs)
+        for count, data, epochs in (
+            (2000, arm.data, 28),
+            (9500, f'{UNLABELED}/9500', 6),
+            (57000, f'{UNLABELED}/57000', 1),
+        )
+    )
+
+
+LATER = {'long': _long(), 'ledger': _ledger(), 'pool': _pool()}
+STUDIES = FIRST | LATER
