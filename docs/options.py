@@ -59,7 +59,8 @@ def sections(title: str, parser: argparse.ArgumentParser, level: int, text: str 
             name = '' if group.title in ('positional arguments', 'options') else f'**{group.title}**\n\n'
             yield f'{name}| option | default | |\n|---|---|---|\n' + '\n'.join(rows) + '\n'
     for name, subparser in subcommands.items():
-        yield from sections(f'{title} {name}', subparser, level + 1, helps[name])
+        if name in helps:  # an alias has none
+            yield from sections(f'{title} {name}', subparser, level + 1, helps[name])
 
 
 def _row(parser: argparse.ArgumentParser, action: argparse.Action) -> str:

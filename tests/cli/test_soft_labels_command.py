@@ -1,6 +1,7 @@
 """The program `mealv2-softlabels` as a user runs it."""
 
 import functools
+import json
 import re
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ from images import write_images
 from PIL import Image
 
 from timm_mealv2.cli import soft_labels
+from timm_mealv2.cli.evaluate import main as evaluate
 from timm_mealv2.cli.soft_labels import main
 from timm_mealv2.command_line import run_cli
 from timm_mealv2.soft_labels.store import SoftLabelStore, StoreMeta
@@ -62,21 +64,45 @@ def test_the_program_runs_as_a_module(folder: Path) -> None:
 
 def test_info_shows_what_a_store_holds(folder: Path, capsys: Any) -> None:
     capsys.readouterr()
-    main(['info', str(folder / 'store')])
+    main(['show', str(folder / 'store')])
     text = capsys.readouterr().out
-    size = sum(path.stat().st_size for path in (folder / 'store').iterdir())
     for words in (
-        f'teachers  test_resnet={folder}/teacher.pth: weight 1, image size as the samples, SHA-256',
-        'samples   3x24x24, seed 42',
+        'teacher   name test_resnet=',
+        'weight 1',
+        'samples   input_size 3 24 24, ',
+        'seed 42',
         'aa rand-m9, ',
         'cutmix 1.0',
         '12 images x 3 epochs = 36 records of 20 bytes, 720B',
-        f'{size:,} bytes in 3 files',
         f'Pillow {Image.__version__}',
         'epoch 0   top 4 of 7 classes keep 0.',
         '0 images without a record',
     ):
         assert words in text
+
+
+def test_the_teachers_are_measured_where_there_is_a_validation_split(
+    image_folder: Path, tmp_path: Path, capsys: Any
+) -> None:
+    for seed, name in enumerate(('test_resnet', 'test_efficientnet')):
+        torch.manual_seed(seed)
+        torch.save(timm.create_model(name, num_classes=3).state_dict(), tmp_path / f'{name}.pth')
+    texts = [f'{name}={tmp_path}/{name}.pth' for name in ('test_resnet', 'test_efficientnet')]
+    data = ['--data-dir', str(image_folder), '--device', 'cpu']
+    store = str(tmp_path / 'store')
+    options = ['--epochs', '1', '--img-size', '24', '-j', '0', '--teachers', *texts]
+    main(['record', *data, *options, '--out', store])
+    file = str(tmp_path / 'rows.json')
+    evaluate([texts[0], *data, '--teachers', *texts, '--img-size', '24', '-j', '0', '--json', file])
+    rows = json.loads(Path(file).read_text())
+    figures = StoreMeta.read(tmp_path / 'store').figures
+    assert set(figures) == {'ensemble', *(f'teacher {text}' for text in texts)}
+    for name, expected in ((f'teacher {texts[0]}', rows[texts[0]]), ('ensemble', rows['ensemble'])):
+        assert (figures[name]['top1'], figures[name]['samples']) == (expected['top1'], expected['samples'])
+    capsys.readouterr()
+    main(['show', store])
+    words = f'measured  ensemble: top-1 {figures["ensemble"]["top1"]:.2f} % of 12 validation images'
+    assert words in capsys.readouterr().out
 
 
 def test_info_names_unreadable_images_and_how_far_a_recording_is(folder: Path, tmp_path: Path, capsys: Any) -> None:
@@ -155,7 +181,7 @@ def test_the_classes_of_a_teacher_are_chosen(folder: Path, tmp_path: Path) -> No
         (('--epochs', '0'), '--epochs'),
         (('--device', 'xpu'), '--device xpu cannot be used: '),
         (('--model', 'absent'), "--model: 'absent': timm has no such model"),
-        (('--model', 'local-dir:/absent'), 'cannot create --model local-dir:/absent'),
+        (('--model', 'local-dir:/absent'), '--model local-dir:/absent cannot be made'),
         (('--mean', '0.1', '0.2'), '--mean and --std take one value or 3'),
         (('--cutmix-minmax', '0.5'), '--cutmix-minmax 0.5: must be two values'),
     ],
@@ -178,6 +204,7 @@ _RECORD_AND_TELL = """
 import os, sys, time
 from pathlib import Path
 from timm_mealv2.cli import soft_labels
+from timm_mealv2.cli.evaluate import main as evaluate
 from timm_mealv2.cli.soft_labels import main
 
 rename = os.replace

@@ -13,7 +13,8 @@ from timm_mealv2.data.augmentation import Augmentation
 from timm_mealv2.data.dataset import open_dataset
 from timm_mealv2.models.ensemble import EnsembleTeacher
 from timm_mealv2.models.factory import create_ensemble
-from timm_mealv2.soft_labels.record import describe, record
+from timm_mealv2.soft_labels.describe import describe
+from timm_mealv2.soft_labels.record import record
 from timm_mealv2.soft_labels.store import SoftLabelStore, StoreMeta
 
 AUGMENTATION = Augmentation((3, 24, 24), aa='rand-m9-mstd0.5', reprob=0.3)

@@ -15,7 +15,8 @@ from torch.utils.data import Dataset
 from timm_mealv2.data.augmentation import Augmentation
 from timm_mealv2.errors import UserError
 from timm_mealv2.models.ensemble import EnsembleTeacher
-from timm_mealv2.soft_labels.record import describe, record
+from timm_mealv2.soft_labels.describe import describe
+from timm_mealv2.soft_labels.record import record
 from timm_mealv2.soft_labels.store import META, SoftLabelStore, StoreMeta
 
 

@@ -172,7 +172,7 @@ def test_epochs_that_come_again_are_announced(train: Train, caplog: pytest.LogCa
         (['--aug-repeats', '3'], '--aug-repeats'),
         (['--teacher-dtype', 'float16'], '--teacher-dtype float16: the predictions are stored'),
         (['--kd-distill-type', 'logit'], '--soft-labels'),
-        (['--soft-labels', '/nowhere'], '/nowhere holds no soft labels: there is no such folder'),
+        (['--soft-labels', '/nowhere'], '/nowhere holds no soft labels: there is no meta.json'),
     ],
 )
 def test_what_does_not_go_with_the_store_is_refused_before_the_data_is_opened(
@@ -200,7 +200,7 @@ def test_other_images_stop_the_training_with_one_line_or_are_counted(
         train('other', '--workers', 1, data=data)
     with caplog.at_level(logging.INFO):
         train('other', '--allow-pixel-change', '--epochs', 1, data=data)
-    assert 'Other pixels than recorded: 20 samples of this epoch and process' in caplog.text
+    assert 'train: 20 images have other pixels than when they were recorded' in caplog.text
 
 
 @pytest.mark.parametrize('when', ['before', 'after'])

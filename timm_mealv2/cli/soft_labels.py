@@ -3,12 +3,14 @@
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import timm
 import torch
+from timm.models import resolve_model_input_args
 from timm.utils.distributed import world_info_from_env
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -26,6 +28,7 @@ from timm_mealv2.command_line import (
     TRAIN_SPLIT,
     UNLABELED,
     OneLineParser,
+    Option,
     add_options,
     flag,
     model_text,
@@ -33,13 +36,17 @@ from timm_mealv2.command_line import (
 )
 from timm_mealv2.data.augmentation import Augmentation
 from timm_mealv2.data.class_names import class_names_of, unlabeled
+from timm_mealv2.data.loader import eval_loader
 from timm_mealv2.data.normalize import resolve_pixels
-from timm_mealv2.errors import UserError, one_line
+from timm_mealv2.errors import UserError
+from timm_mealv2.evaluation import evaluate
+from timm_mealv2.models.checkpoint import making
 from timm_mealv2.models.ensemble import EnsembleTeacher
 from timm_mealv2.models.factory import TeacherSpec
-from timm_mealv2.soft_labels.record import describe, measure_rate, record
+from timm_mealv2.soft_labels.describe import describe
+from timm_mealv2.soft_labels.record import measure_rate, record
 from timm_mealv2.soft_labels.replay import StoredSamples
-from timm_mealv2.soft_labels.store import SoftLabelStore, StoreMeta
+from timm_mealv2.soft_labels.store import SoftLabelStore, StoreMeta, shown
 from timm_mealv2.soft_labels.verify import changed_teachers, compare, create_teachers, draw_samples, read_all
 from timm_mealv2.training.build_data import build_augmentation
 from timm_mealv2.training.checks import check_image_settings
@@ -77,13 +84,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar='COMMAND')
 
-    def add_command(name: str, function: object, text: str, with_data: bool = True) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=text, description=text)
-        command.set_defaults(run=function, parser=command)
+    def add_command(name: str, function: object, text: str, **kwargs: Any) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text, **kwargs)
+        command.set_defaults(run=function, parser=command, device=None)
         if function is not _record:
             command.add_argument('store', type=Path, metavar='DIR', help='the store')
-        if with_data:
-            add_options(command.add_argument_group('data set'), (*DATA, TRAIN_SPLIT))
+        add_options(command.add_argument_group('data set'), (*DATA, TRAIN_SPLIT))
         return command
 
     text = 'Record the predictions for every sample, or go on where a recording stopped.'
@@ -98,14 +104,11 @@ def build_parser() -> argparse.ArgumentParser:
     student = 'student, whose image size, mean and std count; else those of the first teacher'
     add('--model', type=model_text, metavar='NAME', help=student)
     dry_run = flag('--dry-run', 'measure the rate for half a minute, tell samples, bytes and hours, and write nothing')
-    add_options(command, [dry_run])
-    add_options(command, [UNLABELED])
+    val_split = Option('--val-split', None, 'validation split, where the teachers are measured', 'validation')
+    add_options(command, [dry_run, val_split, UNLABELED])
     groups = {'teachers': TEACHERS, 'images': INPUT, 'augmentation': AUGMENTATION, 'device': DEVICE}
     for name, options in groups.items():
         add_options(command.add_argument_group(name), options)
-    command.set_defaults(device=None)
-
-    add_command('info', _info, 'Show what a store holds.', with_data=False)
 
     text = 'Read a store to its end, and let the teachers predict some samples again.'
     command = add_command('verify', _verify, text)
@@ -114,12 +117,11 @@ def build_parser() -> argparse.ArgumentParser:
     text = 'largest difference of a probability'
     command.add_argument('--tolerance', type=POSITIVE, default=0.01, metavar='P', help=text)
     add_options(command.add_argument_group('device'), DEVICE[:1])
-    command.set_defaults(device=None)
 
-    text = 'Draw the first samples of an image, each beside the classes that it was given.'
-    command = add_command('show', _show, text)
-    command.add_argument('image', metavar='IMAGE', help='its name in the data set, or its number')
-    command.add_argument('--out', type=Path, required=True, metavar='FILE.png', help='the picture')
+    text = 'Show what a store holds, or draw the samples of an image, each beside the classes that it was given.'
+    command = add_command('show', _show, text, aliases=['info'])
+    command.add_argument('image', nargs='?', metavar='IMAGE', help='its name in the data set, or its number')
+    command.add_argument('--out', type=Path, default=Path('samples.png'), metavar='FILE', help='the picture')
     command.add_argument('--samples', type=COUNT, default=8, metavar='N', help='samples to draw')
     return parser
 
@@ -129,46 +131,66 @@ def _record(args: argparse.Namespace) -> None:
     if rank:
         logging.getLogger().setLevel(logging.WARNING)
     device = choose_device(args.device, local_rank)
-    dataset, teachers, meta = _parts(args, device)
+    if 'mixup_mode' not in args.given:
+        args.mixup_mode = 'pair'
+    elif args.mixup_mode != 'pair' and (args.mixup or args.cutmix or args.cutmix_minmax):
+        fault = 'a sample would depend on its batch; pair is what can be recorded'
+        raise UserError(f'--mixup-mode {args.mixup_mode}: {fault}.')
+    check_image_settings(args)
+    args.teachers = TeacherSpec.parse_all(args.teachers)
+    for spec in args.teachers:
+        spec.check()
+    dataset = _open_images(args)
+    folders = class_names_of(unlabeled(dataset) if args.unlabeled else dataset)
+    if folders and len(folders) == 1:  # a place for all images, and no class
+        folders = None
+    in_chans = args.in_chans or (args.input_size[0] if args.input_size else None)
+    teachers = build_ensemble(args, num_classes=args.num_classes, in_chans=in_chans, class_names=folders, device=device)
+    cfg = teachers.pretrained_cfg
+    if args.model:
+        with making(f'--model {args.model}'):
+            cfg = resolve_model_input_args(args.model)['pretrained_cfg']
+    pixels = {name: getattr(args, name) for name in ('input_size', 'img_size', 'mean', 'std')}
+    config = resolve_pixels(pixels, cfg, teachers.in_chans)
+    augmentation = build_augmentation(args, config)
+    meta = describe(dataset, teachers, augmentation, seed=args.seed, top_k=args.top_k, batch_size=args.batch_size)
+    work: dict[str, Any] = {'workers': args.workers, 'device': device}
     if args.dry_run:
-        rate = measure_rate(dataset, teachers, meta, workers=args.workers, device=device)
+        rate = measure_rate(dataset, teachers, meta, **work)
         print(_amount(meta, args.epochs))
         hours = meta.images * args.epochs / rate / 3600
         print(f'{rate:,.1f} samples/s on {device}: {hours:,.2f} hours with one process; several share the work')
         return
-    store = record(
-        args.out, dataset, teachers, meta, args.epochs, workers=args.workers, device=device, progress=not rank
-    )
+    measure = partial(_measure, args, teachers, config, device)
+    store = record(args.out, dataset, teachers, meta, args.epochs, progress=not rank, measure=measure, **work)
     _logger.info(f'{args.out}: {_amount(store.meta, store.meta.epochs)}')
 
 
-def _info(args: argparse.Namespace) -> None:
-    store = SoftLabelStore(args.store)
-    meta = store.meta
-    for number, teacher in enumerate(meta.teachers):
-        size = 'x'.join(map(str, teacher['img_size'])) if teacher['img_size'] else 'as the samples'
-        dtype = f', {teacher["autocast_dtype"]}' if teacher['autocast_dtype'] else ''
-        print(
-            f'{"" if number else "teachers":<10}{teacher["name"]}: weight {teacher["weight"]:.3g}, image size {size}'
-            f'{dtype}, SHA-256 {teacher["sha256"][:12]}'
-        )
-    default = Augmentation(meta.augmentation.input_size)
-    changed = [f'{name} {value}' for name, value in vars(meta.augmentation).items() if value != getattr(default, name)]
-    print(f'samples   {"x".join(map(str, meta.augmentation.input_size))}, seed {meta.seed}')
-    print(f'          {", ".join(changed) or "augmentation by default"}')
-    print(f'records   {_amount(meta, meta.epochs)}')
-    print(f'libraries {", ".join(f"{name} {version}" for name, version in meta.versions.items())}')
-    files = [path for path in args.store.iterdir() if path.is_file()]
-    print(f'on disk   {sum(path.stat().st_size for path in files):,} bytes in {len(files):,} files')
-    if store.missing:
-        print(f'epochs    {store.epochs} of {meta.epochs} are there; {store.incomplete()}')
-    if store.epochs:
-        records = store.read_epoch(0, np.arange(meta.images))
-        unreadable = np.flatnonzero(records['crc'] == 0)
-        mass = records['probabilities'][records['crc'] != 0].sum(axis=1, dtype=np.float64).mean()
-        print(f'epoch 0   top {meta.top_k} of {meta.num_classes} classes keep {mass:.4f} of the probability')
-        names = store.names() if len(unreadable) else []
-        print(f'          {len(unreadable):,} images without a record', *(names[row] for row in unreadable[:10]))
+def _measure(
+    args: argparse.Namespace, teachers: EnsembleTeacher, config: dict[str, Any], device: torch.device
+) -> dict[str, dict[str, float]]:
+    """Evaluate ensemble and teachers on the validation split; {} where there is none, or with other classes."""
+    try:
+        validation = open_split(args, '--val-split')
+    except UserError:
+        return {}
+    if len(class_names_of(validation) or ()) != teachers.num_classes:
+        return {}
+    options = {'batch_size': args.batch_size, 'num_workers': args.workers, 'device': device}
+    loader = eval_loader(validation, config, img_mode=args.input_img_mode, decode=args.decode, **options)
+    models = {'ensemble': teachers}
+    found = evaluate(models, loader, device=device, reference='ensemble', members=True, data_config=config)
+    figures = {name.replace('ensemble/', 'teacher '): metrics for name, metrics in found.items()}
+    for line in _figures(figures):
+        _logger.info(line)
+    return figures
+
+
+def _figures(figures: Mapping[str, Mapping[str, float]]) -> list[str]:
+    return [
+        f'{name}: top-1 {metrics["top1"]:.2f} % of {metrics["samples"]:,.0f} validation images'
+        for name, metrics in figures.items()
+    ]
 
 
 def _verify(args: argparse.Namespace) -> None:
@@ -176,10 +198,10 @@ def _verify(args: argparse.Namespace) -> None:
     unreadable = read_all(store)
     total = store.meta.images * store.meta.epochs
     print(f'read                 {total:,} records, {unreadable:,} of them of images that could not be read')
-    device = choose_device(args.device)
-    samples = _samples(args, store)
-    teachers = create_teachers(store.meta, [str(spec) for spec in TeacherSpec.parse_all(args.teachers or [])], device)
-    found = compare(samples, teachers, count=args.samples, device=device)
+    samples = StoredSamples(store, _open_images(args))
+    names = [str(spec) for spec in TeacherSpec.parse_all(args.teachers or [])]
+    teachers = create_teachers(store.meta, names, choose_device(args.device))
+    found = compare(samples, teachers, args.samples)
     print(f'compared             {found["samples"]} samples; their pixels are the recorded ones')
     print(f'largest difference   {found["largest difference"]:.2e} of a probability')
     print(f'mean difference      {found["mean difference"]:.2e}')
@@ -193,11 +215,14 @@ def _verify(args: argparse.Namespace) -> None:
 
 def _show(args: argparse.Namespace) -> None:
     store = SoftLabelStore(args.store)
+    if args.image is None:
+        _show_contents(store)
+        return
     names = store.names()
     image = names.index(args.image) if args.image in names else int(args.image) if args.image.isdecimal() else -1
     if not 0 <= image < len(names):
         raise UserError(f'{args.store} has no image {args.image}, but {names[0]} for one (or its number, 0).')
-    samples = _samples(args, store)
+    samples = StoredSamples(store, _open_images(args))
     classes = store.meta.class_names or class_names_of(samples.dataset)
     if classes is not None and len(classes) != store.meta.num_classes:
         classes = None
@@ -205,37 +230,31 @@ def _show(args: argparse.Namespace) -> None:
     print(f'{args.out}: {names[image]}')
 
 
-def _parts(args: argparse.Namespace, device: torch.device) -> tuple[Dataset, EnsembleTeacher, StoreMeta]:
-    """The images, the teachers, and what is to be recorded, as the arguments say."""
-    if 'mixup_mode' not in args.given:
-        args.mixup_mode = 'pair'
-    elif args.mixup_mode != 'pair' and (args.mixup or args.cutmix or args.cutmix_minmax):
-        fault = 'a sample would depend on its batch; pair is what can be recorded'
-        raise UserError(f'--mixup-mode {args.mixup_mode}: {fault}.')
-    check_image_settings(args)
-    args.teachers = TeacherSpec.parse_all(args.teachers)
-    for spec in args.teachers:
-        spec.check()
-    dataset = open_split(args, '--train-split', or_all=args.train_split == 'train')
-    folders = class_names_of(unlabeled(dataset) if args.unlabeled else dataset)
-    if folders and len(folders) == 1:  # a place for all images, and no class
-        folders = None
-    in_chans = args.in_chans or (args.input_size[0] if args.input_size else None)
-    teachers = build_ensemble(args, num_classes=args.num_classes, in_chans=in_chans, class_names=folders, device=device)
-    # A model of random weights tells the pixels that a student of this name expects.
-    try:
-        cfg = timm.create_model(args.model).pretrained_cfg if args.model else teachers.pretrained_cfg
-    except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(f'cannot create --model {args.model}: {one_line(error)}') from error
-    pixels = {name: getattr(args, name) for name in ('input_size', 'img_size', 'mean', 'std')}
-    config = resolve_pixels(pixels, cfg, teachers.in_chans)
-    augmentation = build_augmentation(args, config)
-    meta = describe(dataset, teachers, augmentation, seed=args.seed, top_k=args.top_k, batch_size=args.batch_size)
-    return dataset, teachers, meta
+def _show_contents(store: SoftLabelStore) -> None:
+    meta = store.meta
+    for teacher in meta.teachers:
+        known = {**teacher, 'sha256': teacher['sha256'][:12], 'weight': f'{teacher["weight"]:.3g}'}
+        print('teacher  ', shown({name: value for name, value in known.items() if value is not None}))
+    for line in _figures(meta.figures):
+        print(f'measured  {line}')
+    default = vars(Augmentation(meta.augmentation.input_size)) | {'input_size': None}
+    changed = {name: value for name, value in vars(meta.augmentation).items() if value != default[name]}
+    print(f'samples   {shown(changed)}, seed {meta.seed}')
+    print(f'records   {_amount(meta, meta.epochs)}')
+    print(f'libraries {shown(meta.versions)}')
+    if store.missing:
+        print(f'epochs    {store.epochs} of {meta.epochs} are there; {store.incomplete()}')
+    if store.epochs:
+        records = store.read_epoch(0, np.arange(meta.images))
+        unreadable = np.flatnonzero(records['crc'] == 0)
+        mass = records['probabilities'][records['crc'] != 0].sum(axis=1, dtype=np.float64).mean()
+        print(f'epoch 0   top {meta.top_k} of {meta.num_classes} classes keep {mass:.4f} of the probability')
+        names = store.names() if len(unreadable) else []
+        print(f'          {len(unreadable):,} images without a record', *(names[row] for row in unreadable[:10]))
 
 
-def _samples(args: argparse.Namespace, store: SoftLabelStore) -> StoredSamples:
-    return StoredSamples(store, open_split(args, '--train-split', or_all=args.train_split == 'train'))
+def _open_images(args: argparse.Namespace) -> Dataset:
+    return open_split(args, '--train-split', or_all=args.train_split == 'train')
 
 
 def _amount(meta: StoreMeta, epochs: int) -> str:

@@ -230,18 +230,6 @@ def _open(dataset: Dataset, index: int) -> tuple[Any, Any]:
     return file, target
 
 
-def keeping_no_file_open(dataset: Dataset) -> Dataset:
-    """Return the same images for reading before worker processes start.
-
-    timm's reader of tars keeps its file open, and a process that is forked then shares the position in it.
-    """
-    if isinstance(dataset, ImageDataset) and hasattr(dataset.reader, 'cache_tarfiles'):
-        dataset = copy(dataset)
-        dataset.reader = reader = copy(dataset.reader)  # type: ignore[attr-defined]
-        reader.cache_tarfiles = False
-    return dataset
-
-
 def image_name(dataset: Dataset, index: int) -> str:
     """Path of an image, for messages; its split and number where the data set keeps no files."""
     name = dataset.filename(index, absolute=True) if isinstance(dataset, ImageDataset) else None

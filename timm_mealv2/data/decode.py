@@ -11,9 +11,10 @@ from timm.data import set_img_extensions
 
 IGNORED = {
     'orientation': 'have an orientation that is ignored: --decode view turns them',
+    'pixels': 'have other pixels than when they were recorded (--allow-pixel-change)',
     'transparency': 'are transparent, and the color beneath is taken: --decode view puts them over white',
 }
-"""What `decode` may leave out of an image, and what the log says of it."""
+"""What may be ignored of an image, by `decode` or in training on stored labels, and what the log says."""
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

@@ -253,7 +253,6 @@ class TrainLoader:
         self.sampler.set_position(epoch, start)
         for images, target in self.loader:
             yield images.to(self.device), target.to(self.device)
-        self.sampler.end_epoch()
 
 
 def eval_loader(

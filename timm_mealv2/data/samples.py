@@ -304,9 +304,6 @@ class EpochSampler(Sampler[KeyBatch]):
         """Choose the epoch and the first batch of the next iteration; what is skipped is not loaded."""
         self.epoch, self.start = epoch, start
 
-    def end_epoch(self) -> None:
-        """Do what is due when the last batch of an epoch has been taken."""
-
     def samples(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Return what this process takes in `epoch`, in turn: epochs of the samples int64 [n], images int64 [n]."""
         if self._repeated is not None:

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import multiprocessing
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +16,7 @@ from timm_mealv2.data.loader import Collate, stack_pixels
 from timm_mealv2.data.samples import EpochSampler, Key, KeyBatch, Sample, Samples
 from timm_mealv2.data.unreadable import UnreadableImage
 from timm_mealv2.errors import UserError
-from timm_mealv2.soft_labels.store import SoftLabelStore, library_versions, pixel_crc
+from timm_mealv2.soft_labels.store import SoftLabelStore, library_versions, pixel_crc, shown
 
 _logger = logging.getLogger(__name__)
 
@@ -28,11 +27,11 @@ class StoredSamples(Samples):
     Args:
         dataset: The images of the store, or some of them, without a transform.
         labels: The possible labels; None takes all.
-        allow_pixel_change: Count samples with other pixels than the recorded ones, in place of an error.
+        allow_pixel_change: Take samples with other pixels than the recorded ones, in place of an error; their images
+            are counted among what is ignored of images.
 
     Attributes:
         rows: The number in the store of each image of the data set; None if they are the data set's own.
-        changed: Samples with other pixels, counted by all worker processes together.
 
     Raises:
         UserError: If the store has no complete epoch, or the images are not those of the store.
@@ -51,7 +50,7 @@ class StoredSamples(Samples):
         if self.rows is not None:
             positions = np.full(store.meta.images, -1)
             positions[self.rows] = np.arange(len(self.rows))
-        self.changed = multiprocessing.Value('q') if allow_pixel_change else None
+        self.allow_pixel_change = allow_pixel_change
         super().__init__(dataset, store.meta.augmentation, store.meta.seed, labels=labels, positions=positions)
 
     def record(self, key: Key) -> Any:
@@ -73,10 +72,9 @@ class StoredSamples(Samples):
         if not crc:
             raise UnreadableImage(f'image {key.index} could not be read when it was recorded')
         if pixel_crc(sample.pixels) != crc:
-            if self.changed is None:
+            if not self.allow_pixel_change:
                 raise UserError(f'image {key.index}, epoch {key.epoch}: {self._other_pixels()}')
-            with self.changed.get_lock():
-                self.changed.value += 1
+            sample = sample._replace(ignored=(*sample.ignored, (key.index, 'pixels')))
         return sample
 
     def collate(self, batch: KeyBatch, samples: list[Sample]) -> tuple[Tensor, Tensor]:
@@ -91,10 +89,7 @@ class StoredSamples(Samples):
         return stack_pixels(samples), torch.from_numpy(labels.astype(np.float32))
 
     def _other_pixels(self) -> str:
-        recorded, here = (
-            ', '.join(f'{library} {version}' for library, version in versions.items())
-            for versions in (self.store.meta.versions, library_versions())
-        )
+        recorded, here = (shown(versions) for versions in (self.store.meta.versions, library_versions()))
         return (
             f'{self.store.path} was recorded from other pixels. Either the image has changed, or a library: recorded '
             f'with {recorded}; here are {here}. Record again, or train on them all the same: --allow-pixel-change.'
@@ -123,7 +118,7 @@ class StoredSampler(EpochSampler):
             )
         count = meta.images if rows is None else len(rows)
         super().__init__(count, batch_size, seed=meta.seed, pairs=meta.augmentation.mixes, **kwargs)
-        self.store, self.changed, self.epochs, self.rows = samples.store, samples.changed, epochs, rows
+        self.store, self.epochs, self.rows = samples.store, epochs, rows
 
     def set_position(self, epoch: int, start: int = 0) -> None:
         """Choose the epoch and the first batch of the next iteration."""
@@ -131,12 +126,6 @@ class StoredSampler(EpochSampler):
         if epoch and epoch % self.epochs == 0:
             _logger.info(f'Epoch {epoch}: the {self.epochs} recorded epochs begin again.')
         super().set_position(epoch % (math.ceil(self.epochs / turns) * turns), start)
-
-    def end_epoch(self) -> None:
-        """Tell how many samples of the epoch had other pixels than the recorded ones."""
-        if self.changed is not None:
-            _logger.info(f'Other pixels than recorded: {self.changed.value:,} samples of this epoch and process.')
-            self.changed.value = 0
 
     def __iter__(self) -> Iterator[KeyBatch]:
         epochs, rows = self.samples(self.epoch)

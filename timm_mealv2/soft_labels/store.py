@@ -15,7 +15,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -67,6 +67,7 @@ class StoreMeta:
         part_images: Images of a part.
         blocks: First epoch of each block, and at the end the number of epochs M.
         class_names: Names of the classes in the order of their indices, None if they are not known.
+        figures: 'ensemble' and 'teacher NAME' -> metrics on the validation split; empty where they are not known.
     """
 
     format: int
@@ -82,6 +83,7 @@ class StoreMeta:
     part_images: int
     blocks: list[int]
     class_names: list[str] | None = None
+    figures: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -91,8 +93,7 @@ class StoreMeta:
             UserError: If there is none, it is of another format, or damaged.
         """
         if not (folder / META).is_file():
-            lacking = META if folder.is_dir() else 'such folder (record makes it)'
-            raise UserError(f'{folder} holds no soft labels: there is no {lacking}.')
+            raise UserError(f'{folder} holds no soft labels: there is no {META} in it (mealv2-softlabels record).')
         try:
             values = json.loads((folder / META).read_text(encoding='utf-8'))
             damaged = values.pop('crc', None) != _crc(values)
@@ -141,6 +142,11 @@ class StoreMeta:
     def part_bytes(self, part: Part) -> int:
         """Return the size of a part's file."""
         return part.samples * self.dtype.itemsize + len(part.epochs) * CHECKSUM_BYTES
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings that decide pixels and classes, by the names of the training's options."""
+        values = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self.augmentation).items()}
+        return {**values, 'num_classes': self.num_classes}
 
 
 def _crc(values: dict[str, Any]) -> int:
@@ -225,16 +231,14 @@ class SoftLabelStore:
         """
         if len(names) == self.meta.images and names_sha256(names) == self.meta.names_sha256:
             return None
-        stored, ours = _hashes(self.names()), _hashes(names)
-        order = np.argsort(stored)
-        rows = order[np.searchsorted(stored, ours, sorter=order).clip(max=len(stored) - 1)]
-        unknown = np.flatnonzero((stored[rows] != ours) | (names[0] == '#0'))
-        if len(unknown):
+        places = {name: row for row, name in enumerate(self.names())}
+        unknown = [name for name in names if name not in places or names[0] == '#0']
+        if unknown:
             raise UserError(
-                f'{len(unknown):,} of {len(names):,} images are not in {self.path}, {names[unknown[0]]} for one: '
+                f'{len(unknown):,} of {len(names):,} images are not in {self.path}, {unknown[0]} for one: '
                 f'give the {self.meta.images:,} images that were recorded, or record these.'
             )
-        return rows
+        return np.array([places[name] for name in names])
 
     def training_settings(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Compare a training's settings with the store's, and return those that the store decides.
@@ -247,12 +251,10 @@ class SoftLabelStore:
         Raises:
             UserError: At the first setting that would give other pixels or classes than the recorded ones.
         """
-        augmentation = self.meta.augmentation
-        stored = {name: _plain(value) for name, value in asdict(augmentation).items() if name not in ('mean', 'std')}
-        stored['num_classes'] = self.meta.num_classes
-        if augmentation.mixes:
+        stored = {name: value for name, value in self.meta.settings().items() if name not in ('mean', 'std')}
+        if self.meta.augmentation.mixes:
             stored['mixup_mode'] = 'pair'
-        channels, height, width = augmentation.input_size
+        channels, height, width = self.meta.augmentation.input_size
         teachers = sorted(teacher['name'] for teacher in self.meta.teachers)
         compared = {**stored, 'in_chans': channels, 'teachers': teachers}
         if height == width:
@@ -260,18 +262,13 @@ class SoftLabelStore:
         for name, value in given.items():
             if name not in compared or (name == 'teachers' and not value):
                 continue
-            now = sorted(value) if name == 'teachers' else _plain(value)
+            now = sorted(value) if name == 'teachers' else value
             if (now or None) != (compared[name] or None):
                 raise UserError(
                     f'{option_text(name)} was {shown(compared[name])} when {self.path} was recorded and is '
                     f'{shown(value)} here: leave it out, or record again.'
                 )
         return {name: value for name, value in stored.items() if name not in given}
-
-
-def _plain(value: Any) -> Any:
-    """A setting as the command line has it: several values are a list."""
-    return list(value) if isinstance(value, tuple) else value
 
 
 def checksum(records: bytes, epoch: int, start: int) -> bytes:
@@ -292,6 +289,8 @@ def option_text(name: str) -> str:
 
 def shown(value: Any) -> str:
     """Return a setting's value as a user writes it, shortened."""
+    if isinstance(value, dict):
+        return ', '.join(f'{name} {shown(entry)}' for name, entry in value.items())
     text = ' '.join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
     return text if len(text) <= 60 else f'{text[:60]}...'
 
@@ -311,9 +310,3 @@ def library_versions() -> dict[str, str]:
         'libjpeg': f'turbo {turbo}' if turbo else features.version('jpg') or 'none',
         'numpy': np.__version__,
     }
-
-
-def _hashes(names: Sequence[str]) -> np.ndarray:
-    """64-bit hashes of names. Two of 13 million are equal once in 200,000 stores, and pixels are compared anyway."""
-    digests = (hashlib.blake2b(name.encode('utf-8', 'surrogateescape'), digest_size=8).digest() for name in names)
-    return np.frombuffer(b''.join(digests), np.uint64)

@@ -1,6 +1,7 @@
 """Check a store against its images and teachers, and show what is in it."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,8 @@ from timm_mealv2.data.unreadable import UnreadableImage
 from timm_mealv2.errors import UserError
 from timm_mealv2.models.ensemble import EnsembleTeacher
 from timm_mealv2.models.factory import create_ensemble
-from timm_mealv2.soft_labels.record import describe_teachers, predict
+from timm_mealv2.soft_labels.describe import describe_teachers
+from timm_mealv2.soft_labels.record import predict
 from timm_mealv2.soft_labels.replay import StoredSamples
 from timm_mealv2.soft_labels.store import SoftLabelStore, StoreMeta
 
@@ -62,10 +64,8 @@ def read_all(store: SoftLabelStore) -> int:
     return unreadable
 
 
-def compare(
-    samples: StoredSamples, teachers: EnsembleTeacher, *, count: int = 256, device: torch.device | str = 'cpu'
-) -> dict[str, float]:
-    """Make `count` random samples of a store again, let the teachers (on `device`) predict them, return what differs.
+def compare(samples: StoredSamples, teachers: EnsembleTeacher, count: int = 256) -> dict[str, float]:
+    """Make `count` random samples of a store again, let the teachers predict them, and return what differs.
 
     Samples without a record, or of images that cannot be read now, are left out.
 
@@ -77,18 +77,17 @@ def compare(
         UserError: If pixels have changed.
     """
     store, generator = samples.store, np.random.default_rng(42)
-    epochs = generator.integers(store.epochs, size=count).tolist()
-    images = store.meta.images if samples.rows is None else samples.rows
+    images = generator.choice(store.meta.images if samples.rows is None else samples.rows, count)
     records: list[np.ndarray] = []
     pixels: list[np.ndarray] = []
-    for epoch, image in sorted(zip(epochs, generator.choice(images, count).tolist(), strict=True)):
-        try:
+    for epoch, image in sorted(
+        zip(generator.integers(store.epochs, size=count).tolist(), images.tolist(), strict=True)
+    ):
+        with suppress(UnreadableImage):
             pixels.append(samples.sample(epoch, image).pixels)
-        except UnreadableImage:
-            continue
-        records.append(store.read_epoch(epoch, np.array([image])))
+            records.append(store.read_epoch(epoch, np.array([image])))
     batches = torch.from_numpy(np.stack(pixels)).split(store.meta.batch_size)
-    now = torch.cat([predict(teachers, batch, torch.device(device)).cpu() for batch in batches]).numpy()
+    now = torch.cat([predict(teachers, batch).cpu() for batch in batches]).numpy()
     stored = np.concatenate(records)
     difference = np.abs(np.take_along_axis(now, stored['classes'], axis=1) - stored['probabilities'].astype(np.float32))
     return {
@@ -105,7 +104,7 @@ def draw_samples(samples: StoredSamples, image: int, class_names: Sequence[str] 
     `image` is its number in the store.
 
     Raises:
-        UserError: If pixels have changed.
+        UserError: If pixels have changed, or the image cannot be read.
     """
     from matplotlib.figure import Figure  # no other command needs it
 
@@ -114,21 +113,17 @@ def draw_samples(samples: StoredSamples, image: int, class_names: Sequence[str] 
     figure = Figure((10, 2.4 * lines), layout='constrained')
     for epoch in range(count):
         left, right = (figure.add_subplot(lines, 4, 2 * epoch + column) for column in (1, 2))
-        left.set_title(f'epoch {epoch}')
-        left.axis('off')
         try:
             pixels = samples.sample(epoch, image).pixels
         except UnreadableImage as error:
-            right.text(0, 0.5, str(error), wrap=True)
-            right.axis('off')
-            continue
+            raise UserError(f'there is nothing to show: {error}') from error
         left.imshow(pixels[:3].transpose(1, 2, 0) if len(pixels) > 1 else pixels[0], cmap='gray', vmin=0, vmax=255)
+        left.set_title(f'epoch {epoch}')
+        left.axis('off')
         record = samples.store.read_epoch(epoch, np.array([image]))[0]
-        classes, probabilities = record['classes'][:6].tolist(), record['probabilities'][:6].tolist()
-        names = [class_names[index] if class_names else f'class {index}' for index in classes]
-        bars = right.barh(names[::-1], probabilities[::-1])
+        names = [class_names[index] if class_names else f'class {index}' for index in record['classes'][:6]]
+        bars = right.barh(names[::-1], record['probabilities'][:6][::-1].tolist())
         right.bar_label(bars, fmt='{:.1%}', padding=2)
         right.set_xlim(0, 1.3)
-        right.spines[:].set_visible(False)
         right.set_xticks([])
     return figure
