@@ -172,7 +172,7 @@ def test_epochs_that_come_again_are_announced(train: Train, caplog: pytest.LogCa
         (['--aug-repeats', '3'], '--aug-repeats'),
         (['--teacher-dtype', 'float16'], '--teacher-dtype float16: the predictions are stored'),
         (['--kd-distill-type', 'logit'], '--soft-labels'),
-        (['--soft-labels', '/nowhere'], '/nowhere holds no soft labels: there is no meta.json'),
+        (['--soft-labels', '/nowhere'], '/nowhere holds no soft labels: there is no such folder'),
     ],
 )
 def test_what_does_not_go_with_the_store_is_refused_before_the_data_is_opened(

@@ -100,7 +100,7 @@ def difference(former: StoreMeta, now: StoreMeta) -> str | None:
 def _settings(meta: StoreMeta) -> dict[str, Any]:
     """The settings that must not change within a store, by option."""
     options = {'weight': 'weights', 'img_size': 'img_size', 'classes': 'classes', 'autocast_dtype': 'dtype'}
-    named = {f'teacher_{name}': [t[key] for t in meta.teachers] for key, name in options.items()}
+    named: dict[str, Any] = {f'teacher_{name}': [t[key] for t in meta.teachers] for key, name in options.items()}
     named |= {'top_k': meta.top_k, 'seed': meta.seed, **meta.settings()}
     return {
         **{option_text(name): value for name, value in named.items()},

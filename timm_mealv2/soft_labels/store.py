@@ -93,7 +93,8 @@ class StoreMeta:
             UserError: If there is none, it is of another format, or damaged.
         """
         if not (folder / META).is_file():
-            raise UserError(f'{folder} holds no soft labels: there is no {META} in it (mealv2-softlabels record).')
+            lacking = META if folder.is_dir() else 'such folder (record makes it)'
+            raise UserError(f'{folder} holds no soft labels: there is no {lacking}.')
         try:
             values = json.loads((folder / META).read_text(encoding='utf-8'))
             damaged = values.pop('crc', None) != _crc(values)
