@@ -161,26 +161,31 @@ def _record(args: argparse.Namespace) -> None:
         hours = meta.images * args.epochs / rate / 3600
         print(f'{rate:,.1f} samples/s on {device}: {hours:,.2f} hours with one process; several share the work')
         return
-    measure = partial(_measure, args, teachers, config, device)
+    measure = partial(_measure, args, teachers, folders or class_names_of(teachers), config, device)
     store = record(args.out, dataset, teachers, meta, args.epochs, progress=not rank, measure=measure, **work)
     _logger.info(f'{args.out}: {_amount(store.meta, store.meta.epochs)}')
 
 
 def _measure(
-    args: argparse.Namespace, teachers: EnsembleTeacher, config: dict[str, Any], device: torch.device
+    args: argparse.Namespace,
+    teachers: EnsembleTeacher,
+    names: list[str] | None,
+    config: dict[str, Any],
+    device: torch.device,
 ) -> dict[str, dict[str, float]]:
     """Evaluate ensemble and teachers on the validation split; {} where there is none, or with other classes."""
     try:
         validation = open_split(args, '--val-split')
     except UserError:
         return {}
-    if len(class_names_of(validation) or ()) != teachers.num_classes:
+    found = class_names_of(validation)
+    if found is None or found != (names or found) or len(found) != teachers.num_classes:
         return {}
     options = {'batch_size': args.batch_size, 'num_workers': args.workers, 'device': device}
     loader = eval_loader(validation, config, img_mode=args.input_img_mode, decode=args.decode, **options)
     models = {'ensemble': teachers}
-    found = evaluate(models, loader, device=device, reference='ensemble', members=True, data_config=config)
-    figures = {name.replace('ensemble/', 'teacher '): metrics for name, metrics in found.items()}
+    rows = evaluate(models, loader, device=device, reference='ensemble', members=True, data_config=config)
+    figures = {name.replace('ensemble/', 'teacher '): metrics for name, metrics in rows.items()}
     for line in _figures(figures):
         _logger.info(line)
     return figures

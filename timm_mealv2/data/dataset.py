@@ -3,7 +3,6 @@
 import os
 import time
 from collections.abc import Sequence
-from copy import copy
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
