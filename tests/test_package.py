@@ -51,6 +51,7 @@ def test_public_names_and_models_are_there():
         'UserError',
         '__version__',
         'create_ensemble',
+        'distill',
         'evaluate',
     }
     assert all(hasattr(timm_mealv2, name) for name in timm_mealv2.__all__)

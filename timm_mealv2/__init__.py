@@ -4,6 +4,8 @@ Importing the package registers its models with timm: the students `mealv1_*` an
 `mealv2_ensemble*`.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from timm_mealv2.errors import UserError
 from timm_mealv2.evaluation import evaluate
 from timm_mealv2.losses import Discriminator, DiscriminatorLoss
@@ -13,6 +15,9 @@ from timm_mealv2.models.factory import create_ensemble
 from timm_mealv2.task import MealV2Task
 from timm_mealv2.version import __version__
 
+if TYPE_CHECKING:
+    from timm_mealv2.training.distill import distill
+
 __all__ = [
     'Discriminator',
     'DiscriminatorLoss',
@@ -21,5 +26,14 @@ __all__ = [
     'UserError',
     '__version__',
     'create_ensemble',
+    'distill',
     'evaluate',
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == 'distill':  # loads the training, which those who have a loop of their own do not need
+        from timm_mealv2.training.distill import distill
+
+        return distill
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

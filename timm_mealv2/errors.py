@@ -12,6 +12,10 @@ class UserError(ValueError):
     """
 
 
+class UnknownOptionError(UserError, TypeError):
+    """There is no option of a name: in Python a `TypeError`, as of any function that has no such argument."""
+
+
 class TrainingFailedError(Exception):
     """A training that cannot go on, by no mistake in its options: the message says in one line what happened.
 

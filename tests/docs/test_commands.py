@@ -64,7 +64,7 @@ CALLS = [
     if (call := program(words))
 ]
 PYTHON = [pytest.param(block, id=page.stem) for page in PAGES for block in blocks(page, 'python')]
-RUNNABLE = [ROOT / 'README.md', ROOT / 'docs/how_it_works.md', ROOT / 'docs/evaluation.md']
+RUNNABLE = [ROOT / 'README.md', *(ROOT / f'docs/{name}.md' for name in ('python', 'how_it_works', 'evaluation'))]
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -50,19 +50,22 @@ _PREFIXES = {'hf-hub:': 'hf-hub', 'hf_hub:': 'hf-hub', 'local-dir:': 'local-dir'
 
 @dataclass(frozen=True)
 class TeacherSpec:
-    """What a text that names a teacher says.
+    """What a text that names a teacher says; or a teacher that is a module already.
 
     Attributes:
-        kind: 'timm' (a timm name), 'checkpoint', 'onnx', 'hf-hub', 'local-dir' or 'python'.
-        name: The timm name, USER/REPO or MODULE:FUNCTION; '' for a folder, and for a file that tells its architecture.
+        kind: 'timm' (a timm name), 'checkpoint', 'onnx', 'hf-hub', 'local-dir', 'python' or 'module'.
+        name: The timm name, USER/REPO, MODULE:FUNCTION or, of a module, its `teacher_name`; '' for a folder, and for a
+            file that tells its architecture.
         path: The file or the folder; None for the other kinds.
         prefix: How the text begins where its kind has a prefix.
+        module: The teacher, where it is a module.
     """
 
     kind: str
     name: str = ''
     path: str | None = None
     prefix: str = ''
+    module: nn.Module | None = field(default=None, repr=False)
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -95,13 +98,22 @@ class TeacherSpec:
         return cls('checkpoint', '', str(paths[0]))
 
     @classmethod
-    def parse_all(cls, texts: Sequence[str]) -> list[Self]:
-        """Parse texts, each of which may name several timm models: `A,B`. Commas in other texts belong to them."""
-        parts: list[str] = []
-        for text in texts:
-            whole = '=' in text or os.path.sep in text or text.startswith(tuple(_PREFIXES)) or Path(text).exists()
-            parts += [text] if whole else text.split(',')
-        return [cls.parse(part.strip()) for part in parts if part.strip()]
+    def parse_all(cls, teachers: Iterable['str | TeacherSpec | nn.Module']) -> list['TeacherSpec']:
+        """Parse texts, each of which may name several timm models: `A,B`. Commas in other texts belong to them.
+
+        Modules, and what is parsed already, may be among them.
+        """
+        specs: list[TeacherSpec] = []
+        for teacher in teachers:
+            if isinstance(teacher, TeacherSpec):
+                specs.append(teacher)
+            elif isinstance(teacher, nn.Module):
+                specs.append(cls('module', teacher_name(teacher), module=teacher))
+            else:
+                text = teacher
+                whole = '=' in text or os.path.sep in text or text.startswith(tuple(_PREFIXES)) or Path(text).exists()
+                specs += [cls.parse(part.strip()) for part in ([text] if whole else text.split(',')) if part.strip()]
+        return specs
 
     def __str__(self) -> str:
         if self.kind == 'checkpoint' and self.name:
@@ -137,6 +149,8 @@ class TeacherSpec:
         cache_dir: str | Path | None = None,
     ) -> nn.Module:
         """Build the teacher on the CPU; the arguments are those of `create_ensemble`, for this teacher alone."""
+        if self.module is not None:
+            return self.module
         if self.kind == 'checkpoint':
             arch = _known(self.name) if self.name else None
             return TrainingCheckpoint.read(self.path or '', arch).build(num_classes)
@@ -254,32 +268,27 @@ def create_ensemble(
     Raises:
         UserError: If a teacher is unknown, cannot be loaded, or does not fit the others.
     """
-    given = [teachers] if isinstance(teachers, str | TeacherSpec | nn.Module) else teachers
-    members: list[TeacherSpec | nn.Module] = []
-    for teacher in given:
-        if not isinstance(teacher, str):
-            members.append(teacher)
-            continue
-        for spec in TeacherSpec.parse_all([teacher]):  # all are checked before the first is built or downloaded
-            if pretrained:
+    members: list[TeacherSpec] = []
+    for teacher in [teachers] if isinstance(teachers, str | TeacherSpec | nn.Module) else teachers:
+        specs = TeacherSpec.parse_all([teacher])
+        if pretrained and isinstance(teacher, str):
+            for spec in specs:  # all are checked before the first is built or downloaded
                 spec.check()
-            members.append(spec)
+        members += specs
     sizes: list[int | None] = [None] if img_sizes is None else list(img_sizes)
     if len(sizes) not in (1, len(members)):
         raise UserError(f'Image sizes must be one for all teachers or one for each ({len(members)}), got {sizes}.')
     sizes *= len(members) // len(sizes)
-    names = [teacher_name(member) if isinstance(member, nn.Module) else str(member) for member in members]
+    names = [str(spec) for spec in members]
     classes = classes or {}
     if unknown := [name for name in classes if name not in names]:
         raise UserError(f'Classes are given for {unknown[0]}, which is no teacher: name one of {", ".join(names)}.')
     modules = []
-    for member, name, size in zip(members, names, sizes, strict=True):
-        module = member
-        if isinstance(module, TeacherSpec):
-            count = None if name in classes else num_classes
-            module = module.build(
-                num_classes=count, in_chans=in_chans, img_size=size, pretrained=pretrained, cache_dir=cache_dir
-            )
+    for spec, name, size in zip(members, names, sizes, strict=True):
+        count = None if name in classes else num_classes
+        module = spec.build(
+            num_classes=count, in_chans=in_chans, img_size=size, pretrained=pretrained, cache_dir=cache_dir
+        )
         modules.append(_subset(module, name, classes[name], num_classes) if name in classes else module)
     known = [class_names_of(module) for module in modules]
     class_names = class_names or min(filter(None, known), key=len, default=None)

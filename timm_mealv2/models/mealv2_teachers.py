@@ -70,21 +70,17 @@ def _create(
     kwargs = {**model_args, **kwargs}
     if (img_size := kwargs.pop('img_size', None)) is not None:
         kwargs.setdefault('img_sizes', [img_size])
-    specs: list[TeacherSpec | nn.Module] = []
-    for member in [teachers] if isinstance(teachers, str | nn.Module) else teachers:
-        specs += TeacherSpec.parse_all([member]) if isinstance(member, str) else [member]
+    specs = TeacherSpec.parse_all([teachers] if isinstance(teachers, str | nn.Module) else teachers)
     if not specs and not pretrained and not from_file:
         specs = [TeacherSpec.parse('resnet18')]  # for programs that create every model of timm's list
     if name != 'mealv2_ensemble' or pretrained_cfg:
         given = given or resolve_pretrained_cfg(name, pretrained_cfg).to_dict()
     if given.get('source') == 'local-dir':  # the paths that a config.json names are taken from its folder
         folder = given['file']
-        specs = [spec.under(folder) if isinstance(spec, TeacherSpec) else spec for spec in specs]
+        specs = [spec.under(folder) for spec in specs]
         classes = kwargs.get('classes') or {}
         kwargs['classes'] = {str(TeacherSpec.parse(text).under(folder)): indices for text, indices in classes.items()}
     for spec in specs:
-        if not isinstance(spec, TeacherSpec):
-            continue
         if from_file and spec.kind == 'python':
             raise UserError(f'{spec} is refused in a config.json: code is run only where you name it yourself.')
         if pretrained:

@@ -49,8 +49,22 @@ from timm_mealv2.training.validation import Validator
 _logger = logging.getLogger(__name__)
 
 
-def build(args: argparse.Namespace, processes: Processes, signals: Signals) -> Trainer:
+def build(
+    args: argparse.Namespace,
+    processes: Processes,
+    signals: Signals,
+    *,
+    student: nn.Module | None = None,
+    datasets: tuple[Dataset, Dataset | None] | None = None,
+) -> Trainer:
     """Build everything that a run is made of; what needs no data is checked before the data set is opened.
+
+    Args:
+        args: The settings.
+        processes: The processes of the run.
+        signals: What may end it early.
+        student: The model to train; None makes it of the settings.
+        datasets: The images to train on and those to evaluate on; None opens those of the settings.
 
     Raises:
         UserError: If the parts cannot be built, or do not fit each other.
@@ -75,10 +89,10 @@ def build(args: argparse.Namespace, processes: Processes, signals: Signals) -> T
 
     bad = BadImages(args.max_bad_images)
     guard = Guard(signals, bad, processes, max(1, args.log_interval // args.grad_accum_steps))
-    student, pixels, model_config = build_student(args, batch_size, processes)
+    student, pixels, model_config = build_student(args, batch_size, processes, student)
     settings['num_classes'] = pixels.num_classes
     live = is_mealv2(args) and not args.soft_labels
-    datasets = open_datasets(args, pixels)
+    datasets = datasets or open_datasets(args, pixels)
     class_names = None if args.unlabeled else class_names_of(datasets[0])
     teachers = None
     if live:

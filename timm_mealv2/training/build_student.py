@@ -22,11 +22,13 @@ from timm_mealv2.training.distributed import Processes
 
 _logger = logging.getLogger(__name__)
 
+_NOT_MODEL_ARGS = ('num_classes', 'in_chans', 'drop_rate', 'drop_path_rate', 'drop_block_rate')
+
 
 def build_student(
-    args: argparse.Namespace, batch_size: int, processes: Processes
+    args: argparse.Namespace, batch_size: int, processes: Processes, student: nn.Module | None = None
 ) -> tuple[nn.Module, InputSpec, dict[str, Any]]:
-    """Create the model to train, and decide what its pixels are.
+    """Create the model to train, or take `student`, and decide what its pixels are.
 
     The resolved data configuration is written into the model's `pretrained_cfg`, where the task, the loaders, the
     evaluation and the exported config.json read it.
@@ -38,22 +40,13 @@ def build_student(
     if args.fast_norm:
         set_fast_norm()
     in_chans = args.in_chans if args.in_chans is not None else args.input_size[0] if args.input_size else None
-    shape = {'global_pool': args.gp, 'bn_momentum': args.bn_momentum, 'bn_eps': args.bn_eps, **args.model_kwargs}
-    drops = {
-        'drop_rate': args.drop,
-        'drop_path_rate': args.drop_path if args.drop_path is not None else args.drop_connect,
-        'drop_block_rate': args.drop_block,
-    }
-    overlay = {'file': args.pretrained_path, 'num_classes': -1} if args.pretrained_path else None
-    pretrained = args.pretrained or bool(args.pretrained_path)
-    sizes = {'num_classes': args.num_classes, 'in_chans': in_chans}
-    try:
-        arguments = resolve_model_input_args(args.model, pretrained_cfg_overlay=overlay, **{**sizes, **drops, **shape})
-        model = timm.create_model(pretrained=pretrained, **arguments)
-    except (AssertionError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f'cannot create --model {args.model}: {one_line(error)}') from error
+    model: Any
+    if student is None:
+        model, arguments = _create(args, in_chans)
+    else:
+        model, arguments = student, {'model_name': args.model, **args.model_kwargs}
     known: Sequence[str] | None = None
-    if args.pretrained and not args.pretrained_path:
+    if student is not None or (args.pretrained and not args.pretrained_path):
         known = class_names_of(model)
     if args.initial_checkpoint:
         initial = TeacherSpec.parse(args.initial_checkpoint).read_checkpoint()
@@ -74,9 +67,10 @@ def build_student(
         model.set_grad_checkpointing(enable=True)
 
     in_chans = in_chans or int(getattr(model, 'in_chans', 3))
-    config = resolve_pixels(vars(args), model.pretrained_cfg, in_chans)
+    cfg = getattr(model, 'pretrained_cfg', None) or {}
+    config = resolve_pixels(vars(args), cfg, in_chans)
     # Whatever else the weights were once tested with is not what this run measures.
-    former = {key: value for key, value in model.pretrained_cfg.items() if not key.startswith('test_')}
+    former = {key: value for key, value in cfg.items() if not key.startswith('test_')}
     model.pretrained_cfg = model.default_cfg = {**former, **config, 'label_names': known or None}
     _logger.info('Pixels: ' + ', '.join(f'{name} {value}' for name, value in config.items()))
     model_args = architecture_arguments(arguments)
@@ -84,7 +78,7 @@ def build_student(
         'architecture': arguments['model_name'],
         'num_classes': model.num_classes,
         'in_chans': in_chans,
-        'model_args': {name: value for name, value in model_args.items() if name not in {**sizes, **drops}},
+        'model_args': {name: value for name, value in model_args.items() if name not in _NOT_MODEL_ARGS},
         'pretrained_cfg': filter_pretrained_cfg(model.pretrained_cfg, remove_source=True),
     }
 
@@ -98,6 +92,24 @@ def build_student(
     if processes.distributed and args.sync_bn:
         model = convert_sync_batchnorm(model)
     return model, inputs, model_config
+
+
+def _create(args: argparse.Namespace, in_chans: int | None) -> tuple[nn.Module, dict[str, Any]]:
+    """Create the model that the arguments name; return the arguments of timm's factory too."""
+    drops = {
+        'drop_rate': args.drop,
+        'drop_path_rate': args.drop_path if args.drop_path is not None else args.drop_connect,
+        'drop_block_rate': args.drop_block,
+    }
+    shape = {'global_pool': args.gp, 'bn_momentum': args.bn_momentum, 'bn_eps': args.bn_eps, **args.model_kwargs}
+    sizes = {'num_classes': args.num_classes, 'in_chans': in_chans}
+    overlay = {'file': args.pretrained_path, 'num_classes': -1} if args.pretrained_path else None
+    pretrained = args.pretrained or bool(args.pretrained_path)
+    try:
+        arguments = resolve_model_input_args(args.model, pretrained_cfg_overlay=overlay, **{**sizes, **drops, **shape})
+        return timm.create_model(pretrained=pretrained, **arguments), arguments
+    except (AssertionError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f'cannot create --model {args.model}: {one_line(error)}') from error
 
 
 @torch.no_grad()

@@ -27,33 +27,50 @@ _logger = logging.getLogger(__name__)
 # Where lines go
 
 
+def _shows_bars() -> bool:
+    """Whether a line can be overwritten: on a terminal, and in a notebook."""
+    return sys.stderr.isatty() or type(sys.stderr).__module__.startswith('ipykernel')
+
+
 @contextlib.contextmanager
 def logging_of_run(primary: bool) -> Iterator[logging.handlers.MemoryHandler]:
     """Set up `logging` for a run; yields what keeps all lines until `write_log` gives it a file.
 
-    On a terminal, lines appear above the bar, and those that say what the bar shows do not appear.
+    On a terminal or in a notebook, lines appear above the bar, and those that say what the bar shows do not appear.
+    Afterwards `logging` is as it was.
     """
+    root = logging.getLogger()
     console = logging.StreamHandler()
-    if sys.stderr.isatty():
+    if _shows_bars():
         console.addFilter(lambda record: record.name != __name__)
-    logging.basicConfig(level=logging.INFO, format='%(message)s', handlers=[console])
-    for name in ('timm.data', 'timm.utils'):  # they tell of each tar file, and of all checkpoints after each epoch
-        logging.getLogger(name).setLevel(logging.WARNING if primary else logging.ERROR)
-    if not primary:  # the first process says what all have to say; unreadable images are each one's own
-        logging.getLogger().setLevel(logging.ERROR)
-        logging.getLogger('timm_mealv2.data.unreadable').setLevel(logging.WARNING)
-        warnings.simplefilter('ignore')
     kept = logging.handlers.MemoryHandler(capacity=1)
-    logging.getLogger().addHandler(kept)
+    added = [kept] if root.handlers else [console, kept]
+    # The first process says what all have to say; unreadable images are each one's own. timm's two tell of each tar
+    # file, and of all checkpoints after each epoch.
+    levels = {'': logging.INFO, 'timm.data': logging.WARNING, 'timm.utils': logging.WARNING}
+    if not primary:
+        levels = dict.fromkeys(levels, logging.ERROR) | {'timm_mealv2.data.unreadable': logging.WARNING}
+    former = {name: logging.getLogger(name).level for name in levels}
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+    for handler in added:
+        root.addHandler(handler)
     try:
-        with logging_redirect_tqdm() if sys.stderr.isatty() else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            if _shows_bars():
+                stack.enter_context(logging_redirect_tqdm())
+            if not primary:
+                stack.enter_context(warnings.catch_warnings(action='ignore'))
             yield kept
     except Exception as error:
         trace = None if isinstance(error, UserError | TrainingFailedError) else sys.exc_info()
         kept.handle(logging.makeLogRecord({'msg': f'error: {error}', 'exc_info': trace}))
         raise
     finally:
-        logging.getLogger().removeHandler(kept)
+        for handler in added:
+            root.removeHandler(handler)
+        for name, level in former.items():
+            logging.getLogger(name).setLevel(level)
         if kept.target is not None:
             with contextlib.suppress(OSError):
                 kept.target.close()
@@ -131,7 +148,7 @@ class EpochLog:
             bar_format='{desc} |{bar}| {n_fmt}/{total_fmt} {remaining} left{postfix}',
             leave=False,
             dynamic_ncols=True,
-            disable=not (shown and sys.stderr.isatty()),
+            disable=not (shown and _shows_bars()),
         )
 
     @property
@@ -173,7 +190,7 @@ class EpochLog:
 
 def evaluation_bar(batches: Any, shown: bool) -> Any:
     """Return the batches of an evaluation, which a bar counts on a terminal."""
-    return tqdm(batches, desc='evaluating', leave=False, dynamic_ncols=True, disable=None if shown else True)
+    return tqdm(batches, desc='evaluating', leave=False, dynamic_ncols=True, disable=not (shown and _shows_bars()))
 
 
 def log_evaluation(rows: Mapping[str, Mapping[str, float]]) -> None:

@@ -1,9 +1,12 @@
 """The training program: `main(argv)` parses, joins the processes, builds the parts of the run, and trains."""
 
+import argparse
 import os
 import sys
 import time
 from collections.abc import Sequence
+from logging.handlers import MemoryHandler
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -15,6 +18,7 @@ from timm_mealv2.training.logs import logging_of_run
 from timm_mealv2.training.options import BEGIN
 from timm_mealv2.training.settings import import_modules, parse_args, recipes
 from timm_mealv2.training.stopping import Signals
+from timm_mealv2.training.trainer import Trainer
 
 _PATIENCE = 10  # seconds for torchrun to find the process that failed; it looks ten times a second
 
@@ -34,19 +38,35 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     primary = int(os.environ.get('RANK', os.environ.get('SLURM_PROCID', 0))) == 0
     with logging_of_run(primary) as log, Signals(log=primary) as signals:
-        args = parse_args(argv)
-        import_modules(args.device_modules or ())
-        device = args.device if 'device' in args.given else None
-        processes = join_processes(device, args.process_timeout)
-        try:
-            build(args, processes, signals).run(log)
-        except RuntimeError as error:
-            if isinstance(error, dist.DistError) or 'gloo' in str(error).lower():
-                time.sleep(_PATIENCE)  # another process has failed: torchrun finds that one, and ends this one
-            raise
-        finally:
-            if processes.distributed:
-                dist.destroy_process_group()
+        train(parse_args(argv), log, signals)
+
+
+def train(args: argparse.Namespace, log: MemoryHandler, signals: Signals, **parts: Any) -> Trainer:
+    """Join the processes, build the parts of a run, and train; return what has trained.
+
+    Args:
+        args: The settings, as `parse_args` returns them.
+        log: Keeps the lines of the log until there is a file, see `logging_of_run`.
+        signals: What may end the run early.
+        **parts: Parts that are there already, see `build`.
+
+    Raises:
+        UserError: What the user can mend.
+    """
+    import_modules(args.device_modules or ())
+    device = args.device if 'device' in args.given else None
+    processes = join_processes(device, args.process_timeout)
+    try:
+        trainer = build(args, processes, signals, **parts)
+        trainer.run(log)
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or 'gloo' in str(error).lower():
+            time.sleep(_PATIENCE)  # another process has failed: torchrun finds that one, and ends this one
+        raise
+    finally:
+        if processes.distributed:
+            dist.destroy_process_group()
+    return trainer
 
 
 def cli() -> None:

@@ -7,7 +7,7 @@ import argparse
 import difflib
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from timm_mealv2.command_line import OneLineParser
-from timm_mealv2.errors import UserError
+from timm_mealv2.errors import UnknownOptionError, UserError
 from timm_mealv2.models.factory import TeacherSpec
 from timm_mealv2.soft_labels.store import SoftLabelStore
 from timm_mealv2.training.checks import check_args
@@ -50,6 +50,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.list_recipes:
         print(recipe_table())
         raise SystemExit(0)
+    return complete(args)
+
+
+def complete(args: argparse.Namespace) -> argparse.Namespace:
+    """Fill in what some settings mean for others, parse the teachers, and check which go together.
+
+    Raises:
+        UserError: If settings contradict each other.
+    """
     if args.teachers and args.kd_model_name:
         raise UserError('--teachers and --kd-model-name mean the same: give one of them.')
     args.data_dir = args.data_dir or args.data
@@ -91,18 +100,24 @@ def parse_with_files(parser: argparse.ArgumentParser, argv: Sequence[str]) -> ar
         UserError: If a file cannot be read, or an entry is no option or not possible.
         SystemExit: From argparse.
     """
-    defaults = {action.dest: action.default for action in parser._actions if action.default is not argparse.SUPPRESS}
-    args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults, _UNSET)))
-    given = {name: getattr(args, name) for name in defaults if getattr(args, name) not in (_UNSET, None)}
+    names = _defaults(parser)
+    args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, _UNSET)))
+    given = {name: getattr(args, name) for name in names if getattr(args, name) not in (_UNSET, None)}
+    vars(args).update(vars(with_files(parser, given)))
+    return args
+
+
+def with_files(parser: argparse.ArgumentParser, given: Mapping[str, Any]) -> argparse.Namespace:
+    """Return what `parse_with_files` returns where the command line has said `given`, converted already."""
+    defaults = _defaults(parser)
     settings: dict[str, Any] = {}
     if 'recipe' in given:
-        settings = read_settings(recipe_file(args.recipe))
+        settings = read_settings(recipe_file(given['recipe']))
     if 'config' in given:
-        settings = _over(read_settings(Path(args.config)), settings)
+        settings = _over(read_settings(Path(given['config'])), settings)
     settings = {name: value for name, value in _over(given, settings).items() if name in defaults}
-    args.given = given.keys() | {name for name, value in settings.items() if value != defaults[name]}
-    vars(args).update(defaults | settings)
-    return args
+    names = given.keys() | {name for name, value in settings.items() if value != defaults[name]}
+    return argparse.Namespace(**{**defaults, **settings}, given=names)
 
 
 def read_settings(path: Any) -> dict[str, Any]:
@@ -111,17 +126,31 @@ def read_settings(path: Any) -> dict[str, Any]:
     Raises:
         UserError: Names file and key, with the nearest option where there is none of the name.
     """
+    return convert(load_yaml(path), f'{path}: ')
+
+
+def convert(options: Mapping[str, Any], where: str = '') -> dict[str, Any]:
+    """Return options as the command line would take them; None and False mean the default.
+
+    Args:
+        options: Names, with - or _, and values.
+        where: Where they are from, for messages.
+
+    Raises:
+        UnknownOptionError: If there is no option of a name, with the nearest.
+        UserError: If a value is not possible.
+    """
     parser = build_parser()
     parser.exit_on_error = False
     actions = {action.dest: action for action in parser._actions if action.dest not in _NOT_SETTINGS}
     settings = {}
-    for key, value in load_yaml(path).items():
+    for key, value in options.items():
         dest = str(key).replace('-', '_')
         dest = 'data_dir' if dest == 'data' else dest
         if dest not in actions:
             near = difflib.get_close_matches(dest, actions, 1, 0.5)
             hint = f', the nearest is {near[0]!r}' if near else ''
-            raise UserError(f'{path}: there is no option {key!r}{hint} (mealv2-train --help all lists them).')
+            raise UnknownOptionError(f'{where}there is no option {key!r}{hint} (mealv2-train --help all lists them).')
         action = actions[dest]
         if isinstance(value, bool) and 'off' in (action.choices or ()):
             value = 'on' if value else 'off'  # YAML takes the two words for true and false
@@ -131,7 +160,7 @@ def read_settings(path: Any) -> dict[str, Any]:
         try:
             settings[dest] = getattr(parser.parse_args(_words(action, value)), dest)
         except argparse.ArgumentError as error:
-            raise UserError(f'{path}: {key}: {error.message}.') from None
+            raise UserError(f'{where}{key}: {error.message}.') from None
     return settings
 
 
@@ -179,20 +208,24 @@ def paper_differences(args: argparse.Namespace, images_per_update: int, lr: floa
     return [f'{name} {value} (paper: {published})' for name, value, published in pairs if value != published]
 
 
-def _over(upper: dict[str, Any], lower: dict[str, Any]) -> dict[str, Any]:
+def _over(upper: Mapping[str, Any], lower: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of two layers. An alias given in `upper` removes its partner from `lower`."""
     hidden = {other for pair in _SAME_MEANING for name, other in (pair, pair[::-1]) if name in upper}
-    return {name: value for name, value in lower.items() if name not in hidden} | upper
+    return {name: value for name, value in lower.items() if name not in hidden} | dict(upper)
+
+
+def _defaults(parser: argparse.ArgumentParser) -> dict[str, Any]:
+    return {action.dest: action.default for action in parser._actions if action.default is not argparse.SUPPRESS}
 
 
 def _words(action: argparse.Action, value: Any) -> list[str]:
-    """The words of a command line that give an option the value of a YAML file."""
+    """The words of a command line that give an option a value of YAML or Python."""
     option = action.option_strings[-1]
-    if isinstance(value, list | dict) and action.nargs in (None, 0, '?'):
+    if isinstance(value, list | tuple | dict) and action.nargs in (None, 0, '?'):
         raise argparse.ArgumentError(action, f'must be one value, got a {type(value).__name__}')
     if isinstance(value, dict):
         return [option, *(f'{name}={item!r}' for name, item in value.items())]
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [option, *map(str, value)]
     return [option] if value is True and action.nargs == 0 else [f'{option}={value}']
 
