@@ -74,6 +74,21 @@ def stored_labels(task: MealV2Task, x: Tensor, k: int, hard: Tensor) -> Tensor:
 # What a step returns
 
 
+def test_the_target_is_the_mean_of_the_teachers_that_are_drawn_for_an_image() -> None:
+    teachers = [cnn(seed=seed) for seed in (1, 2, 3)]
+    task, x = make_task(teachers=teachers, teachers_per_sample=2), images(8)
+    torch.manual_seed(11)
+    result = task(x, labels(8))
+    torch.manual_seed(11)
+    log_p, rows = task.teacher.predict(x, per_sample=2)
+    log_q = F.log_softmax(result['output'], dim=1)
+    torch.testing.assert_close(result['kl'], F.kl_div(log_q, log_p, reduction='batchmean', log_target=True).detach())
+    expected = task.get_trainable_module()(x, rows)[1]
+    torch.testing.assert_close(result['discriminator_loss'], expected.detach())
+    with pytest.raises(UserError, match='--teachers-per-sample 4'):
+        make_task(teachers=teachers, teachers_per_sample=4)
+
+
 @pytest.mark.parametrize('mode', MODES)
 def test_a_step_returns_the_named_parts_and_only_loss_and_output_carry_gradient(mode: str) -> None:
     result = make_task(discriminator_mode=mode)(images(), labels())

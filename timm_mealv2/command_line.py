@@ -271,6 +271,12 @@ TEACHERS = (
         choices=('on', 'off'),
     ),
 )
+PER_SAMPLE = Option(
+    '--teachers-per-sample',
+    COUNT,
+    'teachers to draw for each sample, by their weights (default: all)',
+    metavar='K',
+)
 
 DECODE = Option(
     '--decode',

@@ -119,6 +119,8 @@ class MealV2Task(TrainingTask):
         hard_label_weight: Weight of `criterion(output, target)`. At 0 the target is not looked at, stored labels apart.
         criterion: Loss on class indices [B] or, from Mixup, on soft targets [B, C]; cross-entropy if None. Rows whose
             index is -1 are left out.
+        teachers_per_sample: K: the target of an image is the mean of K teachers drawn for it, see
+            `EnsembleTeacher.predict`; p and z are then theirs. None for all.
         device: Device of discriminator and teachers; the student's if None.
         dtype: Dtype of the discriminator, the student's if None; at least float32.
         label_rest: What becomes of the probability beyond the stored labels' K classes: 'uniform', or, without a
@@ -126,7 +128,8 @@ class MealV2Task(TrainingTask):
         discriminator_reduction: Factor by which each hidden layer of the discriminator is narrower than the one before.
 
     Raises:
-        UserError: If class counts of student and teachers differ, or a teacher shares weights with the student.
+        UserError: If class counts of student and teachers differ, a teacher shares weights with the student, or so
+            many teachers cannot be drawn.
     """
 
     def __init__(
@@ -137,6 +140,7 @@ class MealV2Task(TrainingTask):
         discriminator_mode: str = 'official',
         hard_label_weight: float = 0.0,
         criterion: nn.Module | Callable[[Tensor, Tensor], Tensor] | None = None,
+        teachers_per_sample: int | None = None,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
         verbose: bool = True,
@@ -162,6 +166,9 @@ class MealV2Task(TrainingTask):
             raise UserError(f'{type(student).__name__} has no num_classes: set it to the width of its logits.')
         self.num_classes = num_classes
         self.teacher = None if teacher_model is None else self._build_teacher(teacher_model, student)
+        self._drawn: dict[str, Any] = {} if teachers_per_sample is None else {'per_sample': teachers_per_sample}
+        if self.teacher is not None and teachers_per_sample is not None:
+            self.teacher.check_per_sample(teachers_per_sample)
         self._student_cfg = dict(getattr(student, 'pretrained_cfg', None) or {})
         discriminator_loss, rows = self._build_discriminator(discriminator_mode, discriminator_reduction)
         self.trainable_module: nn.Module = MealV2TrainableModule(student_model, discriminator_loss, rows)
@@ -191,7 +198,8 @@ class MealV2Task(TrainingTask):
         teacher_rows: Tensor | None
         # The teachers first: their activations are gone before the student's are made.
         if self.teacher is not None:
-            log_probs, teacher_rows = self.teacher.predict(self._pixels_for(self.teacher, input))
+            pixels = self._pixels_for(self.teacher, input)
+            log_probs, teacher_rows = self.teacher.predict(pixels, **self._drawn)
             if self.after_teachers is not None:
                 self.after_teachers()
             teacher_top1 = log_probs.argmax(dim=1)

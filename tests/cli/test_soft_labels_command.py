@@ -159,6 +159,17 @@ def test_settings_come_from_a_recipe_and_a_file(folder: Path, tmp_path: Path) ->
     assert (augmentation.input_size, augmentation.mean, augmentation.color_jitter) == ((1, 32, 32), (0.286,), 0)
 
 
+def test_one_teacher_a_sample_is_recorded_shown_and_verified(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    both = [f'test_resnet={folder}/{name}.pth' for name in ('teacher', 'other')]
+    main(record_arguments(folder, tmp_path / 'store', '--teachers', *both, '--teachers-per-sample', '1'))
+    capsys.readouterr()
+    main(['info', str(tmp_path / 'store')])
+    assert '1 of the teachers for each sample' in capsys.readouterr().out
+    main(verify(folder, tmp_path / 'store'))
+    line = refused(capsys, *record_arguments(folder, tmp_path / 'store', '--teachers', *both))
+    assert '--teachers-per-sample 1, not None' in line
+
+
 def test_the_classes_of_a_teacher_are_chosen(folder: Path, tmp_path: Path) -> None:
     (tmp_path / 'classes.txt').write_text('5\n0\n3\n')
     spec = f'test_resnet={folder}/teacher.pth'

@@ -110,6 +110,98 @@ class TestArithmetic:
         assert mean_logits.tolist() == [[-np.inf, 0.5, 1.0]]
 
 
+class OfTheImage(nn.Module):
+    """Answers by the first pixel of an image, and remembers how many images each call had."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.num_classes, self.calls = 4, []
+        slope, offset = torch.randn(2, 4, generator=torch.Generator().manual_seed(seed)).double()
+        self.register_buffer('slope', slope)
+        self.register_buffer('offset', offset)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.append(len(x))
+        return x[:, :1, 0, 0] * self.get_buffer('slope') + self.get_buffer('offset')
+
+
+class TestDrawn:
+    """A part of the teachers for each image."""
+
+    @pytest.mark.parametrize(('batch', 'draws'), [(1, 2000), (7, 400), (64, 100)])
+    def test_the_mean_of_many_draws_is_the_full_target(self, batch, draws):
+        ensemble, x = EnsembleTeacher([OfTheImage(0), OfTheImage(1)], [0.7, 0.3]), images(batch, size=2).double()
+        each, (full_log_probs, full_logits) = ensemble.teacher_logits(x), ensemble.predict(x)
+        torch.manual_seed(0)
+        answers = [ensemble.predict(x, per_sample=1) for _ in range(draws)]
+        for drawn, full, of_teachers in (
+            ([log_probs.exp() for log_probs, _ in answers], full_log_probs.exp(), each.softmax(dim=2)),
+            ([logits for _, logits in answers], full_logits, each),
+        ):
+            deviation = (0.7 * 0.3 / draws) ** 0.5 * (of_teachers[0] - of_teachers[1]).abs()
+            assert ((torch.stack(drawn).mean(dim=0) - full).abs() < 5 * deviation + 1e-9).all()
+        # Within a batch the teachers' shares are as even as they can be.
+        ensemble.teachers[0].calls.clear()
+        for _ in range(20):
+            ensemble.predict(x, per_sample=1)
+        assert all(abs(count - 0.7 * batch) < 1 for count in ensemble.teachers[0].calls)
+
+    def test_each_teacher_is_drawn_as_often_as_its_weight_says(self):
+        x = images(1000, size=2).double()
+        places = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+        for weights, per_sample in (([0.5, 0.3, 0.2], 2), ([0, 0.6, 0.4], 1), ([1, 1, 1], 2)):
+            teachers = [OfTheImage(seed) for seed in range(3)]
+            ensemble = EnsembleTeacher(teachers, weights)
+            log_probs, _ = ensemble.predict(x, per_sample, places)
+            shares = [per_sample * weight for weight in ensemble.weights]
+            assert [sum(teacher.calls) for teacher in teachers] == pytest.approx([1000 * s for s in shares], abs=1)
+            chosen = [[t for t in range(3) if share[t]] for share in self.drawn_of(ensemble, log_probs, x)]
+            assert all(len(of_image) == per_sample for of_image in chosen)
+
+    @staticmethod
+    def drawn_of(ensemble, log_probs, x):
+        """For each image the teachers, as zeros and ones, whose plain mean the answer is."""
+        each = ensemble.teacher_logits(x).softmax(dim=2)
+        for image, target in enumerate(log_probs.exp()):
+            masks = [mask for mask in np.ndindex(2, 2, 2) if sum(mask)]
+            means = [sum(m * p for m, p in zip(mask, each[:, image], strict=True)) / sum(mask) for mask in masks]
+            errors = [(mean - target).abs().max().item() for mean in means]
+            assert min(errors) < 1e-9
+            yield masks[int(np.argmin(errors))]
+
+    def test_all_of_equal_weight_are_the_full_mean(self):
+        ensemble = EnsembleTeacher([tiny(0), tiny(1), tiny(2)])
+        for drawn, full in zip(ensemble.predict(images(), per_sample=3), ensemble.predict(images()), strict=True):
+            torch.testing.assert_close(drawn, full, rtol=1e-5, atol=1e-5)
+
+    def test_a_teacher_runs_once_on_its_part_and_the_rows_come_back_in_order(self):
+        ensemble, x = EnsembleTeacher([OfTheImage(seed) for seed in range(3)]), images(4, size=2).double()
+        each = ensemble.teacher_logits(x)
+        for teacher in ensemble.teachers:
+            teacher.calls.clear()
+        places = torch.tensor([0.9, 0.1, 0.2, 0.8], dtype=torch.float64)
+        log_probs, logits = ensemble.predict(x, 1, places)
+        expected = torch.stack([each[2, 0], each[0, 1], each[0, 2], each[2, 3]])
+        torch.testing.assert_close(logits, expected)
+        torch.testing.assert_close(log_probs, expected.log_softmax(dim=1))
+        assert [teacher.calls for teacher in ensemble.teachers] == [[2], [], [2]]
+
+    def test_the_draw_is_that_of_torchs_cpu_generator(self):
+        ensemble, x = EnsembleTeacher([OfTheImage(0), OfTheImage(1)]), images(32, size=2).double()
+        answers = []
+        for seed in (5, 5, 6):
+            torch.manual_seed(seed)
+            answers.append(ensemble.predict(x, per_sample=1)[0])
+        assert torch.equal(answers[0], answers[1])
+        assert not torch.equal(answers[0], answers[2])
+
+    @pytest.mark.parametrize(('weights', 'per_sample', 'most'), [(None, 3, 2), ([3, 1], 2, 1)])
+    def test_more_than_the_weights_allow_is_refused(self, weights, per_sample, most):
+        ensemble = EnsembleTeacher([tiny(0), tiny(1)], weights)
+        with pytest.raises(UserError, match=rf'--teachers-per-sample {per_sample}: resnet10t.*give at most {most}\.'):
+            ensemble.predict(images(), per_sample)
+
+
 class TestInput:
     def test_each_teacher_sees_its_own_normalisation(self):
         imagenet, half = tiny(0), tiny(1)

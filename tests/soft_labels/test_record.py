@@ -30,8 +30,12 @@ from timm_mealv2.errors import UserError
 from timm_mealv2.models.ensemble import EnsembleTeacher
 from timm_mealv2.models.factory import create_ensemble
 from timm_mealv2.soft_labels.describe import describe, difference
-from timm_mealv2.soft_labels.record import measure_rate, record
+from timm_mealv2.soft_labels.record import measure_rate, predict, record
+from timm_mealv2.soft_labels.replay import StoredSamples
 from timm_mealv2.soft_labels.store import SoftLabelStore, StoreMeta, pixel_crc
+from timm_mealv2.soft_labels.verify import compare
+
+AUGMENTATION = Augmentation((3, 24, 24), aa='rand-m9-mstd0.5', reprob=0.3)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -82,6 +86,37 @@ def test_records_are_the_mean_probabilities_for_the_very_samples(
             mean += weight * np.exp(logits) / np.exp(logits).sum()
         assert record['classes'].tolist() == (-mean).argsort().tolist()
         assert record['probabilities'] == pytest.approx(np.sort(mean)[::-1], abs=3e-4)
+
+
+def test_one_teacher_is_drawn_for_each_sample_by_epoch_and_image_alone(
+    train: Dataset, teachers: EnsembleTeacher, tmp_path: Path
+) -> None:
+    for size in (4, 50):
+        meta = describe(train, teachers, AUGMENTATION, top_k=3, batch_size=size, part_images=5, teachers_per_sample=1)
+        record(tmp_path / str(size), train, teachers, meta, 2)
+    store = SoftLabelStore(tmp_path / '50')
+    assert store.meta.teachers_per_sample == 1
+    alone = [EnsembleTeacher([teacher]) for teacher in teachers.teachers]
+    for teacher in alone:
+        teacher.pretrained_cfg = teachers.pretrained_cfg
+    samples, drawn = Samples(train, AUGMENTATION, 42), []
+    for epoch in range(2):
+        records = store.read_epoch(epoch, np.arange(21))
+        others = SoftLabelStore(tmp_path / '4').read_epoch(epoch, np.arange(21))
+        assert np.abs(records['probabilities'] - others['probabilities']).max() < 1e-3
+        pixels = torch.from_numpy(np.stack([samples.sample(epoch, image).pixels for image in range(21)]))
+        each = [predict(teacher, pixels).numpy() for teacher in alone]
+        for row, *of_teachers in zip(records, *each, strict=True):
+            errors = [np.abs(np.sort(p)[::-1] - row['probabilities']).max() for p in of_teachers]
+            assert min(errors) < 5e-4 < max(errors)
+            drawn.append(int(np.argmin(errors)))
+    assert 20 < drawn.count(0) < 36  # of 42, two thirds
+    assert drawn[:21] != drawn[21:]
+    assert compare(StoredSamples(store, train), teachers, count=40)['largest difference'] < 5e-4
+    with pytest.raises(UserError, match='a recording with --teachers-per-sample 1, not None'):
+        record(tmp_path / '50', train, teachers, replace(meta, teachers_per_sample=None), 2)
+    with pytest.raises(UserError, match=r'--teachers-per-sample 2: test_resnet.*give at most 1'):
+        describe(train, teachers, AUGMENTATION, teachers_per_sample=2)
 
 
 class Counting(Dataset):

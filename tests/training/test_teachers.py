@@ -3,8 +3,10 @@
 from collections import Counter
 
 import pytest
-from quick_training import Train, summary
+from quick_training import Train, assert_equal_weights, summary
+from torch import Tensor
 
+from timm_mealv2.errors import UserError
 from timm_mealv2.models.ensemble import EnsembleTeacher
 from timm_mealv2.models.factory import TeacherSpec
 
@@ -25,6 +27,29 @@ def test_optimized_teachers_teach_the_same(train: Train, teachers: list[str], mo
     assert fused == {True: len(teachers)}
     for column in ('train_loss', 'train_kl', 'eval_loss'):
         assert float(rows[0][column]) == pytest.approx(float(rows[1][column]), abs=1e-5), column
+
+
+def test_one_teacher_a_sample_costs_one_forward_pass_and_is_evaluated_with_all(
+    train: Train, teachers: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predict, asked = EnsembleTeacher.predict, Counter()
+
+    def counted(ensemble: EnsembleTeacher, x: Tensor, per_sample: int | None = None) -> tuple[Tensor, Tensor]:
+        asked.update([per_sample])
+        return predict(ensemble, x, per_sample)
+
+    monkeypatch.setattr(EnsembleTeacher, 'predict', counted)
+    options = ('--teachers', *teachers, '--epochs', 1)
+    one, again, both = (
+        train(name, *options, *more)
+        for name, more in (('a', ('--teachers-per-sample', 1)), ('b', ('--teachers-per-sample', 1)), ('c', ()))
+    )
+    assert asked == {1: 10, None: 5}  # batches
+    assert_equal_weights(one / 'last.pth.tar', again / 'last.pth.tar')
+    assert summary(one)[0]['train_kl'] != summary(both)[0]['train_kl']
+    assert (one / 'preflight.json').read_text() == (both / 'preflight.json').read_text()
+    with pytest.raises(UserError, match='--teachers-per-sample 3: test_resnet'):
+        train('d', *options, '--teachers-per-sample', 3)
 
 
 def test_a_teachers_text_is_parsed_and_checked_once(

@@ -22,6 +22,7 @@ from timm_mealv2.command_line import (
     DATA,
     DEVICE,
     INPUT,
+    PER_SAMPLE,
     POSITIVE,
     SEED,
     TEACHERS,
@@ -106,7 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
     dry_run = flag('--dry-run', 'measure the rate for half a minute, tell samples, bytes and hours, and write nothing')
     val_split = Option('--val-split', None, 'validation split, where the teachers are measured', 'validation')
     add_options(command, [dry_run, val_split, UNLABELED])
-    groups = {'teachers': TEACHERS, 'images': INPUT, 'augmentation': AUGMENTATION, 'device': DEVICE}
+    groups = {'teachers': (*TEACHERS, PER_SAMPLE), 'images': INPUT, 'augmentation': AUGMENTATION, 'device': DEVICE}
     for name, options in groups.items():
         add_options(command.add_argument_group(name), options)
 
@@ -153,7 +154,8 @@ def _record(args: argparse.Namespace) -> None:
     pixels = {name: getattr(args, name) for name in ('input_size', 'img_size', 'mean', 'std')}
     config = resolve_pixels(pixels, cfg, teachers.in_chans)
     augmentation = build_augmentation(args, config)
-    meta = describe(dataset, teachers, augmentation, seed=args.seed, top_k=args.top_k, batch_size=args.batch_size)
+    names = ('seed', 'top_k', 'batch_size', 'teachers_per_sample')
+    meta = describe(dataset, teachers, augmentation, **{name: getattr(args, name) for name in names})
     work: dict[str, Any] = {'workers': args.workers, 'device': device}
     if args.dry_run:
         rate = measure_rate(dataset, teachers, meta, **work)
@@ -240,6 +242,8 @@ def _show_contents(store: SoftLabelStore) -> None:
     for teacher in meta.teachers:
         known = {**teacher, 'sha256': teacher['sha256'][:12], 'weight': f'{teacher["weight"]:.3g}'}
         print('teacher  ', shown({name: value for name, value in known.items() if value is not None}))
+    if meta.teachers_per_sample:
+        print(f'drawn     {meta.teachers_per_sample} of the teachers for each sample')
     for line in _figures(meta.figures):
         print(f'measured  {line}')
     default = vars(Augmentation(meta.augmentation.input_size)) | {'input_size': None}

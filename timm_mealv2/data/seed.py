@@ -19,6 +19,7 @@ class Stream(IntEnum):
     MIXUP = 2  # (seed, epoch, batch, rank)
     ERASING = 3  # (seed, epoch, data set index)
     UPDATE = 4  # (seed, rank), to which the number of the batch is added: dropout, stochastic depth
+    TEACHERS = 5  # (seed, epoch, data set index): which teachers are recorded for a sample
     INITIALIZATION = 6  # (seed,): the same on every process
     STREAMING = 7  # (seed, rank, epoch): data sets that timm's own loader streams
     PAIR = 10  # (seed, epoch, pair): what two samples are mixed with

@@ -156,12 +156,23 @@ class EnsembleTeacher(nn.Module):
         return self.predict(x)[0]
 
     @torch.no_grad()
-    def predict(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def predict(self, x: Tensor, per_sample: int | None = None, places: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return log of the mean probability and mean logits, both [B, C], at least float32, without gradient.
+
+        With `per_sample` = K the means are the plain ones of K teachers an image, each drawn with K times its weight as
+        its probability: their expectation is that of all teachers, at K / N of the cost.
 
         Args:
             x: Images [B, chans, H, W], normalized with the ensemble's `pretrained_cfg`.
+            per_sample: K; None takes all teachers, by their weights.
+            places: Number in [0, 1) that decides an image's draw, float64 [B]. None spreads them evenly over the batch,
+                in a random order, by torch's CPU generator.
+
+        Raises:
+            UserError: If K times the weight of a teacher is above 1.
         """
+        if per_sample is not None:
+            return self._predict_drawn(x, per_sample, places)
         log_probs: Tensor | None = None
         mean_logits: Tensor | None = None
         for index, weight in enumerate(self.weights):
@@ -174,6 +185,41 @@ class EnsembleTeacher(nn.Module):
         assert log_probs is not None  # the weights sum to 1
         assert mean_logits is not None
         return log_probs, mean_logits
+
+    def _predict_drawn(self, x: Tensor, per_sample: int, places: Tensor | None) -> tuple[Tensor, Tensor]:
+        self.check_per_sample(per_sample)
+        if places is None:
+            places = (torch.randperm(len(x)) + torch.rand((), dtype=torch.float64)) / len(x)
+        # Systematic sampling: on a line of length K each teacher has K times its weight, at most 1, and the points
+        # place, place + 1, ... fall on K different ones.
+        used = [index for index, weight in enumerate(self.weights) if weight]
+        ends = per_sample * torch.tensor([self.weights[index] for index in used], dtype=torch.float64).cumsum(0)
+        drawn = torch.searchsorted(ends[:-1], places[:, None] + torch.arange(per_sample), right=True)
+        log_probs: Tensor | None = None
+        mean_logits: Tensor | None = None
+        for number, index in enumerate(used):
+            rows = (drawn == number).any(dim=1).nonzero().squeeze(1).to(x.device, non_blocking=True)
+            if not len(rows):
+                continue
+            logits = self._logits(index, x.index_select(0, rows))
+            if log_probs is None or mean_logits is None:
+                log_probs = logits.new_full((len(x), self.num_classes), -math.inf)
+                mean_logits = torch.zeros_like(log_probs)
+            log_p = F.log_softmax(logits, dim=1) - math.log(per_sample)
+            log_probs[rows] = torch.logaddexp(log_probs[rows], log_p)
+            mean_logits.index_add_(0, rows, logits, alpha=1 / per_sample)
+        assert log_probs is not None  # each image has a teacher
+        assert mean_logits is not None
+        return log_probs, mean_logits
+
+    def check_per_sample(self, per_sample: int) -> None:
+        """Raise a `UserError` if so many teachers cannot be drawn for an image, each as often as its weight says."""
+        weight, name = max(zip(self.weights, self.names, strict=True))
+        if per_sample * weight > 1 + 1e-9:
+            raise UserError(
+                f'--teachers-per-sample {per_sample}: {name}, of weight {weight:.3g}, would be drawn '
+                f'{per_sample * weight:.3g} times for an image: give at most {int(1 / weight + 1e-9)}.'
+            )
 
     @torch.no_grad()
     def teacher_logits(self, x: Tensor) -> Tensor:

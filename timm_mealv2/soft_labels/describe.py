@@ -24,6 +24,7 @@ def describe(
     top_k: int = 10,
     batch_size: int = 128,
     part_images: int | None = None,
+    teachers_per_sample: int | None = None,
 ) -> StoreMeta:
     """Return the settings of a recording; `StoreMeta.extend` adds the epochs.
 
@@ -32,10 +33,13 @@ def describe(
         top_k: Classes to keep, or all where there are fewer.
         part_images: Images of a part. None for 128 parts a block of epochs, or more for very many images and fewer for
             few: a store has some thousand files at most, and a process that dies loses little.
+        teachers_per_sample: Teachers to draw for each sample, by (seed, epoch, image); None for all.
 
     Raises:
-        UserError: If the data set has no random access.
+        UserError: If the data set has no random access, or so many teachers cannot be drawn.
     """
+    if teachers_per_sample is not None:
+        teachers.check_per_sample(teachers_per_sample)
     if isinstance(dataset, IterableDataset):
         raise UserError('a streaming data set has no numbered images to record: take a folder, a tar or hfds/NAME.')
     images = len(dataset)  # type: ignore[arg-type]
@@ -52,6 +56,7 @@ def describe(
         batch_size=batch_size,
         part_images=part_images or min(max(-(-images // 128), 256), 2**14),
         blocks=[0],
+        teachers_per_sample=teachers_per_sample,
         class_names=class_names_of(teachers),
     )
 
@@ -101,7 +106,8 @@ def _settings(meta: StoreMeta) -> dict[str, Any]:
     """The settings that must not change within a store, by option."""
     options = {'weight': 'weights', 'img_size': 'img_size', 'classes': 'classes', 'autocast_dtype': 'dtype'}
     named: dict[str, Any] = {f'teacher_{name}': [t[key] for t in meta.teachers] for key, name in options.items()}
-    named |= {'top_k': meta.top_k, 'seed': meta.seed, **meta.settings()}
+    named |= {'teachers_per_sample': meta.teachers_per_sample, 'top_k': meta.top_k, 'seed': meta.seed}
+    named |= meta.settings()
     return {
         **{option_text(name): value for name, value in named.items()},
         'the number of images': meta.images,

@@ -30,6 +30,7 @@ from timm_mealv2.data.dataset import image_names
 from timm_mealv2.data.loader import unchanged
 from timm_mealv2.data.normalize import channel_stats
 from timm_mealv2.data.samples import Key, Samples
+from timm_mealv2.data.seed import Stream, counted_seed
 from timm_mealv2.data.unreadable import BadImages, Ignored, UnreadableImage
 from timm_mealv2.data.workers import ignore_signals
 from timm_mealv2.errors import UserError
@@ -224,10 +225,10 @@ class _SampleBatches(Dataset):
     def __init__(self, samples: Samples) -> None:
         self.samples = samples
 
-    def __getitem__(self, keys: list[Key]) -> tuple[Tensor, np.ndarray, list[str], set[Ignored]]:
-        """Return the pixels uint8 [n, C, H, W] that could be read, the CRC of each key's pixels, and what failed.
+    def __getitem__(self, keys: list[Key]) -> tuple[Tensor, Tensor, np.ndarray, list[str], set[Ignored]]:
+        """Return the pixels uint8 [n, C, H, W] that could be read, and the place of each in the draw of teachers.
 
-        At the end comes what was ignored of the images.
+        Then the CRC of each key's pixels, what failed, and what was ignored of the images.
         """
         pixels = np.empty((len(keys), *self.samples.augmentation.input_size), np.uint8)
         crcs, failures = np.zeros(len(keys), np.uint32), []
@@ -240,7 +241,16 @@ class _SampleBatches(Dataset):
                 crcs[place] = pixel_crc(pixels[place])
             except UnreadableImage as error:
                 failures.append(str(error))
-        return torch.from_numpy(pixels[crcs > 0] if failures else pixels), crcs, failures, ignored
+        places = draw_places(self.samples.seed, [(key.epoch, key.index) for key in keys])
+        if failures:
+            pixels, places = pixels[crcs > 0], places[crcs > 0]
+        return torch.from_numpy(pixels), places, crcs, failures, ignored
+
+
+def draw_places(seed: int, samples: Iterable[tuple[int, int]]) -> Tensor:
+    """Return what decides which teachers are drawn for samples (epoch, image), float64 [n] in [0, 1)."""
+    numbers = [counted_seed(Stream.TEACHERS, seed, *sample) >> 10 for sample in samples]  # 53 bits
+    return torch.tensor(numbers, dtype=torch.float64) / 2**53
 
 
 def _sample_loader(samples: Samples, batches: Iterable[list[Key]], workers: int, device: torch.device) -> DataLoader:
@@ -263,14 +273,15 @@ def _record_parts(
     """Make the parts that can be locked, and write each when its last batch has come; return whether there was one."""
     made: list[np.ndarray] = []  # records of a part's batches
     part = None
-    for pixels, crcs, failures, ignored in loader:
+    for pixels, places, crcs, failures, ignored in loader:
         bad.ignored['train'].update(ignored)
         for failure in failures:
             _logger.warning(f'Cannot be read: {failure}')
         records = np.zeros(len(crcs), meta.dtype)
         records['crc'] = crcs
         if len(pixels):
-            probabilities, classes = predict(teachers, pixels).topk(meta.top_k, dim=1)
+            predicted = predict(teachers, pixels, meta.teachers_per_sample, places)
+            probabilities, classes = predicted.topk(meta.top_k, dim=1)
             records['classes'][crcs > 0] = classes.cpu().numpy()
             records['probabilities'][crcs > 0] = probabilities.cpu().numpy()
         made.append(records)
@@ -288,8 +299,12 @@ def _record_parts(
     return part is not None
 
 
-def predict(teachers: EnsembleTeacher, pixels: Tensor) -> Tensor:
+def predict(
+    teachers: EnsembleTeacher, pixels: Tensor, per_sample: int | None = None, places: Tensor | None = None
+) -> Tensor:
     """Return the teachers' mean probabilities [n, C], on their device, for pixels uint8 [n, chans, h, w].
+
+    `per_sample` and `places` are those of `EnsembleTeacher.predict`.
 
     Raises:
         UserError: If they are not finite.
@@ -300,7 +315,7 @@ def predict(teachers: EnsembleTeacher, pixels: Tensor) -> Tensor:
         for stats in channel_stats(teachers.pretrained_cfg, teachers.in_chans)
     )
     images = (pixels.to(device, non_blocking=True).float() - mean) / std
-    probabilities = teachers.predict(images)[0].exp()
+    probabilities = teachers.predict(images, per_sample, places)[0].exp()
     if not probabilities.isfinite().all():
         raise UserError('the teachers predict NaN: take --teacher-dtype bfloat16 or float32, or none.')
     return probabilities
@@ -323,8 +338,9 @@ def measure_rate(
     images = np.random.default_rng(0).choice(meta.images, min(meta.images, 4096), replace=False).tolist()
     batches = list(part_batches(samples, images, range(BLOCK_EPOCHS), meta.batch_size))
     count, began, elapsed = 0, time.perf_counter(), 0.0
-    for number, (pixels, crcs, *_) in enumerate(_sample_loader(samples, cycle(batches), workers, torch.device(device))):
-        predict(teachers, pixels).topk(meta.top_k, dim=1)[0].cpu()
+    loader = _sample_loader(samples, cycle(batches), workers, torch.device(device))
+    for number, (pixels, places, crcs, *_) in enumerate(loader):
+        predict(teachers, pixels, meta.teachers_per_sample, places).topk(meta.top_k, dim=1)[0].cpu()
         count, elapsed = count + len(crcs), time.perf_counter() - began
         if number <= 2 * workers:  # so many batches the workers have prepared while the device started
             count, began = 0, time.perf_counter()

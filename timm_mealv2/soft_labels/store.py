@@ -66,6 +66,7 @@ class StoreMeta:
         batch_size: Most samples that go through the teachers together; it decides the last bits of a prediction.
         part_images: Images of a part.
         blocks: First epoch of each block, and at the end the number of epochs M.
+        teachers_per_sample: Teachers that were drawn for each sample; None for all.
         class_names: Names of the classes in the order of their indices, None if they are not known.
         figures: 'ensemble' and 'teacher NAME' -> metrics on the validation split; empty where they are not known.
     """
@@ -82,6 +83,7 @@ class StoreMeta:
     batch_size: int
     part_images: int
     blocks: list[int]
+    teachers_per_sample: int | None = None
     class_names: list[str] | None = None
     figures: dict[str, dict[str, float]] = field(default_factory=dict)
 

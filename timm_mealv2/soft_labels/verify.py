@@ -12,7 +12,7 @@ from timm_mealv2.errors import UserError
 from timm_mealv2.models.ensemble import EnsembleTeacher
 from timm_mealv2.models.factory import create_ensemble
 from timm_mealv2.soft_labels.describe import describe_teachers
-from timm_mealv2.soft_labels.record import predict
+from timm_mealv2.soft_labels.record import draw_places, predict
 from timm_mealv2.soft_labels.replay import StoredSamples
 from timm_mealv2.soft_labels.store import SoftLabelStore, StoreMeta
 
@@ -80,14 +80,18 @@ def compare(samples: StoredSamples, teachers: EnsembleTeacher, count: int = 256)
     images = generator.choice(store.meta.images if samples.rows is None else samples.rows, count)
     records: list[np.ndarray] = []
     pixels: list[np.ndarray] = []
+    made: list[tuple[int, int]] = []
     for epoch, image in sorted(
         zip(generator.integers(store.epochs, size=count).tolist(), images.tolist(), strict=True)
     ):
         with suppress(UnreadableImage):
             pixels.append(samples.sample(epoch, image).pixels)
             records.append(store.read_epoch(epoch, np.array([image])))
+            made.append((epoch, image))
     batches = torch.from_numpy(np.stack(pixels)).split(store.meta.batch_size)
-    now = torch.cat([predict(teachers, batch).cpu() for batch in batches]).numpy()
+    places = draw_places(store.meta.seed, made).split(store.meta.batch_size)
+    per_sample, pairs = store.meta.teachers_per_sample, zip(batches, places, strict=True)
+    now = torch.cat([predict(teachers, batch, per_sample, place).cpu() for batch, place in pairs]).numpy()
     stored = np.concatenate(records)
     difference = np.abs(np.take_along_axis(now, stored['classes'], axis=1) - stored['probabilities'].astype(np.float32))
     return {

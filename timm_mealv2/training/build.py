@@ -276,6 +276,7 @@ def _build_task(
             discriminator_reduction=args.discriminator_reduction,
             hard_label_weight=args.hard_label_weight,
             criterion=_build_criterion(args) if args.hard_label_weight else None,
+            teachers_per_sample=args.teachers_per_sample,
             label_rest=args.label_rest,
             **common,
         )

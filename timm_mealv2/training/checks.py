@@ -25,6 +25,7 @@ def is_mealv2(args: argparse.Namespace) -> bool:
 
 _OF_MEALV2 = (
     *('teacher_weights', 'teacher_dtype', 'teacher_img_size', 'teacher_classes', 'teacher_compile', 'unlabeled'),
+    'teachers_per_sample',
     *('discriminator_weight', 'discriminator_mode', 'discriminator_lr_scale', 'discriminator_reduction'),
     'hard_label_weight',
 )
@@ -107,7 +108,10 @@ _RULES: tuple[Rule, ...] = (
         'refused with --soft-labels, which says what an epoch shows and how big',
     ),
     (
-        ('teacher_weights', 'teacher_dtype', 'teacher_img_size', 'teacher_classes', 'teacher_compile'),
+        (
+            *('teacher_weights', 'teacher_dtype', 'teacher_img_size', 'teacher_classes', 'teacher_compile'),
+            'teachers_per_sample',
+        ),
         lambda args: args.soft_labels,
         'the predictions are stored: an option of mealv2-softlabels record',
     ),

@@ -113,11 +113,15 @@ class Stepper:
             loss = result['loss'] if parts == 1 else result['loss'] * (share or 1 / parts)
             if self.loss_weight is not None:
                 loss = loss * self.loss_weight(len(images))
-            scaled = loss if self.scaler is None else self.scaler.scale(loss)
-            scaled.backward(create_graph=getattr(self.optimizer, 'is_second_order', False))
+            self.backward(loss)
         self.clock.mark('student')
         scalars = {name: value.detach() for name, value in result.items() if name != 'output'}
         return scalars, self.update(update) if last else None
+
+    def backward(self, loss: Tensor) -> None:
+        """Add a loss's gradient to that of the update."""
+        scaled = loss if self.scaler is None else self.scaler.scale(loss)
+        scaled.backward(create_graph=getattr(self.optimizer, 'is_second_order', False))
 
     def update(self, update: int) -> float:
         """Make update number `update` if its gradient norm is finite; return the norm, the same on all processes."""

@@ -14,6 +14,7 @@ from timm_mealv2.command_line import (
     INPUT,
     INTERPOLATIONS,
     NOT_NEGATIVE,
+    PER_SAMPLE,
     PIXELS,
     POSITIVE,
     PROBABILITY,
@@ -56,6 +57,7 @@ class _KeyValues(ParseKwargs):
 
 _OURS = (
     *TEACHERS,
+    PER_SAMPLE,
     flag('--teacher-compile', 'torch.compile for each teacher'),
     Option('--discriminator-weight', NOT_NEGATIVE, "weight of the discriminator's loss; 0 builds none", 1.0),
     Option(
