@@ -58,15 +58,22 @@ def open_split(args: argparse.Namespace, option: str, *, or_all: bool = False, *
     return dataset
 
 
+def teacher_dtype(args: argparse.Namespace) -> str | None:
+    """Return the type of the teachers' autocast: `--teacher-dtype`, or that of `--amp`; None for none."""
+    dtype: str | None = args.teacher_dtype or (args.amp_dtype if args.amp else None)
+    return dtype
+
+
 def build_ensemble(args: argparse.Namespace, **kwargs: Any) -> EnsembleTeacher:
     """Build the ensemble that the options `TEACHERS` name.
 
     Args:
         args: Has these options; `teachers` may be parsed already.
-        **kwargs: Further arguments of `create_ensemble`; `--teacher-dtype` counts before `autocast_dtype`.
+        **kwargs: Further arguments of `create_ensemble`. The teachers' autocast is `--teacher-dtype` or that of `--amp`
+            unless `autocast_dtype` is given.
     """
-    if args.teacher_dtype:
-        kwargs['autocast_dtype'] = getattr(torch, args.teacher_dtype)
+    dtype = teacher_dtype(args)
+    kwargs.setdefault('autocast_dtype', dtype and getattr(torch, dtype))
     return create_ensemble(
         args.teachers,
         weights=args.teacher_weights,

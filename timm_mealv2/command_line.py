@@ -254,7 +254,7 @@ TEACHERS = (
     Option(
         '--teacher-dtype',
         str,
-        'autocast dtype of the teachers (default: none)',
+        'autocast dtype of the teachers (default: that of --amp)',
         choices=FLOAT_TYPES,
     ),
     Option(
@@ -307,6 +307,11 @@ DEVICE = (
     Option('--device', str, 'device; the CPU where unset and without CUDA', 'cuda'),
     Option('-b --batch-size', COUNT, 'batch size per process', 128),
     Option('-j --workers', COUNT_OR_0, 'worker processes that load images', 4),
+)
+
+AMP = (
+    flag('--amp', help='mixed precision'),
+    Option('--amp-dtype', one_of('float16', 'bfloat16'), 'type of mixed precision: float16 or bfloat16', 'float16'),
 )
 
 # What the student is given: with AUGMENTATION, every setting that decides a training sample's pixels.

@@ -277,6 +277,11 @@ class MealV2Task(TrainingTask):
         finite = logits.softmax(dim=2).isfinite().flatten(1).all(dim=1).tolist()
         return [name for name, whole in zip(self.teacher.names, finite, strict=True) if not whole]
 
+    def log_teacher_rounding(self, input: Tensor) -> None:
+        """Log what the live teachers' autocast changes, see `EnsembleTeacher.log_rounding`."""
+        if self.teacher is not None:
+            self.teacher.log_rounding(self._pixels_for(self.teacher, input))
+
     def get_clip_parameters(self, exclude_head: bool = False) -> list[nn.Parameter]:
         """The parameters to clip; `exclude_head` leaves out the student's last two, as timm does for any model."""
         trainable = unwrap_model(self.trainable_module)

@@ -170,6 +170,15 @@ def test_one_teacher_a_sample_is_recorded_shown_and_verified(folder: Path, tmp_p
     assert '--teachers-per-sample 1, not None' in line
 
 
+def test_mixed_precision_is_recorded_and_said(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level('INFO'):
+        main(record_arguments(folder, tmp_path / 'store', '--amp', '--amp-dtype', 'bfloat16'))
+    assert caplog.text.count('Teachers in bfloat16: on the first batch') == 1
+    assert StoreMeta.read(tmp_path / 'store').teachers[0]['autocast_dtype'] == 'bfloat16'
+    main(record_arguments(folder, tmp_path / 'exact', '--amp', '--teacher-dtype', 'float32'))
+    assert StoreMeta.read(tmp_path / 'exact').teachers[0]['autocast_dtype'] == 'float32'
+
+
 def test_the_classes_of_a_teacher_are_chosen(folder: Path, tmp_path: Path) -> None:
     (tmp_path / 'classes.txt').write_text('5\n0\n3\n')
     spec = f'test_resnet={folder}/teacher.pth'

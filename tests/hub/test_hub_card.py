@@ -211,6 +211,12 @@ def test_teachers_and_start_come_with_the_licenses_that_timm_knows(run_folder: P
     assert 'alice' not in card.content
 
 
+def test_the_type_of_the_teachers_is_told(run_folder: Path, tmp_path: Path) -> None:
+    path = changed(run_folder / 'last.pth.tar', tmp_path / 'half.pth.tar', amp=True, teacher_dtype='bfloat16')
+    assert 'They predicted in bfloat16 mixed precision.' in card_of(path, tmp_path / 'half').text
+    assert 'mixed precision' not in card_of(run_folder / 'last.pth.tar', tmp_path / 'exact').text
+
+
 def test_no_path_of_the_machine_and_no_device_but_the_runs_is_in_the_card(run_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(run_folder, tmp_path / 'run')
     path = tmp_path / 'run/last.pth.tar'

@@ -96,6 +96,28 @@ class TestArithmetic:
         assert not torch.equal(half, exact)
         torch.testing.assert_close(half.exp(), by_hand, rtol=1e-3, atol=1e-4)
 
+    def test_what_the_autocast_changes_is_said_and_a_large_difference_warned_of(self, caplog):
+        coarse = nn.Sequential(nn.Flatten(), nn.Linear(12, 10))
+        coarse.num_classes = 10
+        with torch.no_grad():
+            coarse[1].weight += 100 * torch.randn(12)  # a large part that all logits share
+        x, quiet = images(16, size=2), tiny(1)
+        for teachers, warned in (([quiet], False), ([quiet, coarse], True)):
+            caplog.clear()
+            ensemble = EnsembleTeacher(
+                teachers, autocast_dtype=torch.bfloat16, names=['quiet', 'coarse'][: len(teachers)]
+            )
+            exact = EnsembleTeacher(teachers)
+            expected = (ensemble(x).exp() - exact(x).exp()).abs().max().item()
+            with caplog.at_level(logging.INFO):
+                ensemble.log_rounding(x)
+                exact.log_rounding(x)
+            assert caplog.messages[0].startswith('Teachers in bfloat16: on the first batch their mean probability')
+            assert f'differs from float32 by {expected:.1e} at most' in caplog.messages[0]
+            assert len(caplog.messages) == 1 + warned
+            assert ('Teacher coarse differs' in caplog.text) == warned == (expected > 2**-6)
+            assert ensemble.autocast_dtypes == (torch.bfloat16,) * len(teachers)
+
     def test_autocast_to_float32_is_none_and_torch_does_not_warn(self, recwarn):
         a = [tiny(0)]
         assert torch.equal(EnsembleTeacher(a, autocast_dtype=torch.float32)(images()), EnsembleTeacher(a)(images()))

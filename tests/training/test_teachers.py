@@ -3,7 +3,8 @@
 from collections import Counter
 
 import pytest
-from quick_training import Train, assert_equal_weights, summary
+import torch
+from quick_training import Train, assert_equal_weights, read_checkpoint, summary
 from torch import Tensor
 
 from timm_mealv2.errors import UserError
@@ -50,6 +51,35 @@ def test_one_teacher_a_sample_costs_one_forward_pass_and_is_evaluated_with_all(
     assert (one / 'preflight.json').read_text() == (both / 'preflight.json').read_text()
     with pytest.raises(UserError, match='--teachers-per-sample 3: test_resnet'):
         train('d', *options, '--teachers-per-sample', 3)
+
+
+def test_mixed_precision_reaches_the_teachers_and_a_resumed_run_keeps_what_it_had(
+    train: Train, teachers: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    # Not 16 pixels: torch's bfloat16 gradient of a 3x3 convolution on a 1x1 map reads memory that nothing has written.
+    options = ['--teachers', *teachers, '--img-size', 32, '--no-preflight', '--epochs', 1, '--lr', 1e-12]
+    amp = ['--amp', '--amp-dtype', 'bfloat16']
+    kl, text = {}, {}
+    for name, more in {'none': [], 'amp': amp, 'exact': [*amp, '--teacher-dtype', 'float32']}.items():
+        caplog.clear()
+        with caplog.at_level('INFO'):
+            folder = train(name, *options, *more)
+        kl[name], text[name] = float(summary(folder)[0]['train_kl']), caplog.text
+        expected = {'none': None, 'amp': 'bfloat16', 'exact': 'float32'}[name]
+        assert read_checkpoint(folder / 'last.pth.tar')['args']['teacher_dtype'] == expected
+    assert ['Teachers in bfloat16' in text[name] for name in kl] == [False, True, False]
+    assert kl['amp'] != kl['exact']
+
+    older = torch.load(folder / 'last.pth.tar', weights_only=True)  # of a version whose teachers stayed in float32
+    older['args']['teacher_dtype'] = None
+    torch.save(older, folder / 'last.pth.tar')
+    torch.save(older, folder / 'checkpoint-0.pth.tar')
+    for name, stays in (('amp', False), ('exact', True)):
+        caplog.clear()
+        with caplog.at_level('INFO'):
+            train(name, *options, *amp, '--epochs', 2, '--resume', 'auto')
+        assert ('The teachers stay in float32' in caplog.text) == stays
+        assert ('Teachers in bfloat16' in caplog.text) != stays
 
 
 def test_a_teachers_text_is_parsed_and_checked_once(

@@ -16,9 +16,9 @@ from tqdm import tqdm
 
 from timm_mealv2.arguments import build_ensemble, choose_device, open_split
 from timm_mealv2.command_line import (
+    AMP,
     DATA,
     DEVICE,
-    FLOAT_TYPES,
     PIXELS,
     TEACHERS,
     UNLABELED,
@@ -78,9 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     add('--use-test-size', action='store_true', help="the test size and crop of the model's config, where it has them")
 
     group = parser.add_argument_group('running')
-    add_options(group, DEVICE)
-    group.add_argument('--amp', action='store_true', help='mixed precision')
-    group.add_argument('--amp-dtype', choices=FLOAT_TYPES[:2], default='float16', help='its type: float16 or bfloat16')
+    add_options(group, (*DEVICE, *AMP))
     # torch warns of more workers than there are cores.
     parser.set_defaults(device=None, workers=min(4, os.cpu_count() or 1))
 
@@ -113,11 +111,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     data = _open_data(args)
     # An ensemble of one is the model, made from whatever names a teacher, with pixels of the size that it must have.
     sizes = None if args.img_size is None else [args.img_size]
-    options: dict[str, Any] = {'autocast_dtype': getattr(torch, args.amp_dtype) if args.amp else None, 'device': device}
-    models = {str(spec): create_ensemble(spec, img_sizes=sizes, **options) for spec in specs}
+    dtype = getattr(torch, args.amp_dtype) if args.amp else None
+    options: dict[str, Any] = {'img_sizes': sizes, 'autocast_dtype': dtype, 'device': device}
+    models = {str(spec): create_ensemble(spec, **options) for spec in specs}
     models, data, classes = _with_the_same_classes(models, data, args.imagenet_v2)
     if args.teachers:
-        models[ENSEMBLE] = build_ensemble(args, class_names=classes, **options)
+        models[ENSEMBLE] = build_ensemble(args, class_names=classes, device=device)
     configs = {
         name: resolve_pixels({'img_size': args.img_size}, model.pretrained_cfg, model.in_chans, args.use_test_size)
         for name, model in models.items()

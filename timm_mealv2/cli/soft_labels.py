@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from timm_mealv2.arguments import build_ensemble, choose_device, open_split
 from timm_mealv2.command_line import (
+    AMP,
     AUGMENTATION,
     COUNT,
     DATA,
@@ -107,7 +108,12 @@ def build_parser() -> argparse.ArgumentParser:
     dry_run = flag('--dry-run', 'measure the rate for half a minute, tell samples, bytes and hours, and write nothing')
     val_split = Option('--val-split', None, 'validation split, where the teachers are measured', 'validation')
     add_options(command, [dry_run, val_split, UNLABELED])
-    groups = {'teachers': (*TEACHERS, PER_SAMPLE), 'images': INPUT, 'augmentation': AUGMENTATION, 'device': DEVICE}
+    groups = {
+        'teachers': (*TEACHERS, PER_SAMPLE),
+        'images': INPUT,
+        'augmentation': AUGMENTATION,
+        'device': (*DEVICE, *AMP),
+    }
     for name, options in groups.items():
         add_options(command.add_argument_group(name), options)
 

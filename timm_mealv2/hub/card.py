@@ -277,11 +277,12 @@ def _teachers(args: Mapping[str, Any]) -> list[dict[str, Any]]:
             recorded = StoreMeta.read(Path(args['soft_labels'])).teachers
         except UserError:  # the store is not on this machine
             return []
-        return [weights_row(teacher['name'], teacher['weight']) for teacher in recorded]
+        return [{**weights_row(t['name'], t['weight']), 'dtype': t['autocast_dtype']} for t in recorded]
     of_timm = args.get('kd_model_name')  # of timm's train.py
     names = list(args.get('teachers') or ([of_timm] if of_timm else []))
     weights = args.get('teacher_weights') or [1.0] * len(names)
-    return [weights_row(name, weight / sum(weights)) for name, weight in zip(names, weights, strict=True)]
+    rows = [weights_row(name, weight / sum(weights)) for name, weight in zip(names, weights, strict=True)]
+    return [{**row, 'dtype': args.get('teacher_dtype')} for row in rows]
 
 
 def _dataset_names(args: Mapping[str, Any]) -> tuple[str | None, str]:

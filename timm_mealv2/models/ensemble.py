@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from itertools import combinations
 from typing import Any, NamedTuple, Self
 
@@ -21,6 +22,9 @@ from timm_mealv2.models.fusion import fuse_model
 _logger = logging.getLogger(__name__)
 
 Size = int | tuple[int, int] | None
+
+LARGE_ROUNDING = 2.0**-6
+"""Difference of a mean probability from float32 above which a type is warned of."""
 
 
 class ClassSubset(nn.Module):
@@ -131,6 +135,7 @@ class EnsembleTeacher(nn.Module):
         self.pretrained_cfg: dict[str, Any] = self._first_cfg()
         # What runs in place of a teacher, by its number: no submodules, as the teachers are the ensemble's weights.
         self._fused: dict[int, nn.Module] = {}
+        self._compiled = False
         self.register_load_state_dict_post_hook(_forget_fused)
         self.requires_grad_(False).train()
 
@@ -240,8 +245,36 @@ class EnsembleTeacher(nn.Module):
             except (AssertionError, RuntimeError, ValueError) as error:  # of a model that takes no other layout or size
                 _logger.info(f'Teacher {self.names[index]} is not optimized, and runs as it is: {one_line(error)}')
 
+    @torch.no_grad()
+    def log_rounding(self, x: Tensor) -> None:
+        """Log how far the teachers' autocast takes a probability from float32, for images as in `predict`.
+
+        Above 2^-6 for the mean probability a warning names the teacher that differs most. Without autocast nothing is
+        done. Compiled teachers run uncompiled here.
+        """
+        dtypes = self.autocast_dtypes
+        names = sorted({str(dtype).removeprefix('torch.') for dtype in dtypes} - {'None', 'float32'})
+        if not names:
+            return
+        with torch.compiler.set_stance('force_eager') if self._compiled else nullcontext():
+            own = self.teacher_logits(x).softmax(dim=2)
+            self.autocast_dtypes = (None,) * len(dtypes)
+            exact = self.teacher_logits(x).softmax(dim=2)
+            self.autocast_dtypes = dtypes
+        of_each = (own - exact).abs().flatten(1).amax(dim=1)
+        of_mean = torch.einsum('n,nbc->bc', own.new_tensor(self.weights), own - exact).abs().max().item()
+        text = f'Teachers in {" and ".join(names)}: on the first batch their mean probability differs from float32 by'
+        _logger.info(f'{text} {of_mean:.1e} at most.')
+        if not of_mean <= LARGE_ROUNDING:
+            worst = int(of_each.argmax())
+            _logger.warning(
+                f'Teacher {self.names[worst]} differs by {of_each[worst]:.1e} in a probability: --teacher-dtype '
+                'float32 would be exact.'
+            )
+
     def compile_each(self, **compile_kwargs: Any) -> None:
         """Compile what runs for each teacher, with arguments of `torch.compile`; the ensemble around them is not."""
+        self._compiled = True
         for module in self.running:
             module.compile(**compile_kwargs)
 

@@ -72,7 +72,7 @@ def record(
         meta: What `describe` gives for these.
         epochs: Epochs to have in the end.
         workers: Worker processes that make samples; 0 makes them in this one.
-        progress: Show what all processes together have done.
+        progress: Show what all processes together have done, and log what the teachers' autocast changes.
         measure: Returns the `figures` of `StoreMeta`; called by the process that makes the store.
 
     Raises:
@@ -280,6 +280,8 @@ def _record_parts(
         records = np.zeros(len(crcs), meta.dtype)
         records['crc'] = crcs
         if len(pixels):
+            if not bar.disable and bar.n == bar.initial:
+                teachers.log_rounding(normalize(teachers, pixels))
             predicted = predict(teachers, pixels, meta.teachers_per_sample, places)
             probabilities, classes = predicted.topk(meta.top_k, dim=1)
             records['classes'][crcs > 0] = classes.cpu().numpy()
@@ -309,16 +311,20 @@ def predict(
     Raises:
         UserError: If they are not finite.
     """
+    probabilities = teachers.predict(normalize(teachers, pixels), per_sample, places)[0].exp()
+    if not probabilities.isfinite().all():
+        raise UserError('the teachers predict NaN: take --teacher-dtype bfloat16 or float32.')
+    return probabilities
+
+
+def normalize(teachers: EnsembleTeacher, pixels: Tensor) -> Tensor:
+    """Return pixels uint8 [n, chans, h, w] as the teachers take them, on their device."""
     device = next(teachers.parameters(), torch.empty(0)).device
     mean, std = (
         torch.tensor(stats, device=device).view(1, -1, 1, 1) * 255
         for stats in channel_stats(teachers.pretrained_cfg, teachers.in_chans)
     )
-    images = (pixels.to(device, non_blocking=True).float() - mean) / std
-    probabilities = teachers.predict(images, per_sample, places)[0].exp()
-    if not probabilities.isfinite().all():
-        raise UserError('the teachers predict NaN: take --teacher-dtype bfloat16 or float32, or none.')
-    return probabilities
+    return (pixels.to(device, non_blocking=True).float() - mean) / std
 
 
 def measure_rate(

@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 
-from timm_mealv2.arguments import build_ensemble
+from timm_mealv2.arguments import build_ensemble, teacher_dtype
 from timm_mealv2.data.class_names import check_same_classes, class_names_of, index_map
 from timm_mealv2.data.unreadable import BadImages
 from timm_mealv2.errors import UserError
@@ -81,6 +81,9 @@ def build(
     if restarted:
         _logger.info('The process group was restarted: continuing from its newest checkpoint.')
     checkpoint = find_checkpoint(folder, processes, args.resume, restarted, args.dry_run)
+    live = is_mealv2(args) and not args.soft_labels
+    if live:
+        settings['teacher_dtype'] = _teacher_dtype(args, checkpoint)
     if checkpoint is not None:
         check_changes(checkpoint, settings, args.resume_changed)
     initial = [TeacherSpec.parse(args.initial_checkpoint)] if args.initial_checkpoint else []
@@ -91,12 +94,13 @@ def build(
     guard = Guard(signals, bad, processes, max(1, args.log_interval // args.grad_accum_steps))
     student, pixels, model_config = build_student(args, batch_size, processes, student)
     settings['num_classes'] = pixels.num_classes
-    live = is_mealv2(args) and not args.soft_labels
     datasets = datasets or open_datasets(args, pixels)
     class_names = None if args.unlabeled else class_names_of(datasets[0])
     teachers = None
     if live:
-        teachers = build_ensemble(args, **_size(pixels), class_names=class_names, device=processes.device)
+        dtype = settings['teacher_dtype'] and getattr(torch, settings['teacher_dtype'])
+        options = {**_size(pixels), 'class_names': class_names, 'device': processes.device}
+        teachers = build_ensemble(args, **options, autocast_dtype=dtype)
     class_names = _class_names(args, class_names, teachers, datasets[1], student, pixels.num_classes)
     if checkpoint is not None and len(checkpoint.class_names) == pixels.num_classes:
         check_same_classes(checkpoint.class_names, class_names, str(checkpoint))
@@ -126,6 +130,15 @@ def build(
         _announce(args, parts, pixels, teachers, student, processes, lr)
     kept = {'model_config': model_config, 'data_config': pixels.config, 'class_names': class_names}
     return Trainer(parts, _plan(args, settings, kept, checkpoint, eval_metric), processes, guard, folder)
+
+
+def _teacher_dtype(args: argparse.Namespace, checkpoint: TrainingCheckpoint | None) -> str | None:
+    """The type of the teachers' autocast, which a resumed run keeps: it was none in versions that do not name it."""
+    former = checkpoint.args if checkpoint is not None else {}
+    if former.get('amp') and not former.get('teacher_dtype') and not args.teacher_dtype:
+        _logger.info('The teachers stay in float32, as the run began; --teacher-dtype gives them another type.')
+        return None
+    return teacher_dtype(args)
 
 
 def _size(pixels: InputSpec) -> dict[str, Any]:

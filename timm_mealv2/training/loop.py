@@ -147,6 +147,11 @@ class Stepper:
             parameters = self.task.get_clip_parameters(exclude_head=self.clip_mode == 'agc')
             dispatch_clip_grad(parameters, value=self.clip_grad, mode=self.clip_mode)
 
+    def log_teacher_rounding(self) -> None:
+        """Log what the teachers' autocast changes on the last batch."""
+        if isinstance(self.task, MealV2Task):
+            self.task.log_teacher_rounding(self._images[-1])
+
     def statistics_are_finite(self) -> bool:
         """Whether batch norm's running statistics are: a forward pass that overflows spoils them for good."""
         statistics = (b for norm in self._norms for b in norm.buffers() if b.is_floating_point())

@@ -6,6 +6,7 @@ from typing import Any
 from timm.utils import ParseKwargs
 
 from timm_mealv2.command_line import (
+    AMP,
     AUGMENTATION,
     COUNT,
     COUNT_OR_0,
@@ -142,8 +143,7 @@ _MODEL = (
 
 _DEVICE = (
     *DEVICE,
-    flag('--amp', help='mixed precision'),
-    Option('--amp-dtype', one_of('float16', 'bfloat16'), 'type of mixed precision: float16 or bfloat16', 'float16'),
+    *AMP,
     Option(
         '--model-dtype',
         one_of('float32', 'float16', 'bfloat16'),

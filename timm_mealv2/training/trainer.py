@@ -265,6 +265,8 @@ class Trainer:
         if self._skipped:
             self._fail_unless_scaled(position.update - 1, norm)
         self._updates += 1
+        if self._updates == 1 and self.processes.primary:
+            self.parts.stepper.log_teacher_rounding()
         # Asked once, and not at a learning rate of 0, which trains nothing.
         asks = self._updates == _WATCHED_UPDATES and learning_rate(self.parts.stepper.optimizer) > 0
         if asks and isinstance(self.task, MealV2Task) and (warning := self.task.discriminator_warning()):
