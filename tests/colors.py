@@ -50,6 +50,13 @@ def write_folder(
     return root
 
 
+def write_splits(root: Path, **kwargs: Any) -> Path:
+    """Write the splits train and validation, 4 and 3 pictures of each class; the arguments are `write_folder`'s."""
+    write_folder(root / 'train', **kwargs)
+    write_folder(root / 'validation', 3, **kwargs)
+    return root
+
+
 def color_model(
     classes: Sequence[str] = CLASSES, channels: int = 3, gray_pictures: bool = False, used: int | None = None
 ) -> torch.nn.Module:

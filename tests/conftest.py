@@ -9,6 +9,7 @@ os.environ['HF_HUB_OFFLINE'] = '1'  # huggingface_hub reads it when it is import
 os.environ['OMP_NUM_THREADS'] = '1'  # tiny models: more threads only wait for each other, in programs too
 
 import pytest
+from colors import save_model, write_splits
 from images import write_images
 
 
@@ -38,6 +39,20 @@ def small_sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for member in whole.getmembers()[::10]:  # sorted by class, 200 each
                 some.addfile(member, whole.extractfile(member))
     return folder
+
+
+@pytest.fixture(scope='session')
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with splits of pictures of four colors."""
+    return write_splits(tmp_path_factory.mktemp('colors'))
+
+
+@pytest.fixture(scope='session')
+def knowing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of a test_resnet that knows the four colors, without their names."""
+    path = tmp_path_factory.mktemp('models') / 'knowing.pth'
+    save_model(path)
+    return path
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from colors import CLASSES, evaluate, picture, save_model, train, write_folder
+from colors import CLASSES, evaluate, picture, save_model, train, write_folder, write_splits
 
 from timm_mealv2 import UserError
 from timm_mealv2.cli.hub import main as hub
@@ -22,8 +22,7 @@ def said(capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture) -> str
 
 def export(root: Path, classes: Sequence[str]) -> str:
     """Train and export a model of these classes in this order; return the text that names it."""
-    for split in ('train', 'validation'):
-        write_folder(root / 'data' / split)
+    write_splits(root / 'data')
     (root / 'map.txt').write_text('\n'.join(classes))
     save_model(root / 'start.pth', classes)
     options = ('--data-dir', root / 'data', '--class-map', root / 'map.txt')
@@ -91,6 +90,14 @@ def test_each_teacher_of_an_ensemble_is_mapped_by_itself(tmp_path: Path) -> None
     for name in models:
         assert rows[name]['agreement'] == 100
         assert rows[name]['kl'] == pytest.approx(0, abs=1e-4)
+
+
+def test_an_exported_ensemble_is_mapped_as_one(tmp_path: Path) -> None:
+    models = [save_model(tmp_path / f'{order[0]}.pth', order, names=order) for order in (REVERSED, CLASSES)]
+    hub(['export-ensemble', '--teachers', *models, '--out', str(tmp_path / 'ensemble')])
+    name = f'local-dir:{tmp_path / "ensemble"}'
+    data = write_folder(tmp_path / 'images', classes=CLASSES[1:])
+    assert evaluate(tmp_path / 'e.json', name, '--data-dir', data)[name]['top1'] == 100
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:

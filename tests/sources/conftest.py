@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 from color_sources import write_parquet, write_shards
-from colors import save_model
 
 
 @pytest.fixture(autouse=True)
@@ -20,14 +19,6 @@ def _own_cache_of_datasets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """WebDataset shards: `--dataset wds/ --data-dir` this."""
     return write_shards(tmp_path_factory.mktemp('wds') / 'colors')
-
-
-@pytest.fixture(scope='session')
-def knowing(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of a test_resnet that knows the four colors."""
-    path = tmp_path_factory.mktemp('models') / 'knowing.pth'
-    save_model(path)
-    return path
 
 
 @pytest.fixture(scope='session')

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from color_sources import RIGHT, write_parquet
-from colors import CLASSES, evaluate, train
+from colors import CLASSES, evaluate, save_model, train
 
 from timm_mealv2 import UserError
 from timm_mealv2.cli.soft_labels import main as soft_labels
@@ -42,6 +42,13 @@ def test_columns_that_are_named(kind: str, knowing: Path, tmp_path: Path) -> Non
     source = ('--dataset', f'{kind}/{write_parquet(tmp_path / "data", image="img", label="fine_label")}', *COLUMNS)
     row = train(tmp_path / 'run', *source, '--initial-checkpoint', knowing)[0]
     assert float(row['eval_top1']) == pytest.approx(RIGHT['validation'])
+
+
+@pytest.mark.parametrize('kind', ['hfds', 'hfids'])
+def test_classes_that_a_set_names_are_those_of_the_model(kind: str, parquet: Path, tmp_path: Path) -> None:
+    name = save_model(tmp_path / 'm.pth', CLASSES[::-1], names=CLASSES[::-1])
+    row = evaluate(tmp_path / 'e.json', name, '--dataset', f'{kind}/{parquet}')[name]
+    assert row['top1'] == pytest.approx(RIGHT['validation'])
 
 
 def test_labels_that_are_words_are_numbered_in_their_order(knowing: Path, tmp_path: Path) -> None:

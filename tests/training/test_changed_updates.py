@@ -10,21 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from colors import CLASSES, STANDING, picture, train, write_folder
+from colors import CLASSES, STANDING, picture, train, write_splits
 
 import timm_mealv2
 
 PROGRAM = str(Path(timm_mealv2.__file__).parents[1] / 'train_distill.py')
 
 Preempted = Callable[..., None]
-
-
-@pytest.fixture(scope='module')
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp('colors')
-    for split in ('train', 'validation'):
-        write_folder(root / split)
-    return root
 
 
 @pytest.fixture
@@ -121,8 +113,7 @@ def test_an_epoch_begins_anew_where_an_update_has_become_something_else(
 
 
 def test_an_epoch_begins_anew_where_the_processes_have_other_batches(tmp_path: Path, preempted: Preempted) -> None:
-    for split in ('train', 'validation'):
-        write_folder(tmp_path / 'data' / split)
+    write_splits(tmp_path / 'data')
     options = ('--data-dir', tmp_path / 'data', '--lr', 0.1)
     preempted(tmp_path / 'run', *options, step=2)
     # Two processes with batches of two: as many batches of an epoch as before, and other images in them.

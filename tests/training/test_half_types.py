@@ -6,17 +6,9 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from colors import summary, train, write_folder
+from colors import summary, train
 from timm.models._registry import _model_entrypoints
 from torch import Tensor, nn
-
-
-@pytest.fixture(scope='module')
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp('colors')
-    for split in ('train', 'validation'):
-        write_folder(root / split)
-    return root
 
 
 class NoGradient(nn.Module):

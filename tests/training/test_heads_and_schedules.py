@@ -6,7 +6,7 @@ import colors
 import pytest
 import timm
 import torch
-from colors import evaluate, save_model, train, write_folder
+from colors import evaluate, save_model, train
 from timm.optim import create_optimizer_v2
 
 from timm_mealv2 import UserError
@@ -14,14 +14,6 @@ from timm_mealv2.cli.hub import main as hub
 
 TWO_HEADS = ('--model', 'deit_tiny_distilled_patch16_224', '--model-kwargs', 'embed_dim=24', 'depth=1', 'num_heads=2')
 TWO_HEADS = (*TWO_HEADS, 'img_size=32')
-
-
-@pytest.fixture(scope='module')
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp('colors')
-    for split in ('train', 'validation'):
-        write_folder(root / split)
-    return root
 
 
 def two_heads() -> torch.nn.Module:

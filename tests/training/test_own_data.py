@@ -6,20 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from colors import evaluate, preflight, save_model, train, write_folder
+from colors import evaluate, preflight, save_model, train
 
 from timm_mealv2 import UserError
 from timm_mealv2.cli.hub import main as hub
 
 PROGRAM = Path(__file__).parents[2] / 'train_distill.py'
-
-
-@pytest.fixture(scope='module')
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp('colors')
-    write_folder(root / 'train')
-    write_folder(root / 'validation', 3)
-    return root
 
 
 @pytest.fixture(scope='module')

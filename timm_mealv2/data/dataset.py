@@ -95,11 +95,12 @@ def _check_columns(
             raise UserError(
                 f'{name} has no column {key!r} but {", ".join(features)}: name the right one with {option}.'
             )
-    words = has_field(features, label) and getattr(get_field(features, label), 'dtype', '') in (
-        'string',
-        'large_string',
-    )
-    if not words or class_map:
+    labels = get_field(features, label) if has_field(features, label) else None
+    if class_map:
+        return
+    if names := getattr(labels, 'names', None):  # of a stream, timm has not looked for them
+        reader.class_to_idx = {name: number for number, name in enumerate(names)}
+    if getattr(labels, 'dtype', '') not in ('string', 'large_string'):
         return
     if table is None:
         raise UserError(f'the labels of {name} are words, which a stream cannot number: take hfds/, or --class-map.')
