@@ -1,13 +1,14 @@
 """ONNX files of an export: what they predict, what they say of themselves, and what the card says of them."""
 
 import json
+import shutil
 from pathlib import Path
 
 import onnx
 import pytest
 import timm
 import torch
-from images import write_images
+from images import CLASSES, write_images
 
 from timm_mealv2.cli.hub import main as hub
 from timm_mealv2.data.class_names import class_names_of
@@ -49,6 +50,22 @@ def test_the_files_predict_what_the_model_predicts(run: Path, tmp_path: Path) ->
     assert 'On the 210 validation images' in card
     assert len(rows) == 3
     assert rows[0].split('|')[3] == rows[1].split('|')[3]  # top-1
+
+
+def test_the_card_counts_classes_by_their_names(run: Path, tmp_path: Path) -> None:
+    """On a folder that lacks the first class, which the run had; the model always says the second."""
+    checkpoint = torch.load(run / 'last.pth.tar', weights_only=False)
+    checkpoint['state_dict']['fc.weight'].zero_()
+    checkpoint['state_dict']['fc.bias'].copy_(torch.tensor([0.0, 1.0, 0.0]))
+    torch.save(checkpoint, tmp_path / 'always.pth.tar')
+    shutil.copytree(run.parent / 'data', tmp_path / 'data')
+    for name in (CLASSES[0], CLASSES[2]):
+        shutil.rmtree(tmp_path / 'data' / 'validation' / name)
+    options = ['--out', str(tmp_path / 'out'), '--onnx', '--data-dir', str(tmp_path / 'data')]
+    hub(['export', str(tmp_path / 'always.pth.tar'), *options])
+    card = (tmp_path / 'out' / 'README.md').read_text()
+    (row,) = [line for line in card.splitlines() if line.startswith('| model.onnx')]
+    assert '100.00' in row
 
 
 def test_a_file_that_predicts_something_else_is_refused(
