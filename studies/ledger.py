@@ -6,13 +6,18 @@ teachers' mean probability [B, C] give the loss and the target's entropy.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import timm
 import torch
+from data_sets import FASHION
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from timm_mealv2.losses import similarity_loss
+
+TEMPERATURES = tuple(step / 20 for step in range(10, 41))
+"""From 0.5 to 2, for calibration."""
 
 Loss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -56,23 +61,33 @@ LOSSES: dict[str, Loss] = {
 
 
 class Calibrated(nn.Module):
-    """The mean probability of two teachers, each at the temperature of the least loss on the tuning images."""
+    """The mean probability of teachers, each at a temperature of its own."""
 
-    TEMPERATURES = (1.0, 1.0)
-
-    def __init__(self, teachers: nn.ModuleList) -> None:
+    def __init__(self, teachers: nn.ModuleList, temperatures: Sequence[float]) -> None:
         super().__init__()
         self.teachers = teachers
+        self.temperatures = temperatures
         self.num_classes = 10
         self.in_chans = 1
         self.pretrained_cfg = teachers[0].pretrained_cfg
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the log of the mean probability [B, C] for images [B, 1, H, W]."""
-        logits = [teacher(images) / t for teacher, t in zip(self.teachers, self.TEMPERATURES, strict=True)]
+        logits = [teacher(images) / t for teacher, t in zip(self.teachers, self.temperatures, strict=True)]
         return torch.stack(logits).log_softmax(dim=2).logsumexp(dim=0) - math.log(len(logits))
 
 
 def calibrated() -> Calibrated:
-    """Make it from the repository's root: `--teachers python:studies.ledger:calibrated`."""
-    return Calibrated(timm.create_model('local-dir:studies/teachers/two', pretrained=True).teachers)
+    """Find each teacher's temperature of the least loss on the tuning images.
+
+    Made while a study runs, from the repository's root: `--teachers python:studies.ledger:calibrated`.
+    """
+    from run import images, log_probabilities  # run.py imports this file
+
+    teachers = timm.create_model(FASHION.teacher, pretrained=True).teachers
+    labels = images(FASHION, 'tuning')[1]
+    temperatures = []
+    for teacher in teachers:
+        log_p = log_probabilities(teacher, FASHION, 'tuning')
+        temperatures.append(min(TEMPERATURES, key=lambda t, log_p=log_p: float(F.cross_entropy(log_p / t, labels))))
+    return Calibrated(teachers, temperatures)
