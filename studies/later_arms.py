@@ -8,7 +8,7 @@ Learning rates are those that the same losses were tuned to in `arms.py`; losses
 from dataclasses import replace
 from typing import Any
 
-from arms import AUGMENTED, LABELS, MEALV2, NO_LABELS, TEACHER_PAIR, WITHOUT, Arm, of_teachers
+from arms import AUGMENTED, LABELS, MEALV2, NO_LABELS, TEACHER_PAIR, TEACHER_SEEDS, WITHOUT, Arm, of_teachers
 from arms import STUDIES as FIRST
 from data_sets import FASHION, TWO, UNLABELED
 
@@ -95,5 +95,24 @@ def _pool() -> tuple[Arm, ...]:
     )
 
 
-LATER = {'long': _long(), 'ledger': _ledger(), 'pool': _pool()}
+def _one_teacher() -> tuple[Arm, ...]:
+    """One teacher for each sample: in as many steps as with all of them, and in about as much processor time."""
+    arms = []
+    for count, longer in ((2, 17), (5, 18)):
+        teachers = tuple(('teacher', seed) for seed in TEACHER_SEEDS[:count])
+        whole = replace(
+            LIVE, name=f'all_{count}', label=f'{count} teachers', options=of_teachers(teachers), models=teachers
+        )
+        one = replace(whole, options=f'{whole.options} --teachers-per-sample 1', control=whole.name)
+        arms += [
+            whole,
+            replace(one, name=f'one_of_{count}', label=f'one of {count} a sample'),
+            replace(
+                one, name=f'one_of_{count}_longer', label=f'one of {count} a sample, {longer} epochs', epochs=longer
+            ),
+        ]
+    return tuple(arms)
+
+
+LATER = {'long': _long(), 'ledger': _ledger(), 'pool': _pool(), 'one_teacher': _one_teacher()}
 STUDIES = FIRST | LATER

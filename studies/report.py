@@ -39,6 +39,7 @@ REFERENCES = {
     'long': ((), ()),
     'ledger': (('live',), ()),
     'pool': (('pool_2000',), ()),
+    'one_teacher': ((), ()),
 }
 """Study -> the arms that its others are compared with, and arms of other studies that its table repeats."""
 
