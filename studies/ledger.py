@@ -89,5 +89,6 @@ def calibrated() -> Calibrated:
     temperatures = []
     for teacher in teachers:
         log_p = log_probabilities(teacher, FASHION, 'tuning')
-        temperatures.append(min(TEMPERATURES, key=lambda t, log_p=log_p: float(F.cross_entropy(log_p / t, labels))))
+        losses = {float(F.cross_entropy(log_p / t, labels)): t for t in TEMPERATURES}
+        temperatures.append(losses[min(losses)])
     return Calibrated(teachers, temperatures)
