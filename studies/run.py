@@ -166,10 +166,12 @@ def train(job: Job) -> Row:
         folder.rename(final)
     else:
         shutil.rmtree(folder)
+    accuracy = last.get('train_discriminator_accuracy')  # percent; the studies' files have 0..1
     return {
         **{'arm': job.arm, 'seed': str(job.seed), 'lr': job.lr, 'settings': job.options},
         **measure(model, job.measured, compare=not job.keep),
-        **{f'discriminator_{key}': last.get(f'train_discriminator_{key}', '')[:6] for key in ('loss', 'accuracy')},
+        'discriminator_loss': last.get('train_discriminator_loss', '')[:6],
+        'discriminator_accuracy': f'{float(accuracy) / 100:.4g}' if accuracy else '',
         'seconds': f'{seconds:.0f}',
     }
 

@@ -1,8 +1,8 @@
 """The report: what is in a run folder is drawn, and a folder that holds none is refused in one line."""
 
 import argparse
-import base64
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -23,22 +23,31 @@ def run(tmp_path: Path) -> Path:
     folder = tmp_path / 'first <run>'
     folder.mkdir()
     rows = [
-        '0,1.5,0.51,0.5,,,,0.1,900',
-        '1,1.25,0.42,0.75,1.3,51.5,91,0.1,1000.5',
-        '2,1.125,0.33,0.75,1.2,77.75,92,0.01,1000',
-        '3,1.0625,0.24,0.75,1.1,62.5,93,0.01,1000',
+        '0,1.5,0.51,50,,,,0.1,900',
+        '1,1.25,0.42,75,1.3,51.5,91,0.1,1000.5',
+        '2,1.125,0.33,75,1.2,77.75,92,0.01,1000',
+        '3,1.0625,0.24,75,1.1,62.5,93,0.01,1000',
     ]
     (folder / 'summary.csv').write_text('\n'.join([HEADER, *rows]) + '\n')
-    (folder / 'args.yaml').write_text('model: resnet10t\nlr: 0.1\nteachers: [<a>, b]\neval_metric: top1\n')
+    (folder / 'args.yaml').write_text(
+        'model: resnet10t\nlr: 0.1\nteachers: [<a>, b]\neval_metric: top1\nsched: cosine\n'
+    )
     return folder
 
 
 def page_of(*folders: Path) -> str:
-    """The page of these runs, each labeled by its folder's name; the picture in it is none."""
-    picture = folders[0] / 'curves.png'
-    picture.write_bytes(b'PNG')
+    """The page of these runs, each labeled by its folder's name; the pictures in it are none."""
     read = {folder.name: runs.read_run(folder) for folder in folders}
-    return report.write_report(read, folders[0] / 'report.html', picture).read_text()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, 'picture', lambda figure, **_: f'data:{figure.axes[0].get_title()}')
+        page = report.write_report(read, folders[0] / 'report.html', {'sched': 'cosine'}).read_text()
+    return page.replace('<wbr>', '').replace('&#8203;', '')
+
+
+def cell(page: str, name: str) -> str:
+    """The first cell of a row."""
+    (value,) = re.findall(rf'<td>{re.escape(name)}</td><td data-head="[^"]*">([^<]*)</td>', page)
+    return str(value)
 
 
 def test_an_epoch_without_evaluation_has_no_value(run: Path) -> None:
@@ -86,14 +95,14 @@ def test_the_page_has_everything_in_it(run: Path) -> None:
     text = page_of(run)
     assert '<a href="evaluation.html">' in text
     assert '<h1>first &lt;run&gt;</h1>' in text
-    assert 'first &lt;run&gt;, last epoch (4)' in text
-    assert 'first &lt;run&gt;, best epoch (3)' in text
+    assert '<th>best epoch (3)</th><th>last epoch (4)</th>' in text
     top1 = next(line for line in text.splitlines() if '<td>Top-1 accuracy, top-1 (validation images, %)</td>' in line)
-    assert '>62.5<' in top1
+    assert '>62.50<' in top1
     assert '>77.75<' in top1
-    assert '<td>resnet10t</td>' in text
+    assert cell(text, 'model') == 'resnet10t'
     assert '&lt;a&gt;' in text
-    assert f'src="data:image/png;base64,{base64.b64encode(b"PNG").decode()}"' in text
+    assert 'src="data:Top-1 accuracy"' in text
+    assert 'cosine' not in text  # the default
     for external in ('http://', 'https://', '<link', '<script', 'src="/', '@import'):
         assert external not in text
 
@@ -105,8 +114,8 @@ def test_settings_that_differ_between_runs_stand_out(run: Path, tmp_path: Path) 
     (other / 'args.yaml').write_text('model: resnet10t\nlr: 0.5\n')
     text = page_of(run, other)
     differing, same = text.split('<h2>Settings that differ</h2>')[1].split('<h2>Curves</h2>')
-    assert '<tr><td>lr</td><td>0.1</td><td>0.5</td></tr>' in differing
-    assert '<tr><td>model</td><td>resnet10t</td></tr>' in same
+    assert '<tr><td>lr</td><td data-head="first &lt;run&gt;">0.1</td><td data-head="other">0.5</td></tr>' in differing
+    assert '<tr><td>model</td><td data-head="value">resnet10t</td></tr>' in same
     assert 'other, best epoch' not in text  # it was never evaluated
 
 
@@ -117,7 +126,7 @@ def test_a_run_without_labels_is_drawn_and_its_best_epoch_is_that_of_agreement(t
     (tmp_path / 'args.yaml').write_text('eval_metric: top1\n')
     text = page_of(tmp_path)
     assert 'best epoch (2)' in text
-    assert '<td>same top-1 as the teachers, %: best epoch</td><td class="number">90</td>' in text
+    assert cell(text, 'same top-1 as teachers, %: best epoch') == '90.00 (epoch 2)'
     report.draw_runs({'run': runs.read_run(tmp_path)}, tmp_path / 'curves.png', panels=['eval_agreement', 'kl'])
 
 
@@ -158,10 +167,11 @@ def test_the_headline_has_the_student_beside_its_teachers_and_its_initial_weight
     assert list(curve.get_ydata()) == [8.5, 51.5, 77.75, 62.5]
     assert [line.get_label() for line in lines] == ['ensemble (92.50)', 'teacher models/great (91.25)']
     text = page_of(run)
-    for name, value in (('best epoch', '77.75'), ('ensemble', '92.5'), ('teacher models/great', '91.25')):
-        assert f'<td>top-1, %: {name}</td><td class="number">{value}</td>' in text
-    assert '<td>top-1, %: student (initial)</td><td class="number">8.5</td>' in text
-    assert '<td>images evaluated on</td><td class="number">2000</td>' in text
+    for name, value in (('ensemble', '92.50'), ('teacher models/great', '91.25'), ('student (initial)', '8.50')):
+        assert cell(text, f'top-1, %: {name}') == value
+    assert cell(text, 'top-1, %: best epoch') == '77.75 (epoch 3)'
+    assert cell(text, 'top-1, %: last epoch') == '62.50 (epoch 4)'
+    assert cell(text, 'images evaluated on') == '2000'
 
 
 def test_the_headline_says_how_long_it_took_and_where_the_time_went(tmp_path: Path) -> None:
@@ -176,11 +186,11 @@ def test_the_headline_says_how_long_it_took_and_where_the_time_went(tmp_path: Pa
     )
     text = page_of(tmp_path)
     # 18,000 images an epoch: 180 s and 360 s.
-    figures = {'hours of training, without evaluation': '0.15', 'share of that time, %: teachers': '50'}
-    figures |= {'share of that time, %: data wait': '12.5', 'GMACs an image': f'{runs.model_cost(model)[1]:.4g}'}
+    figures = {'training, without evaluation': '9 minutes', 'share of that time, %: teachers': '50.00'}
+    figures |= {'share of that time, %: data wait': '12.50', 'GMACs an image': f'{runs.model_cost(model)[1]:.3g}'}
     for name, value in figures.items():
-        assert f'<td>{name}</td><td class="number">{value}</td>' in text, name
-    assert '<td>Time of a batch, teachers (seconds)</td><td class="number">2</td>' in text
+        assert cell(text, name) == value
+    assert cell(text, 'Time of a batch, teachers (seconds)') == '2'
 
 
 def test_parameters_and_multiplications_are_those_of_the_network() -> None:
@@ -197,7 +207,8 @@ def test_runs_that_differ_in_their_seed_alone_have_a_mean_and_a_spread(tmp_path:
         (folder / 'args.yaml').write_text(f'seed: {seed}\nexperiment: run{seed}\nlr: {0.1 if seed < 2 else 0.2}\n')
     text = page_of(*(tmp_path / f'run{seed}' for seed in range(3)))
     name = 'run0, run1: Top-1 accuracy, top-1 (validation images, %)'
-    assert f'<td>{name}</td><td class="number">2</td><td class="number">81 ± 1.4</td>' in text
+    assert f'<td>{name}</td><td data-head="seeds">2</td>' in text
+    assert '>81.00 ± 1.41<' in text
 
 
 def test_teachers_are_told_apart_by_as_much_of_their_paths_as_it_takes() -> None:

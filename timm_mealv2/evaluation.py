@@ -70,7 +70,6 @@ def evaluate(
     names = [name for name, model in models.items() for name in (name, *(member_names(name, model) if members else ()))]
     meters = {name: _Meter(device, calibration) for name in names}
     remaining = evaluation_sample_limit(getattr(loader, 'iterable', loader))  # of the loader in a bar of tqdm's
-    checked = False
     with _eval_mode(models.values()):
         for x, target in loader:
             x, target = x.to(device, non_blocking=True), target.to(device, non_blocking=True)
@@ -90,15 +89,11 @@ def evaluate(
             if not len(target):
                 continue
             for name, output in outputs.items():
-                meters[name].add_labeled(output, target)
-                if not checked:
-                    meters[name].check_labels(name)  # here, as it may be long to the end; it waits for the device
+                meters[name].add(output, target)
                 if reference is not None and name != reference:
-                    meters[name].add_compared(output, outputs[reference], name, reference)
-                meters[name].samples += len(output)
+                    meters[name].compare(output, outputs[reference], name, reference)
                 if on_output is not None:
                     on_output(name, output, target)
-            checked = True
     return {name: meter.compute(name, distributed) for name, meter in meters.items()}
 
 
@@ -161,39 +156,30 @@ class _Meter:
     """The sums of one model, on the device: a batch is added without waiting for it."""
 
     def __init__(self, device: torch.device, calibration: bool) -> None:
-        self.dtype = torch.float32 if device.type == 'mps' else torch.float64
-        self.calibration = calibration
-        self.samples = self.classes = 0
+        dtype = torch.float32 if device.type == 'mps' else torch.float64
+        self.calibration, self.classes = calibration, 0
         self.highest = torch.full((), -1, device=device)  # label
-        self.labeled = torch.zeros(4, dtype=self.dtype, device=device)  # images, sums of loss, top-1, top-5
-        self.compared = torch.zeros(3, dtype=self.dtype, device=device)  # images, of equal top-1, sum of KL
-        self.bins = torch.zeros(3, CALIBRATION_BINS, dtype=self.dtype, device=device)  # images, right, confidence
+        # Images; those with a label, their loss, top-1 and top-5; those compared, their equal top-1 and KL divergence.
+        self.sums = torch.zeros(8, dtype=dtype, device=device)
+        self.bins = torch.zeros(2, CALIBRATION_BINS, dtype=dtype, device=device)  # right, confidence
 
-    def add_labeled(self, output: Tensor, target: Tensor) -> None:
+    def add(self, output: Tensor, target: Tensor) -> None:
         self.classes = output.shape[1]
         self.highest = torch.maximum(self.highest, target.max())
         known = (target >= 0) & (target < self.classes)
-        images = known.sum()
         # As timm sums it up: the mean over a batch, which is NaN of no image, times the number of images.
-        loss = F.cross_entropy(output.float(), target.where(known, -1), ignore_index=-1).to(self.dtype)
+        loss = F.cross_entropy(output.float(), target.where(known, -1), ignore_index=-1)
         right = (output.topk(min(5, self.classes)).indices == target[:, None]) & known[:, None]
-        sums = (images, torch.where(images > 0, loss * images, 0), right[:, 0].sum(), right.any(dim=1).sum())
-        self.labeled += torch.stack([value.to(self.dtype) for value in sums])
+        images = known.sum()
+        values = (images, torch.where(images > 0, loss * images, 0), right[:, 0].sum(), right.any(dim=1).sum())
+        self.sums[0] += len(output)
+        self.sums[1:5] += torch.stack([value.to(self.sums) for value in values])
         if self.calibration:
             confidence, top1 = output.softmax(dim=1).max(dim=1)
-            index = calibration_bins(confidence)
-            rows = torch.stack([torch.ones_like(confidence), (top1 == target).to(confidence), confidence])
-            self.bins.index_add_(1, index, rows.where(known, 0).to(self.dtype))
+            rows = torch.stack([(top1 == target).to(confidence), confidence]).where(known, 0)
+            self.bins.index_add_(1, calibration_bins(confidence), rows.to(self.bins))
 
-    def check_labels(self, name: str) -> None:
-        highest = int(self.highest)
-        if highest >= self.classes > 0:
-            raise UserError(
-                f'label {highest} is beyond the {self.classes} classes of {name}: take a model for these classes, or '
-                'map the labels with a class map.'
-            )
-
-    def add_compared(self, output: Tensor, reference_output: Tensor, name: str, reference: str) -> None:
+    def compare(self, output: Tensor, reference_output: Tensor, name: str, reference: str) -> None:
         if output.shape != reference_output.shape:
             raise UserError(
                 f'{name} has {output.shape[1]} classes, {reference} {reference_output.shape[1]}: only models of the '
@@ -201,33 +187,33 @@ class _Meter:
             )
         log_q, log_p = F.log_softmax(output, dim=1), F.log_softmax(reference_output, dim=1)
         p = log_p.exp()
-        kl = torch.where(p == 0, 0, p * (log_p - log_q))  # log p is -inf where p is 0
+        kl = torch.where(p == 0, 0, p * (log_p - log_q)).to(self.sums).sum()  # log p is -inf where p is 0
         same = (output.argmax(dim=1) == reference_output.argmax(dim=1)).sum()
-        self.compared += torch.stack([torch.full_like(self.compared[0], len(output)), same, kl.to(self.dtype).sum()])
+        self.sums[5:] += torch.stack([torch.full_like(kl, len(output)), same, kl])
 
     def compute(self, name: str, distributed: bool) -> Metrics:
-        samples = torch.tensor(self.samples, device=self.highest.device)
         if distributed:
-            for sums in (samples, self.labeled, self.compared, self.bins):
-                dist.all_reduce(sums)
+            dist.all_reduce(self.sums)
+            dist.all_reduce(self.bins)
             dist.all_reduce(self.highest, dist.ReduceOp.MAX)
-        self.check_labels(name)
+        if (highest := int(self.highest)) >= self.classes > 0:
+            raise UserError(
+                f'label {highest} is beyond the {self.classes} classes of {name}: take a model for these classes, or '
+                'map the labels with a class map.'
+            )
+        samples, images, loss, top1, top5, compared, same, kl = self.sums.tolist()
         if not samples:
             raise UserError('there is no image to evaluate on: the loader is empty.')
         metrics: Metrics = {}
-        images, loss, top1, top5 = self.labeled.tolist()
         if images:
             metrics = {'loss': loss / images, 'top1': 100 * top1 / images, 'top5': 100 * top5 / images}
             if self.calibration:
-                _, right, confidence = self.bins
-                metrics['nll'] = metrics['loss']
-                metrics['ece'] = 100 * (right - confidence).abs().sum().item() / images
-            if math.isnan(metrics['loss']):  # topk takes NaN for the largest
+                right, confidence = self.bins
+                metrics |= {'nll': loss / images, 'ece': 100 * (right - confidence).abs().sum().item() / images}
+            if math.isnan(loss):  # topk takes NaN for the largest
                 metrics = dict.fromkeys(metrics, math.nan)
-        compared, agreeing, kl = self.compared.tolist()
         if compared:
-            kl = max(kl / compared, 0.0)  # rounding can leave a little less; NaN stays
-            metrics['agreement'] = math.nan if math.isnan(kl) else 100 * agreeing / compared
-            metrics['kl'] = kl
+            metrics['agreement'] = math.nan if math.isnan(kl) else 100 * same / compared
+            metrics['kl'] = kl / compared if math.isnan(kl) else max(kl / compared, 0.0)  # rounding can leave less
         metrics['samples'] = int(samples)
         return metrics

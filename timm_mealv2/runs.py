@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -26,11 +27,8 @@ TIMES = {'time_data': 'data wait', 'time_teachers': 'teachers', 'time_student': 
 def short_names(models: Iterable[str]) -> dict[str, str]:
     """Return name in preflight.json -> the same with two parts of a teacher's path, or all where two would agree."""
     full = list(dict.fromkeys(models))
-    short = {}
-    for name in full:
-        parts = name.split('/')
-        short[name] = name if len(parts) <= 2 else f'teacher {"/".join(parts[-2:])}'
-    return short if len(set(short.values())) == len(full) else dict(zip(full, full, strict=True))
+    short = [f'teacher {"/".join(name.split("/")[-2:])}' if name.count('/') > 1 else name for name in full]
+    return dict(zip(full, short if len(set(short)) == len(full) else full, strict=True))
 
 
 @dataclass(frozen=True)
@@ -39,27 +37,43 @@ class Run:
 
     Attributes:
         folder: The folder.
-        epochs: Epoch numbers, from 0.
-        columns: Column -> one value per epoch, None where there is none (an epoch without evaluation).
+        rows: Column of summary.csv -> value, for each epoch; a column without a value (no evaluation) is left out.
         settings: The program's arguments (args.yaml); empty if the file is not there.
         preflight: Model -> metrics before the first step (preflight.json): 'ensemble', 'teacher NAME' and
             'student (initial)'; empty if the file is not there.
     """
 
     folder: Path
-    epochs: list[int]
-    columns: dict[str, list[float | None]]
+    rows: list[dict[str, float]]
     settings: dict[str, Any]
     preflight: dict[str, dict[str, float | None]]
 
+    @property
+    def epochs(self) -> list[int]:
+        """Numbers of the epochs, from 0."""
+        return [int(row['epoch']) for row in self.rows]
+
     def values(self, column: str) -> list[tuple[int, float]]:
         """Return (epoch, value) of a column where it has one."""
-        values = self.columns.get(column, [])
-        return [(epoch, value) for epoch, value in zip(self.epochs, values, strict=False) if value is not None]
+        return [(int(row['epoch']), row[column]) for row in self.rows if column in row]
 
     def before(self, model: str, metric: str) -> float | None:
         """Return a metric of a model before the first step, None if it was not measured."""
         return self.preflight.get(model, {}).get(metric)
+
+    @property
+    def metric(self) -> str:
+        """What the best epoch is the best by: `--eval-metric`, or the agreement where there are no labels."""
+        metric = self.settings.get('eval_metric') or 'top1'
+        return metric if self.values(f'eval_{metric}') else 'agreement'
+
+    @property
+    def best_epoch(self) -> int | None:
+        """The epoch of the best evaluation, None without evaluation."""
+        sign = -1 if self.metric in ('loss', 'kl') else 1
+        # NaN ranks last.
+        ranks = {epoch: -math.inf if math.isnan(v) else sign * v for epoch, v in self.values(f'eval_{self.metric}')}
+        return max(ranks, key=ranks.__getitem__, default=None)
 
 
 def read_run(folder: str | os.PathLike[str]) -> Run:
@@ -70,18 +84,15 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
     """
     folder = Path(folder)
     summary, settings, preflight = (folder / name for name in ('summary.csv', 'args.yaml', 'preflight.json'))
-    rows: list[dict[str, str]] = []
+    rows: list[dict[str, float]] = []
     if summary.is_file():
         with summary.open(newline='') as file:
-            rows = list(csv.DictReader(file))
+            rows = [{name: float(cell) for name, cell in row.items() if cell} for row in csv.DictReader(file)]
     if not rows:
         raise UserError(f'{folder} has no finished epoch in a summary.csv: expected a run folder (OUTPUT/EXPERIMENT).')
-    epochs = [int(float(row.pop('epoch'))) for row in rows]
-    columns = {name: [float(row[name]) if row.get(name) else None for row in rows] for name in rows[0]}
     return Run(
         folder,
-        epochs,
-        columns,
+        rows,
         yaml.safe_load(settings.read_text()) if settings.is_file() else {},
         json.loads(preflight.read_text()) if preflight.is_file() else {},
     )

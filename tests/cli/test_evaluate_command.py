@@ -17,7 +17,8 @@ from torch import nn
 from timm_mealv2.cli.evaluate import main
 from timm_mealv2.command_line import run_cli
 from timm_mealv2.data.dataset import open_dataset
-from timm_mealv2.predictions import Predictions, count_confusions, write_page
+from timm_mealv2.evaluation_page import count_confusions, write_page
+from timm_mealv2.predictions import Predictions
 
 CPU = torch.device('cpu')
 
@@ -186,6 +187,18 @@ def test_image_size_and_mixed_precision(tmp_path, image_folder, capsys):
     assert mixed['data_config']['input_size'] == [3, 48, 48]
     assert mixed['loss'] != full['loss']
     assert mixed['loss'] == pytest.approx(full['loss'], rel=0.05)
+
+
+def test_several_sizes_stand_in_one_table(tmp_path, image_folder, capsys):
+    save_model(tmp_path / 'resnet.pth')
+    resnet = f'test_resnet={tmp_path}/resnet.pth'
+    common = ['--data-dir', image_folder, '-j', 0, '--teachers', resnet, '--json', tmp_path / 'r.json']
+    alone = run(capsys, resnet, *common, '--img-size', 48)
+    table = run(capsys, resnet, *common, '--img-size', 32, 48)
+    assert list(table) == [f'{name}@{size}' for size in (32, 48) for name in (resnet, 'ensemble')]
+    assert table[f'{resnet}@48'] == alone[resnet] != table[f'{resnet}@32']
+    result = json.loads((tmp_path / 'r.json').read_text())
+    assert [row['data_config']['input_size'][1] for row in result.values()] == [32, 32, 48, 48]
 
 
 def test_folders_of_imagenet_v2_are_class_numbers(tmp_path, capsys):
@@ -365,7 +378,8 @@ def test_a_page_of_many_classes_takes_no_matrix_of_them_all(tmp_path, image_fold
     names = list(map(str, range(20_000)))
     predictions = Predictions(names, targets, classes, torch.tensor([[0.9, 0.1]]).expand(4, -1))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    write_page(tmp_path / 'e.html', {'model': predictions}, data, range(4), data.filenames()[:4])
+    metrics = {'model': {'top1': 25.0}}
+    write_page(tmp_path / 'e.html', metrics, {'model': predictions}, data, range(4), data.filenames()[:4])
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
     assert 'data:image/png' in (tmp_path / 'e.html').read_text()
     confusion = count_confusions(targets, classes[:, 0], torch.tensor([5, 7, 19_999]))

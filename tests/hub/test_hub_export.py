@@ -133,6 +133,17 @@ def test_the_config_says_nothing_of_the_weights_that_others_trained(tmp_path: Pa
     assert not {'tag', 'license', 'origin_url', 'paper_ids', 'hf_hub_id', 'url'} & config['pretrained_cfg'].keys()
 
 
+def test_the_size_for_tests_stays_where_the_training_kept_the_models_own(tmp_path: Path) -> None:
+    model = randomized(timm.create_model('resnet10t', num_classes=2))
+    sizes = []
+    for size, options in ((176, {}), (64, {}), (64, {'test_size': 96})):
+        pixels = {**GRAY, 'input_size': (3, size, size), 'mean': (0.5,) * 3, 'std': (0.5,) * 3}
+        path = save(tmp_path / 'last.pth.tar', 'resnet10t', model, {'num_classes': 2}, data_config=pixels)
+        loaded = timm.create_model(f'local-dir:{hub.export_model(path, tmp_path / "out", **options)}', pretrained=True)
+        sizes.append(resolve_model_data_config(loaded, use_test_size=True)['input_size'])
+    assert [tuple(size) for size in sizes] == [(3, 224, 224), (3, 64, 64), (3, 96, 96)]
+
+
 def test_our_students_are_exported_as_timms_own_architecture(tmp_path: Path) -> None:
     model = randomized(timm.create_model('resnet18', num_classes=4))
     data_config = {**GRAY, 'input_size': (3, 32, 32), 'mean': (0.5,) * 3, 'std': (0.5,) * 3}

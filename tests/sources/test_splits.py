@@ -58,7 +58,7 @@ def test_a_resumed_training_goes_on_with_the_next_epoch(
     train(tmp_path / 'run', *options)
     with caplog.at_level('INFO'):
         rows = train(tmp_path / 'run', *options, '--epochs', 2)
-    assert 'epoch 1, batch 0, update 4' in caplog.text
+    assert 'epoch 2, batch 0, update 4' in caplog.text
     assert [float(row['eval_top1']) for row in rows] == pytest.approx([RIGHT['validation']] * 2)
 
 

@@ -76,7 +76,7 @@ def test_an_epoch_begins_with_the_update_that_an_unbroken_run_would_have_there(
     caplog.clear()
     with caplog.at_level('INFO'):
         rows = train(tmp_path / 'run', *options, *now.split(), '--resume', 'auto')
-    assert f'epoch 1, batch 0, update {update}' in caplog.text
+    assert f'epoch 2, batch 0, update {update}' in caplog.text
     assert [float(row['lr']) for row in rows[1:]] == pytest.approx([float(row['lr']) for row in unbroken[1:]])
 
 
@@ -87,7 +87,7 @@ def test_the_middle_of_an_epoch_is_entered_where_nothing_has_changed(
     preempted(tmp_path / 'run', *options, step=2)
     with caplog.at_level('INFO'):
         train(tmp_path / 'run', *options, *TEACHER, '--resume', 'auto')
-    assert re.search(r'Continuing from .*: epoch 0, batch ([123]), update \1\b', caplog.text)
+    assert re.search(r'Continuing from .*: epoch 1, batch ([123]), update \1\b', caplog.text)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_an_epoch_begins_anew_where_an_update_has_become_something_else(
     caplog.clear()
     with caplog.at_level('INFO'):
         train(tmp_path / 'run', *options, *TEACHER, *changed.split(), '--resume', 'auto')
-    assert 'epoch 0, batch 0, update 0' in caplog.text
+    assert 'epoch 1, batch 0, update 0' in caplog.text
 
 
 def test_an_epoch_begins_anew_where_the_processes_have_other_batches(tmp_path: Path, preempted: Preempted) -> None:
@@ -123,7 +123,7 @@ def test_an_epoch_begins_anew_where_the_processes_have_other_batches(tmp_path: P
     environment = os.environ | {'PYTHONPATH': f'{tmp_path}:{os.environ.get("PYTHONPATH", "")}'}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
-    assert 'epoch 0, batch 0, update 0' in result.stderr
+    assert 'epoch 1, batch 0, update 0' in result.stderr
 
 
 def write_set(root: Path) -> str:
@@ -158,10 +158,10 @@ def test_a_stream_that_is_preempted_again_and_again_goes_on_from_what_was_writte
         caplog.clear()
         with caplog.at_level('INFO'):
             preempted(run, *options, step=step)
-        assert f'Continuing from {newest}: epoch 1, batch 0, update 8' in caplog.text
+        assert f'Continuing from {newest}: epoch 2, batch 0, update 8' in caplog.text
     newest = written_last()
     caplog.clear()
     with caplog.at_level('INFO'):
         rows = train(run, *options, *TEACHER)
-    assert f'Continuing from {newest}: epoch 1, batch 0, update 8' in caplog.text
+    assert f'Continuing from {newest}: epoch 2, batch 0, update 8' in caplog.text
     assert [row['epoch'] for row in rows] == ['0', '1']

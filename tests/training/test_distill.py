@@ -123,6 +123,6 @@ def test_a_notebook_shows_the_bar_of_an_epoch(
     monkeypatch.setattr(logging.getLogger(), 'handlers', [])
     timm_mealv2.distill('test_resnet', None, image_folder, epochs=1, lr=0.05, **OPTIONS)
     text = ''.join(written)
-    assert 'epoch 0 |' in text
+    assert 'epoch 1 |' in text
     assert '1/1 epochs: loss ' in text
     assert 'epoch 0 [' not in text  # the lines that say what the bar shows

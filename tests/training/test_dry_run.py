@@ -16,10 +16,10 @@ def test_a_dry_run_measures_the_whole_loop(
     seconds, batches = map(float, re.search(r'over (\d+) s \((\d+) batches\)', text).groups())  # type: ignore[union-attr]
     assert seconds <= 5
     assert batches > 5  # more than an epoch
-    parts = dict(re.findall(r'(data wait|teachers|student|update) ([\d.]+) s', text))
+    parts = dict(re.findall(r'(data wait|teachers|student|update) ([\d.e-]+) s', text))
     assert set(parts) == {'data wait', 'teachers', 'student', 'update'}
     assert float(parts['teachers']) > 0
     batch = float(re.search(r'([\d.]+) s a batch', text)[1])  # type: ignore[index]
-    assert sum(map(float, parts.values())) == pytest.approx(batch, abs=0.004)
+    assert sum(map(float, parts.values())) == pytest.approx(batch, rel=0.02)
     assert re.search(r'peak memory: [\d.]+ GiB', text)
-    assert re.search(r'hours without evaluation, [\d.]+ hours with 2 evaluations; nothing was written', text)
+    assert re.search(r'whole run: [\d.]+ s without evaluation, [\d.]+ s with 2 evaluations; nothing was written', text)

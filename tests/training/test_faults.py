@@ -91,8 +91,8 @@ def unbroken(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> di
 @pytest.mark.parametrize(
     ('number', 'workers', 'moment'),
     [
-        (signal.SIGINT, 2, 'epoch 1 [3/5]'),
-        (signal.SIGTERM, 2, 'epoch 1 [5/5]'),  # during the evaluation, or the first step after it
+        (signal.SIGINT, 2, 'epoch 2 [3/5]'),
+        (signal.SIGTERM, 2, 'epoch 2 [5/5]'),  # during the evaluation, or the first step after it
     ],
 )
 def test_a_signal_ends_the_run_in_good_order_and_it_continues_bit_for_bit(
@@ -128,7 +128,7 @@ def test_before_the_first_step_a_signal_just_ends_the_program(image_folder: Path
 @pytest.mark.parametrize('to', ['torchrun', 'one process'])
 def test_all_processes_stop_at_the_same_step(to: str, image_folder: Path, tmp_path: Path) -> None:
     program = Program(image_folder, tmp_path, '--workers', 1, '--epochs', 100, processes=2)
-    program.wait_for('epoch 1 [1/3]')
+    program.wait_for('epoch 2 [1/3]')
     if to == 'torchrun':  # which sends it to the process groups of all, their loaders' workers among them
         program.process.send_signal(signal.SIGTERM)
     else:

@@ -49,7 +49,7 @@ def test_on_a_terminal_an_epoch_is_a_bar_that_fits_and_then_one_line(
     means = [
         bar
         for bar in bars
-        if re.fullmatch(r'epoch \d \|.{8,}\| 1/5 [\d:]+ left, loss \S+, kl \S+, \d+ images/s *', bar)
+        if re.fullmatch(r'epoch \d \|.{8,}\| 1/5 [\d:]+ left, loss \S+, KL \S+, \d+ images/s *', bar)
     ]
     assert len(means) >= 2, bars  # from the first batch of each epoch
     epochs = [line for line in lines if ' epochs: ' in line]
@@ -61,8 +61,9 @@ def test_on_a_terminal_an_epoch_is_a_bar_that_fits_and_then_one_line(
     # The file has what the bar has shown, too.
     log = (tmp_path / 'run' / 'train.log').read_text()
     assert all(line in log for line in ('Before the first step', *epochs))
-    assert len(re.findall(r'epoch 1 \[\d+/\d+\] loss ', log)) > 1
-    assert 'top5' in log
+    assert len(re.findall(r'epoch 2 \[\d+/\d+\] loss ', log)) > 1
+    assert re.search(r'agreement \d+\.\d\d, .*its accuracy \d+\.\d\d,', log)
+    assert 'top-5 100.00' in log
 
 
 def test_elsewhere_and_in_train_log_lines_of_an_epoch_come_before_its_own(
@@ -76,14 +77,14 @@ def test_elsewhere_and_in_train_log_lines_of_an_epoch_come_before_its_own(
     assert text.startswith(first)
     order = [
         'test_resnet: ',
-        'epoch 0 [2/',
+        'epoch 1 [2/',
         'student: loss',
         '1/2 epochs: ',
-        'epoch 1 [2/',
+        'epoch 2 [2/',
         '2/2 epochs: ',
-        'Best top1',
+        'Best: top-1',
     ]
-    order += ['test_resnet: ', 'Continuing from', 'epoch 2 [2/', '3/3 epochs: ', 'Best top1']
+    order += ['test_resnet: ', 'Continuing from', 'epoch 3 [2/', '3/3 epochs: ', 'Best: top-1']
     assert re.search('.*'.join(map(re.escape, order)), text, re.DOTALL), text
     assert 'Current checkpoints' not in caplog.text
 
@@ -93,11 +94,11 @@ def test_what_is_left_is_reckoned_from_the_epochs_of_this_process() -> None:
     log.began -= 10
     trained = {'loss': 0.5, 'images_per_second': 100.0}
     line = log.line(3, trained, {'loss': 0.25, 'top1': 80.0}, best=0.125)
-    assert line == '3/4 epochs: loss 0.5, top-1 80, loss 0.25, best 0.125, 100 images/s, 00:20 left'
-    assert log.line(3, trained, None, best=0.125) == '3/4 epochs: loss 0.5, 100 images/s, 00:20 left'
+    assert line == '3/4 epochs: loss 0.5000, top-1 80.00, loss 0.2500, best 0.1250, 100 images/s, 00:20 left'
+    assert log.line(3, trained, None, best=0.125) == '3/4 epochs: loss 0.5000, 100 images/s, 00:20 left'
     # A run whose last evaluation alone was missing has measured no training.
     done = RunLog(Position(epoch=2, batch=10), epochs=4, batches=10, metric='top1')
-    assert done.line(3, trained, None, best=None) == '3/4 epochs: loss 0.5, 100 images/s'
+    assert done.line(3, trained, None, best=None) == '3/4 epochs: loss 0.5000, 100 images/s'
 
 
 def test_the_error_that_ends_a_run_is_in_its_log(tmp_path: Path) -> None:

@@ -270,7 +270,7 @@ def test_a_restarted_group_prefers_its_own_checkpoint_to_the_one_it_began_with(
         assert f'Continuing from {first}' in caplog.text
         caplog.clear()
         train(*options, output=tmp_path / 'again')
-    assert f'Continuing from {again / "last.pth.tar"}: epoch 2' in caplog.text
+    assert f'Continuing from {again / "last.pth.tar"}: epoch 3' in caplog.text
 
 
 def test_a_continued_run_does_not_go_back_to_its_start_epoch(
@@ -280,8 +280,8 @@ def test_a_continued_run_does_not_go_back_to_its_start_epoch(
     caplog.clear()  # where another test has let the program set up its log, the first run is in it
     with caplog.at_level('INFO'):
         train('--resume', 'auto', '--start-epoch', 1, '--epochs', 3)
-    assert 'epoch 2 [' in caplog.text
-    assert 'epoch 1 [' not in caplog.text
+    assert 'epoch 3 [' in caplog.text
+    assert 'epoch 2 [' not in caplog.text
 
 
 def test_a_run_that_resumes_reads_its_checkpoint_once(
@@ -348,7 +348,7 @@ def test_the_middle_of_an_epoch_is_entered_only_where_an_update_is_still_the_sam
     monkeypatch.undo()
     with caplog.at_level('INFO'):
         folder = train(*argv, *options)
-    assert f': epoch 1, {position}.' in caplog.text
+    assert f': epoch 2, {position}.' in caplog.text
     with open(folder / 'summary.csv', newline='') as file:
         row = list(csv.DictReader(file))[1]
     # timm's cosine over 2 epochs, at the update that the epoch goes on with.

@@ -1,5 +1,6 @@
 """Training on stored labels, as a user runs it: record once, train as often as one likes."""
 
+import json
 import logging
 import shutil
 import subprocess
@@ -19,7 +20,8 @@ from timm_mealv2.cli.soft_labels import main as soft_labels
 from timm_mealv2.data.dataset import image_names, open_dataset
 from timm_mealv2.data.samples import EpochSampler
 from timm_mealv2.errors import UserError
-from timm_mealv2.runs import TIMES
+from timm_mealv2.report import write_report
+from timm_mealv2.runs import TIMES, read_run
 from timm_mealv2.training.run import main
 
 Train = Callable[..., Path]
@@ -76,6 +78,16 @@ def test_training_from_a_store_approaches_the_teachers_without_them(train: Train
     assert float(rows[-1]['train_kl']) < 0.7 * float(rows[0]['train_kl'])
     assert set(rows[0]) >= {'train_similarity_loss', 'train_teacher_agreement', 'eval_top1'}
     assert 'train_discriminator_loss' not in rows[0]
+
+
+def test_what_the_teachers_reached_when_they_were_recorded_is_shown(train: Train, teacher: str) -> None:
+    folder = train('shown', '--epochs', 1)
+    rows = json.loads((folder / 'preflight.json').read_text())
+    assert set(rows) == {'ensemble', f'teacher {teacher}', 'student (initial)'}
+    assert [row['samples'] for row in rows.values()] == [12] * 3
+    page = write_report({'run': read_run(folder)}, folder / 'report.html').read_text()
+    assert '>top-1, %: teacher ' in page
+    assert f'>{rows["ensemble"]["top1"]:.2f}<' in page
 
 
 def test_labels_of_all_classes_give_the_live_training(

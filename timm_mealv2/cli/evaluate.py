@@ -2,9 +2,7 @@
 
 import argparse
 import os
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,28 +31,16 @@ from timm_mealv2.data.loader import eval_loader
 from timm_mealv2.data.normalize import resolve_pixels
 from timm_mealv2.data.unreadable import BadImages
 from timm_mealv2.errors import UserError
-from timm_mealv2.evaluation import Metrics, evaluate, member_names, metrics_as_json
+from timm_mealv2.evaluation import Metrics, evaluate, metrics_as_json
+from timm_mealv2.evaluation_page import write_page
+from timm_mealv2.figures import as_text, metric_table
 from timm_mealv2.files import replacing
 from timm_mealv2.models.ensemble import EnsembleTeacher
 from timm_mealv2.models.factory import TeacherSpec, create_ensemble, for_classes
-from timm_mealv2.predictions import Predictions, readable_names, write_page, write_predictions
+from timm_mealv2.predictions import Predictions, TopClasses, write_predictions
 
 ENSEMBLE = 'ensemble'
 """What the ensemble of `--teachers` is called in the table and the JSON."""
-
-TABLE = {
-    'samples': ('images', '{:.0f}'),
-    'top1': ('top-1', '{:.2f}'),
-    'top5': ('top-5', '{:.2f}'),
-    'real_top1': ('ReaL-1', '{:.2f}'),
-    'real_top5': ('ReaL-5', '{:.2f}'),
-    'loss': ('loss', '{:.4f}'),
-    'nll': ('NLL', '{:.4f}'),
-    'ece': ('ECE', '{:.2f}'),
-    'agreement': ('agreement', '{:.2f}'),
-    'kl': ('KL', '{:.4f}'),
-}
-"""Metric -> heading and format of its column."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -74,7 +60,8 @@ def build_parser() -> argparse.ArgumentParser:
     add_options(group, [UNLABELED])
     text = "ImageNet-ReaL too; timm's own labels if no FILE"
     add('--real-labels', nargs='?', const='', type=file_text, metavar='FILE', help=text)
-    add('--img-size', type=PIXELS, metavar='PIXELS', help="image size; the model's own if not given")
+    text = "image size, or several to compare; the model's own if not given"
+    add('--img-size', type=PIXELS, nargs='+', metavar='PIXELS', help=text)
     add('--use-test-size', action='store_true', help="the test size and crop of the model's config, where it has them")
 
     group = parser.add_argument_group('running')
@@ -109,48 +96,52 @@ def main(argv: Sequence[str] | None = None) -> None:
     for spec in (*specs, *args.teachers):
         spec.check()
     data = _open_data(args)
-    # An ensemble of one is the model, made from whatever names a teacher, with pixels of the size that it must have.
-    sizes = None if args.img_size is None else [args.img_size]
-    dtype = getattr(torch, args.amp_dtype) if args.amp else None
-    options: dict[str, Any] = {'img_sizes': sizes, 'autocast_dtype': dtype, 'device': device}
-    models = {str(spec): create_ensemble(spec, **options) for spec in specs}
-    models, data, classes = _with_the_same_classes(models, data, args.imagenet_v2)
-    if args.teachers:
-        models[ENSEMBLE] = build_ensemble(args, class_names=classes, device=device)
-    configs = {
-        name: resolve_pixels({'img_size': args.img_size}, model.pretrained_cfg, model.in_chans, args.use_test_size)
-        for name, model in models.items()
-    }
-    rows: dict[str, tuple[dict[str, Any], Predictions | None]] = {}
+    options: dict[str, Any] = {'autocast_dtype': getattr(torch, args.amp_dtype) if args.amp else None, 'device': device}
+    ensemble: dict[str, EnsembleTeacher] = {}
+    results: dict[str, dict[str, Any]] = {}
+    predictions: dict[str, Predictions] = {}
     bad = BadImages()
-    for config in configs.values():
-        # Models of the same pixels are evaluated together, each time with the ensemble to compare them with.
-        if group := [name for name in models if configs[name] == config and name not in rows]:
-            together = {name: models[name] for name in models if name in group or name == ENSEMBLE}
-            evaluated = _evaluate(config, together, data, args, device, bad)
-            rows |= {name: evaluated[name] for name in group}
+    for size in args.img_size or [None]:
+        # An ensemble of one is the model, made from whatever names a teacher.
+        models = {str(spec): create_ensemble(spec, img_sizes=[size] if size else None, **options) for spec in specs}
+        models, images, classes = _with_the_same_classes(models, data, args.imagenet_v2)
+        if args.teachers and not ensemble:
+            ensemble = {ENSEMBLE: build_ensemble(args, class_names=classes, device=device)}
+        models |= ensemble
+        names = {name: f'{name}@{size}' if len(args.img_size or ()) > 1 else name for name in models}
+        results |= {name: {} for name in names.values()}  # in the order of the command line
+        configs = {
+            name: resolve_pixels({'img_size': size}, model.pretrained_cfg, model.in_chans, args.use_test_size)
+            for name, model in models.items()
+        }
+        while configs:
+            # Models of the same pixels are evaluated together, each time with the ensemble to compare them with.
+            config = next(iter(configs.values()))
+            group = [name for name in configs if configs[name] == config]
+            together = {name: models[name] for name in (*group, *ensemble)}
+            rows, top = _evaluate(config, together, images, args, device, bad)
+            for name in group:
+                del configs[name]
+                parameters = sum(parameter.numel() for parameter in models[name].parameters())
+                results[names[name]] = {**rows[name], 'parameters': parameters, 'data_config': config}
+                predictions |= {names[name]: top[name]} if top else {}
 
-    results = {name: rows[name][0] for name in models}
-    print(_table(results))
+    print(as_text(metric_table(results)))
     if bad.found:
         print(f'Images that cannot be read and are left out: {len(bad.found)}')
     for line in bad.tell_ignored():
         print(line)
     if args.json is not None:
-        for name, model in models.items():
-            parameters = sum(parameter.numel() for parameter in model.parameters())
-            results[name] |= {'parameters': parameters, 'unreadable': len(bad.found), 'data_config': configs[name]}
         with replacing(args.json) as path:
-            path.write_text(metrics_as_json(results))
-    predictions = {name: top for name in models if (top := rows[name][1]) is not None}
+            path.write_text(metrics_as_json({n: {**row, 'unreadable': len(bad.found)} for n, row in results.items()}))
     if predictions:
         every = image_names(data)
-        images = [index for index in range(len(every)) if f'validation #{index}' not in bad.found]
-        files = [every[index] for index in images]
+        readable = bad.readable(len(every))
+        files = [every[index] for index in readable]
         if args.predictions is not None:
             write_predictions(args.predictions, predictions, files)
         if args.report is not None:
-            write_page(args.report / 'evaluation.html', predictions, data, images, files)
+            write_page(args.report / 'evaluation.html', results, predictions, data, readable, files)
 
 
 def _check_args(args: argparse.Namespace) -> None:
@@ -199,54 +190,34 @@ def _evaluate(
     args: argparse.Namespace,
     device: torch.device,
     bad: BadImages,
-) -> dict[str, tuple[Metrics, Predictions | None]]:
+) -> tuple[dict[str, Metrics], dict[str, Predictions]]:
     """Evaluate models on the data, cut and normalized as `config` says; with predictions if they are asked for."""
     options = {'num_workers': args.workers, 'pin_memory': device.type == 'cuda'}
     options |= {'img_mode': args.input_img_mode, 'decode': args.decode}
     loader = eval_loader(data, config, batch_size=args.batch_size, device=device, bad=bad, **options)
-    # A model that is a teacher too is run once, as a member of the ensemble.
-    ensemble, members = models.get(ENSEMBLE), {}
-    changed = args.img_size or args.teacher_img_size or args.teacher_classes or args.teacher_dtype
-    if ensemble is not None and not changed:
-        members = dict(zip(ensemble.names, member_names(ENSEMBLE, ensemble), strict=True))
-    rows = {name: members.get(name, name) for name in models}
-    real_labels = {row: _real_labels(args.real_labels, data) for row in rows.values() if args.real_labels is not None}
-    top: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = defaultdict(list)
+    real_labels = {name: _real_labels(args.real_labels, data) for name in models if args.real_labels is not None}
+    top = TopClasses()
 
-    def keep(row: str, output: Tensor, target: Tensor) -> None:
-        if row in real_labels:
-            real_labels[row].add_result(output)
+    def keep(name: str, output: Tensor, target: Tensor) -> None:
+        if real_labels:
+            real_labels[name].add_result(output)
         if args.report is not None or args.predictions is not None:
-            probabilities, classes = output.softmax(dim=1).topk(min(5, output.shape[1]))
-            top[row].append((target.cpu(), classes.cpu(), probabilities.cpu()))
+            top.add(name, output, target)
 
     results = evaluate(
-        {name: model for name, model in models.items() if rows[name] == name},
+        models,
         tqdm(loader, desc='evaluating', leave=False, disable=None),
         device=device,
-        reference=ENSEMBLE if ensemble is not None else None,
-        members=bool(members),
+        reference=ENSEMBLE if ENSEMBLE in models else None,
         data_config=config,
         calibration=args.calibration,
         on_output=keep,
     )
     if real_labels and bad.found:
         raise UserError('--real-labels needs every image of the validation set, but some cannot be read: see above.')
-    for row, labels in real_labels.items():
-        results[row].update({f'real_top{k}': accuracy for k, accuracy in labels.get_accuracy().items()})
-    predictions: dict[str, Predictions] = {}
-    for name, row in rows.items():
-        if row in top:
-            targets, classes, probabilities = map(torch.cat, zip(*top[row], strict=True))
-            predictions[name] = Predictions(readable_names(models[name]), targets, classes, probabilities)
-    of_ensemble = predictions.pop(ENSEMBLE, None)
-    evaluated: dict[str, tuple[Metrics, Predictions | None]] = {
-        name: (results[row], replace(predictions[name], ensemble=of_ensemble) if name in predictions else None)
-        for name, row in rows.items()
-    }
-    if of_ensemble is not None:
-        evaluated[ENSEMBLE] = results[ENSEMBLE], of_ensemble
-    return evaluated
+    for name, labels in real_labels.items():
+        results[name].update({f'real_top{k}': accuracy for k, accuracy in labels.get_accuracy().items()})
+    return results, top.predictions(models, ENSEMBLE)
 
 
 def _real_labels(path: str, data: Any) -> RealLabelsImagenet:
@@ -261,16 +232,6 @@ def _real_labels(path: str, data: Any) -> RealLabelsImagenet:
             f'{len(filenames)} images, the first {filenames[0]}: take the whole validation set of ImageNet.'
         )
     return real_labels
-
-
-def _table(results: Mapping[str, Metrics]) -> str:
-    columns = [metric for metric in TABLE if any(metric in metrics for metrics in results.values())]
-    rows = [['model', *(TABLE[metric][0] for metric in columns)]]
-    for name, metrics in results.items():
-        rows.append([name, *(TABLE[key][1].format(metrics[key]) if key in metrics else '-' for key in columns)])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    # Names to the left, figures to the right.
-    return '\n'.join('  '.join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
 
 
 def cli() -> None:

@@ -5,7 +5,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from timm_mealv2.command_line import OneLineParser, Option, add_options, flag, run_cli
+from timm_mealv2.command_line import PIXELS, OneLineParser, Option, add_options, flag, run_cli
 from timm_mealv2.hub.card import CardOptions
 from timm_mealv2.hub.export import (
     ENSEMBLE,
@@ -33,6 +33,7 @@ _EXPORT = (
     flag('--no-ema', 'the weights themselves, not their average (--model-ema) where there is one'),
     Option('--dataset-id', None, "the Hub's name of the data set, for the card"),
     Option('--examples', None, 'images for the card', [], nargs='+', metavar='IMAGE'),
+    Option('--test-size', PIXELS, "image size for tests, written into the config (default: the model's)"),
     flag('--onnx', 'write model.onnx too, compared with the model on the validation images'),
     flag('--int8', 'write model_int8.onnx too (static quantization, calibrated on training images); implies --onnx'),
     Option('--data-dir', None, "data set for --onnx and --int8 (default: the run's)"),

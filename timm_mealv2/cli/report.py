@@ -8,6 +8,7 @@ from pathlib import Path
 from timm_mealv2.command_line import OneLineParser, run_cli
 from timm_mealv2.report import draw_runs, write_report
 from timm_mealv2.runs import read_run
+from timm_mealv2.training.options import build_parser as build_training_parser
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -28,9 +29,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     common = Path(os.path.commonpath([folder.parent for folder in folders]))
     runs = {str(folder.relative_to(common)): read_run(folder) for folder in folders}  # before anything is written
     out.mkdir(parents=True, exist_ok=True)
-    curves = draw_runs(runs, out / 'curves.png')
-    print(curves)
-    print(write_report(runs, out / 'report.html', curves))
+    print(draw_runs(runs, out / 'curves.png'))
+    defaults = {action.dest: action.default for action in build_training_parser()._actions}
+    print(write_report(runs, out / 'report.html', defaults))
 
 
 def cli() -> None:

@@ -69,6 +69,10 @@ class BadImages:
             self.found.update(found)
         self._unshared.clear()
 
+    def readable(self, images: int, split: str = 'validation') -> list[int]:
+        """Return the numbers of those of a split's `images` images that are not among the unreadable ones."""
+        return [index for index in range(images) if f'{split} #{index}' not in self.found]
+
     def tell_ignored(self, gather: Callable[[Any], list[Any]] = lambda value: [value]) -> list[str]:
         """Return a line for each split and each thing that is ignored of its images, if there is news.
 

@@ -127,8 +127,7 @@ def write_trained_card(
     checkpoint: TrainingCheckpoint,
     model: nn.Module,
     averaged: bool,
-    examples: Sequence[Mapping[str, Any]] = (),
-    onnx: Mapping[str, Any] | None = None,
+    **variables: Any,
 ) -> None:
     """Write the card and, where the run folder has a summary, the picture of its curves into an exported folder.
 
@@ -141,39 +140,20 @@ def write_trained_card(
         checkpoint: The training checkpoint; `summary.csv` and `args.yaml` lie beside it if its folder is a run's.
         model: Its model, as exported.
         averaged: The average (EMA) was exported.
-        examples: Images in the folder: 'file' and 'classes', the likeliest with their probabilities.
-        onnx: What `add_onnx` measured of the ONNX files in the folder.
+        **variables: Further variables of the template: 'examples', 'onnx'.
     """
     args = checkpoint.args
     run = _draw_run(checkpoint.path.resolve().parent, name, folder / CURVES_FILE)
     measured = _measured(checkpoint, run, averaged) if run else {}
     if config['num_classes'] <= 5:
         measured.pop('top5', None)  # always 100
-    teachers = _teachers(args)
-    for text, row in zip(args.get('teachers') or (), teachers, strict=False):
-        row['top1'] = run.before(f'teacher {text}', 'top1') if run else None
-    parameters, gmacs = model_cost(model)
-    stored = bool(args.get('soft_labels'))
-    method = args.get('kd_distill_type') or 'logit' if teachers or stored else ''
+    teachers = _teachers(args, run)
+    method = args.get('kd_distill_type') or 'logit' if teachers or args.get('soft_labels') else ''
     hub_dataset, own_name = _dataset_names(args)
     dataset_id = options.dataset_id or hub_dataset
-    dataset = dataset_id or own_name
     own_weights = args.get('initial_checkpoint') or args.get('pretrained_path')
     start = weights_row(args['model']) if args.get('pretrained') and not own_weights else None
-    accuracies = [
-        EvalResult(
-            task_type='image-classification',
-            task_name='Image Classification',
-            dataset_type=dataset_id or 'imagefolder',
-            dataset_name=dataset or 'imagefolder',
-            dataset_split=args.get('val_split'),
-            metric_type='accuracy',
-            metric_name=METRICS[key],
-            metric_value=measured[key],
-        )
-        for key in ('top1', 'top5')
-        if key in measured
-    ]
+    accuracies = _accuracies(measured, dataset_id, own_name, args.get('val_split'))
     header = {
         'model_name': _model_name(options, name) if accuracies else None,
         'datasets': [dataset_id] if dataset_id else None,
@@ -189,27 +169,42 @@ def write_trained_card(
         tags=['knowledge-distillation'] if method else [],
         header=header,
         kind='trained',
+        args=args,
         method=method,
-        stored=stored,
-        hard_label_weight=args.get('hard_label_weight') or 0,
-        dataset=dataset,
+        dataset=dataset_id or own_name,
         split=args.get('val_split') if 'top1' in measured else '',
         epochs=(checkpoint.contents.get('epoch') or 0) + 1,
-        ema_decay=args.get('model_ema_decay') if averaged else '',
+        averaged=averaged,
         start=start,
         own_weights=_without_folders(own_weights or ''),
         teachers=teachers,
         results=[{'metric': METRICS[key], 'value': measured[key]} for key in METRICS if key in measured],
-        onnx=onnx or '',
-        examples=examples,
         curves=CURVES_FILE if run else '',
-        recipe=args.get('recipe') or '',
-        program='mealv2-train' if 'discriminator_mode' in args else 'python train.py',
         settings=_settings(args, run.settings) if run else '',
-        parameters=parameters,
-        gmacs=gmacs,
+        cost=model_cost(model),
         measured_on=int((run and run.before('ensemble', 'samples')) or 0),
+        **variables,
     )
+
+
+def _accuracies(
+    measured: Mapping[str, float], dataset_id: str | None, dataset: str, split: str | None
+) -> list[EvalResult]:
+    """The accuracies as the Hub reads them from a card's header."""
+    return [
+        EvalResult(
+            task_type='image-classification',
+            task_name='Image Classification',
+            dataset_type=dataset_id or 'imagefolder',
+            dataset_name=dataset_id or dataset or 'imagefolder',
+            dataset_split=split,
+            metric_type='accuracy',
+            metric_name=METRICS[key],
+            metric_value=measured[key],
+        )
+        for key in ('top1', 'top5')
+        if key in measured
+    ]
 
 
 def weights_row(text: str, weight: float = 1.0) -> dict[str, Any]:
@@ -252,12 +247,8 @@ def _measured(checkpoint: TrainingCheckpoint, run: Run, averaged: bool) -> dict[
     saved = checkpoint.contents
     metric = saved.get('metric')
     average_measured = bool(saved.get('state_dict_ema')) and not checkpoint.args.get('model_ema_force_cpu')
-    values = {
-        name.removeprefix('eval_'): value
-        for name in run.columns
-        for epoch, value in run.values(name)
-        if name.startswith('eval_') and epoch == saved.get('epoch') and not math.isnan(value)
-    }
+    row = next((row for row in run.rows if row['epoch'] == saved.get('epoch')), {})
+    values = {n.removeprefix('eval_'): v for n, v in row.items() if n.startswith('eval_') and not math.isnan(v)}
     if metric is None or not values:
         reason = 'these weights were not evaluated'
     elif averaged != average_measured:
@@ -270,19 +261,21 @@ def _measured(checkpoint: TrainingCheckpoint, run: Run, averaged: bool) -> dict[
     return {}
 
 
-def _teachers(args: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _teachers(args: Mapping[str, Any], run: Run | None) -> list[dict[str, Any]]:
     """The teachers as rows of the card's table; their weights sum to 1."""
+    of_timm = args.get('kd_model_name')  # of timm's train.py
+    names = list(args.get('teachers') or ([of_timm] if of_timm else []))
+    weights, dtypes = args.get('teacher_weights') or [1.0] * len(names), [args.get('teacher_dtype')] * len(names)
     if args.get('soft_labels'):
         try:
             recorded = StoreMeta.read(Path(args['soft_labels'])).teachers
         except UserError:  # the store is not on this machine
             return []
-        return [{**weights_row(t['name'], t['weight']), 'dtype': t['autocast_dtype']} for t in recorded]
-    of_timm = args.get('kd_model_name')  # of timm's train.py
-    names = list(args.get('teachers') or ([of_timm] if of_timm else []))
-    weights = args.get('teacher_weights') or [1.0] * len(names)
+        keys = ('name', 'weight', 'autocast_dtype')
+        names, weights, dtypes = ([teacher[key] for teacher in recorded] for key in keys)
     rows = [weights_row(name, weight / sum(weights)) for name, weight in zip(names, weights, strict=True)]
-    return [{**row, 'dtype': args.get('teacher_dtype')} for row in rows]
+    measured = (run.before(f'teacher {name}', 'top1') if run else None for name in names)
+    return [{**row, 'dtype': d, 'top1': top1} for row, d, top1 in zip(rows, dtypes, measured, strict=True)]
 
 
 def _dataset_names(args: Mapping[str, Any]) -> tuple[str | None, str]:

@@ -14,17 +14,17 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import timm
 import torch
-from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
+from timm.data import ImageNetInfo, resolve_model_data_config
 from timm.models import get_pretrained_cfg, save_for_hf
 from torch import nn
 
 from timm_mealv2.data.class_names import class_names_of
-from timm_mealv2.data.dataset import image_mode
-from timm_mealv2.data.decode import decode
+from timm_mealv2.data.unreadable import BadImages
 from timm_mealv2.errors import UserError
 from timm_mealv2.hub.card import (
     CARD_FILE,
@@ -39,6 +39,7 @@ from timm_mealv2.hub.onnx_export import INT8_FILE, ONNX_FILE, add_onnx
 from timm_mealv2.models.checkpoint import architecture_arguments
 from timm_mealv2.models.factory import TeacherSpec, create_ensemble
 from timm_mealv2.models.mealv2_students import VANILLA_ARCHITECTURE
+from timm_mealv2.predictions import predict_files
 
 _logger = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ ENSEMBLE = 'mealv2_ensemble'
 
 # What an architecture's config says about the architecture; its other entries are about weights that are not these.
 _ARCHITECTURE_KEYS = ('architecture', 'first_conv', 'classifier', 'fixed_input_size', 'min_input_size')
+_TEST_KEYS = ('test_input_size', 'test_crop_pct')
 
 NO_LICENSE = 'unknown'
 """License in the config.json of weights that were given none; timm keeps it there when it loads and saves them."""
@@ -78,6 +80,7 @@ def export_model(
     onnx: bool = False,
     int8: bool = False,
     data_dir: str | None = None,
+    test_size: int | None = None,
 ) -> Path:
     """Export the model of a training checkpoint as a folder that plain timm loads, without this package.
 
@@ -93,6 +96,7 @@ def export_model(
         onnx: Write `model.onnx` as well, compared with the model on the validation images; see `add_onnx`.
         int8: Write `model_int8.onnx` too, which implies `onnx`.
         data_dir: The data set for that comparison; the run's if None.
+        test_size: Image size for tests, which `use_test_size` takes; the model's own if None.
 
     Raises:
         UserError: If the checkpoint cannot be read or does not tell its model, `out` is something else, or model.onnx
@@ -104,10 +108,13 @@ def export_model(
     averaged = use_ema and has_average
     model: Any = trained.build(ema=averaged)
     data_config, names = resolve_model_data_config(model), class_names_of(model)
+    tests = {key: model.pretrained_cfg[key] for key in _TEST_KEYS if key in model.pretrained_cfg}
+    if test_size:
+        tests['test_input_size'] = (data_config['input_size'][0], test_size, test_size)
     _describe(model, data_config)
     labels = _labels(names) if names else {}
     with replacing_export(out) as folder:
-        config = _save(model, folder, labels, data_config)
+        config = _save(model, folder, labels, data_config, tests)
         measured = None
         if onnx or int8:
             measured = add_onnx(folder, model, trained, labels.get('label_names'), int8=int8, data_dir=data_dir)
@@ -276,9 +283,15 @@ def _labels(names: Sequence[str]) -> dict[str, Any]:
     return {'label_names': list(names), **descriptions}
 
 
-def _save(model: nn.Module, folder: Path, labels: dict[str, Any], data_config: Mapping[str, Any]) -> dict[str, Any]:
+def _save(
+    model: nn.Module,
+    folder: Path,
+    labels: dict[str, Any],
+    data_config: Mapping[str, Any],
+    tests: Mapping[str, Any] = MappingProxyType({}),
+) -> dict[str, Any]:
     """Write weights and config.json, check that plain timm loads the same again, and return the config."""
-    save_for_hf(model, folder, model_config=labels, safe_serialization=True, data_config=data_config)
+    save_for_hf(model, folder, model_config=labels, safe_serialization=True, data_config={**data_config, **tests})
     # safetensors makes its file readable by the owner alone, whatever the umask.
     (folder / WEIGHTS_FILE).chmod((folder / CONFIG_FILE).stat().st_mode)
     _check_equal(model, data_config, timm.create_model(f'local-dir:{folder}', pretrained=True))
@@ -298,27 +311,23 @@ def _check_equal(model: nn.Module, data_config: Mapping[str, Any], loaded: nn.Mo
 
 
 def _add_examples(
-    folder: Path, images: Sequence[str | os.PathLike[str]], model: Any, labels: Mapping[str, Any]
+    folder: Path, images: Sequence[str | os.PathLike[str]], model: nn.Module, labels: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
     """Copy images into the folder; return each one's file name there and its three most likely classes."""
-    names = labels.get('label_names') or [str(index) for index in range(model.num_classes)]
+    bad, paths = BadImages(), list(map(Path, images))
+    found = predict_files(create_ensemble(model), paths, bad, count=3) if paths else None
+    readable = bad.readable(len(paths))
+    for number, path in enumerate(paths):
+        if number not in readable:
+            raise UserError(f'{path} is no readable image.')
     descriptions = labels.get('label_descriptions', {})
-    config = resolve_model_data_config(model)
-    transform = create_transform(**config, is_training=False)
-    examples = []
-    for number, path in enumerate(map(Path, images), 1):
-        try:
-            image = decode(path.open('rb'), image_mode(None, config['input_size'][0]))[0]
-        except OSError as error:
-            raise UserError(f'{path} is no readable image: {error}') from error
+    examples: list[dict[str, Any]] = []
+    for number, path in enumerate(paths):
+        assert found is not None
         (folder / EXAMPLES_FOLDER).mkdir(exist_ok=True)
-        file = f'{EXAMPLES_FOLDER}/{number:02}{path.suffix.lower()}'
+        file = f'{EXAMPLES_FOLDER}/{number + 1:02}{path.suffix.lower()}'
         shutil.copyfile(path, folder / file)
-        with torch.inference_mode():
-            top = model.eval()(transform(image)[None]).softmax(dim=1)[0].topk(min(3, len(names)))
-        classes = [
-            (descriptions.get(names[index], names[index]), probability)
-            for probability, index in zip(*(values.tolist() for values in top), strict=True)
-        ]
+        names = labels.get('label_names') or found.names
+        classes = [(descriptions.get(names[index], names[index]), p) for index, p in found.top(number)]
         examples.append({'file': file, 'classes': classes})
     return examples

@@ -1,18 +1,21 @@
 """ONNX files beside an exported model, measured against it on the run's own validation images."""
 
+import argparse
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import create_transform, resolve_model_data_config
+from timm.data import resolve_model_data_config
 from torch import Tensor, nn
+from torch.utils.data import Subset
 
+from timm_mealv2.arguments import open_split
 from timm_mealv2.data.class_names import class_names_of, index_map, relabeled, unlabeled
-from timm_mealv2.data.dataset import image_mode, open_dataset, read_image
+from timm_mealv2.data.dataset import image_mode
 from timm_mealv2.data.loader import eval_loader
 from timm_mealv2.errors import UserError
+from timm_mealv2.evaluation import evaluate
 from timm_mealv2.models.checkpoint import TrainingCheckpoint
 from timm_mealv2.models.onnx_model import OnnxModel, quantize_onnx, write_onnx
 
@@ -22,6 +25,11 @@ ONNX_FILE, INT8_FILE = 'model.onnx', 'model_int8.onnx'
 
 LARGEST_DIFFERENCE = 1e-4
 """Of a probability between model.onnx and the model, on any image; beyond it the export is refused."""
+
+_DEFAULTS: dict[str, Any] = dict.fromkeys(('data_dir', 'input_img_mode', 'input_key', 'target_key'))
+_DEFAULTS |= {'dataset': '', 'class_map': '', 'decode': 'timm', 'val_split': 'validation', 'train_split': 'train'}
+_DEFAULTS |= {'unlabeled': False, 'val_share': 0.0}
+"""Options of the data set, for a file that knows nothing of them."""
 
 _CALIBRATION_IMAGES = 256
 _ENOUGH_IMAGES = 200
@@ -55,35 +63,36 @@ def add_onnx(
     Raises:
         UserError: If the data set is not there, or model.onnx predicts something else than the model.
     """
+    args = _data_arguments(checkpoint, data_dir)
     config = resolve_model_data_config(model)
-    args = checkpoint.args
-    mode, decode = image_mode(args.get('input_img_mode'), config['input_size'][0]), args.get('decode', 'timm')
-    validation = _open(checkpoint, args.get('val_split') or 'validation', data_dir)
+    mode = image_mode(args.input_img_mode, config['input_size'][0])
+    options: dict[str, Any] = {'img_mode': mode, 'decode': args.decode, 'batch_size': 64, 'num_workers': 0}
+    options['device'] = torch.device('cpu')
+    validation = open_split(args, '--val-split', or_all=True)
     folders = class_names_of(validation)
-    if args.get('unlabeled') and len(folders or ()) != model.num_classes:
+    if args.unlabeled and len(folders or ()) != model.num_classes:
         validation = unlabeled(validation)
     else:
         validation = relabeled(validation, index_map(label_names, folders, str(checkpoint)))
     write_onnx(model, folder / ONNX_FILE, label_names)
-    forms: dict[str, nn.Module] = {'': model.eval(), ONNX_FILE: OnnxModel(folder / ONNX_FILE)}
+    forms: dict[str, nn.Module] = {'': model, ONNX_FILE: OnnxModel(folder / ONNX_FILE)}
     if int8:
-        training = _open(checkpoint, args.get('train_split') or 'train', data_dir)
-        quantize_onnx(folder / ONNX_FILE, folder / INT8_FILE, _calibration(training, config, mode, decode))
+        training: Any = open_split(args, '--train-split', or_all=True)
+        drawn: Any = torch.randperm(len(training), generator=torch.Generator().manual_seed(0))[:_CALIBRATION_IMAGES]
+        batches = (images for images, _ in eval_loader(Subset(training, drawn), config, **options))
+        quantize_onnx(folder / ONNX_FILE, folder / INT8_FILE, batches)
         forms[INT8_FILE] = OnnxModel(folder / INT8_FILE)
 
-    images, labeled, right = 0, 0, dict.fromkeys(forms, 0)
-    differences = dict.fromkeys(forms, 0.0)
-    loader = eval_loader(
-        validation, config, batch_size=64, device=torch.device('cpu'), num_workers=0, img_mode=mode, decode=decode
-    )
-    with torch.inference_mode():
-        for x, target in loader:
-            probabilities = {name: form(x).softmax(dim=1) for name, form in forms.items()}
-            images += len(x)
-            labeled += int((target >= 0).sum())
-            for name, predicted in probabilities.items():
-                right[name] += int((predicted.argmax(dim=1) == target).sum())
-                differences[name] = max(differences[name], float((predicted - probabilities['']).abs().max()))
+    differences, exact = dict.fromkeys(forms, 0.0), torch.empty(0)
+
+    def compare(name: str, output: Tensor, target: Tensor) -> None:
+        nonlocal exact
+        probabilities = output.softmax(dim=1)
+        exact = exact if name else probabilities
+        differences[name] = max(differences[name], float((probabilities - exact).abs().max()))
+
+    results = evaluate(forms, eval_loader(validation, config, **options), on_output=compare)
+    images, top1 = int(results['']['samples']), {name: row.get('top1') for name, row in results.items()}
     if not differences[ONNX_FILE] <= LARGEST_DIFFERENCE:
         raise UserError(
             f'{ONNX_FILE} predicts something else than the model: a probability differs by '
@@ -91,31 +100,19 @@ def add_onnx(
         )
     if images < _ENOUGH_IMAGES:
         _logger.warning(f'{ONNX_FILE} was compared with the model on {images} images alone.')
-    top1 = {name: 100 * count / labeled if labeled else None for name, count in right.items()}
+    sizes = {name: (folder / name).stat().st_size / 1e6 for name in forms if name}
     files = [
-        {
-            'file': name,
-            'megabytes': (folder / name).stat().st_size / 1e6,
-            'top1': top1[name],
-            'difference': differences[name],
-        }
-        for name in forms
-        if name
+        {'file': name, 'megabytes': size, 'top1': top1[name], 'difference': differences[name]}
+        for name, size in sizes.items()
     ]
     return {'images': images, 'top1': top1[''], 'files': files}
 
 
-def _open(checkpoint: TrainingCheckpoint, split: str, data_dir: str | None) -> Any:
-    args = checkpoint.args
-    if data_dir is None and args.get('dataset'):
-        raise UserError(f'--onnx compares on images: give a folder or tar of {args["dataset"]} with --data-dir.')
-    root = data_dir or args.get('data_dir') or args.get('data')
-    return open_dataset('', root, split, class_map=args.get('class_map') or '')
-
-
-def _calibration(dataset: Any, config: dict[str, Any], mode: str, decode: str) -> Iterator[Tensor]:
-    """Yield a few hundred training images, drawn with a fixed seed, cut and normalized as in the evaluation."""
-    transform: Any = create_transform(**config, is_training=False)
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:_CALIBRATION_IMAGES]
-    for indices in order.split(32):
-        yield torch.stack([transform(read_image(dataset, index, mode, decode)[0]) for index in indices.tolist()])
+def _data_arguments(checkpoint: TrainingCheckpoint, data_dir: str | None) -> argparse.Namespace:
+    """The options of the run's data set. On a file's word a folder or tar is opened, and nothing fetched or run."""
+    args = argparse.Namespace(**{**_DEFAULTS, **checkpoint.args})
+    if data_dir is None and args.dataset:
+        raise UserError(f'--onnx compares on images: give a folder or tar of {args.dataset} with --data-dir.')
+    args.data_dir = data_dir or args.data_dir or getattr(args, 'data', None)
+    args.dataset, args.dataset_download, args.dataset_trust_remote_code = '', False, False
+    return args

@@ -4,7 +4,7 @@ import argparse
 import os
 import pickle
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +72,12 @@ def architecture_arguments(arguments: Mapping[str, Any] | None) -> dict[str, Any
         if name not in _NOT_OF_AN_ARCHITECTURE
         and (not name.startswith('pretrained') or name == 'pretrained_window_sizes')
     }
+
+
+def with_test_settings(cfg: Mapping[str, Any], input_size: Sequence[int]) -> dict[str, Any]:
+    """Return a pretrained config; its test size and crop, which go with its input size, are left out at another."""
+    same = tuple(cfg.get('input_size', input_size)[1:]) == tuple(input_size[1:])
+    return {key: value for key, value in cfg.items() if same or not key.startswith('test_')}
 
 
 @dataclass(frozen=True)
@@ -175,7 +181,8 @@ class TrainingCheckpoint:
             model.load_state_dict(state)
         except RuntimeError as error:
             raise UserError(f'{self} does not fit the architecture {arch}: {one_line(error)}') from error
-        cfg = filter_pretrained_cfg({**model.pretrained_cfg, **_plain(overlay)}, remove_source=True)
+        former = with_test_settings(model.pretrained_cfg, overlay.get('input_size', model.pretrained_cfg['input_size']))
+        cfg = filter_pretrained_cfg({**former, **_plain(overlay)}, remove_source=True)
         cfg['num_classes'] = model.num_classes
         if len(self.class_names) == model.num_classes:
             cfg['label_names'] = list(self.class_names)

@@ -118,7 +118,8 @@ def build(
     eval_metric = data.validation.metric(args.eval_metric) if data.validation is not None else ''
     schedule = _build_schedule(args, optimizer, data, eval_metric)
     stepper = _build_stepper(args, task, optimizer, pixels, guard)
-    judged_by = stepper, teachers, pixels.config, guard, not args.model_ema_force_cpu
+    recorded = SoftLabelStore(args.soft_labels).meta.figures if args.soft_labels else {}
+    judged_by = stepper, teachers, pixels.config, guard, not args.model_ema_force_cpu, recorded
     parts = Components(
         stepper=stepper,
         schedule=schedule,

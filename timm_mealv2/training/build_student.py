@@ -15,7 +15,7 @@ from timm_mealv2.data.class_names import class_names_of
 from timm_mealv2.data.normalize import resolve_pixels
 from timm_mealv2.data.seed import Stream, counted_seed, seed_cpu
 from timm_mealv2.errors import UserError, one_line
-from timm_mealv2.models.checkpoint import architecture_arguments
+from timm_mealv2.models.checkpoint import architecture_arguments, with_test_settings
 from timm_mealv2.models.factory import TeacherSpec
 from timm_mealv2.training.build_data import InputSpec
 from timm_mealv2.training.distributed import Processes
@@ -69,8 +69,7 @@ def build_student(
     in_chans = in_chans or int(getattr(model, 'in_chans', 3))
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     config = resolve_pixels(vars(args), cfg, in_chans)
-    # Whatever else the weights were once tested with is not what this run measures.
-    former = {key: value for key, value in cfg.items() if not key.startswith('test_')}
+    former = with_test_settings(cfg, config['input_size'])
     model.pretrained_cfg = model.default_cfg = {**former, **config, 'label_names': known or None}
     _logger.info('Pixels: ' + ', '.join(f'{name} {value}' for name, value in config.items()))
     model_args = architecture_arguments(arguments)

@@ -108,9 +108,7 @@ def distill(
     with preserved_generators(), torch.random.fork_rng(cuda), logging_of_run(primary=True) as log:
         trainer = run.train(complete(args), log, Signals(log=False), **parts)
     model = unwrap_model(trainer.task.get_eval_model()).eval()
-    done = read_run(trainer.folder.path)
-    history = [
-        {'epoch': epoch, **{name: values[number] for name, values in done.columns.items()}}
-        for number, epoch in enumerate(done.epochs)
-    ]
+    rows = read_run(trainer.folder.path).rows
+    columns = dict.fromkeys(name for row in rows for name in row)
+    history = [{**{name: row.get(name) for name in columns}, 'epoch': int(row['epoch'])} for row in rows]
     return Distilled(model, history, trainer.folder.path)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from timm_mealv2.data.loader import TrainLoader
 from timm_mealv2.data.stream import StreamLoader
+from timm_mealv2.figures import duration, figure
 from timm_mealv2.runs import TIMES
 from timm_mealv2.training.distributed import Processes
 from timm_mealv2.training.loop import Stepper, batches_with_parts
@@ -101,13 +102,14 @@ def report(timing: Timing, processes: Processes, *, batches: int, evaluation: fl
     """
     batch = sum(timing.phases.values())
     total = batch * timing.batches
-    training = batch * batches / 3600
+    training = batch * batches
     rate = timing.images * processes.world_size / total
-    phases = ', '.join(f'{name} {timing.phases[key]:.3f} s' for key, name in TIMES.items())
+    phases = ', '.join(f'{name} {duration(timing.phases[key])}' for key, name in TIMES.items())
     return (
-        f'dry run: {batch:.3f} s a batch, {rate:.0f} images/s over {total:.0f} s ({timing.batches} batches)\n'
+        f'dry run: {duration(batch)} a batch, {figure("images_per_second", rate)} images/s '
+        f'over {total:.0f} s ({timing.batches} batches)\n'
         f'  of a batch: {phases}\n'
         f'  peak memory: {peak_memory(processes.device)}\n'
-        f'  the whole run: {training:.2f} hours without evaluation, '
-        f'{training + evaluation * evaluations / 3600:.2f} hours with {evaluations} evaluations; nothing was written'
+        f'  the whole run: {duration(training)} without evaluation, '
+        f'{duration(training + evaluation * evaluations)} with {evaluations} evaluations; nothing was written'
     )

@@ -7,7 +7,7 @@ import logging.handlers
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from timm_mealv2.errors import TrainingFailedError, UserError
+from timm_mealv2.figures import METRICS, figure
 from timm_mealv2.files import replacing
 from timm_mealv2.runs import TIMES
 from timm_mealv2.training.meters import Clock, Meters, learning_rate
@@ -110,7 +111,8 @@ def append_summary(path: Path, epoch: int, trained: dict[str, float], evaluated:
 # What is said
 
 
-_SHORT = {
+_NAMES = {
+    **METRICS,
     'similarity_loss': 'similarity',
     'discriminator_loss': 'discriminator',
     'discriminator_accuracy': 'its accuracy',
@@ -120,7 +122,12 @@ _SHORT = {
 }
 _ON_THE_BAR = ('loss', 'kl', 'images/s')  # what it has room for
 _MUCH_WAITING = 0.1  # share of the time
-_NAMES = {'top1': 'top-1', 'top5': 'top-5', 'kl': 'KL'}
+
+
+def named_figures(metrics: Mapping[str, float], names: Iterable[str] | None = None) -> str:
+    """Return metrics as a line shows them, all or those of some names: `loss 1.2345, top-1 62.50`."""
+    shown = metrics if names is None else dict.fromkeys(name for name in names if name in metrics)
+    return ', '.join(f'{_NAMES.get(name, name)} {figure(name, metrics[name])}' for name in shown)
 
 
 class EpochLog:
@@ -144,7 +151,7 @@ class EpochLog:
         self._bar = tqdm(
             total=batches,
             initial=start.batch,
-            desc=f'epoch {start.epoch}',
+            desc=f'epoch {start.epoch + 1}',
             bar_format='{desc} |{bar}| {n_fmt}/{total_fmt} {remaining} left{postfix}',
             leave=False,
             dynamic_ncols=True,
@@ -167,7 +174,7 @@ class EpochLog:
             means = meters.means(self.world_size > 1)
             if self.shown:
                 text = ', '.join(self._items(means, optimizer, clock).values())
-                _logger.info(f'epoch {self.epoch} [{batch + 1:>{len(str(self.batches))}}/{self.batches}] {text}')
+                _logger.info(f'epoch {self.epoch + 1} [{batch + 1:>{len(str(self.batches))}}/{self.batches}] {text}')
         if not self._bar.disable:
             self._bar.update()
             if time.perf_counter() - self._drawn >= 1:
@@ -181,10 +188,10 @@ class EpochLog:
         self._bar.close()
 
     def _items(self, means: dict[str, float], optimizer: torch.optim.Optimizer, clock: Clock) -> dict[str, str]:
-        items = {name: f'{_SHORT.get(name, name)} {value:.4g}' for name, value in means.items()}
+        items = {name: named_figures(means, [name]) for name in means}
         times = clock.means()
         shares = ', '.join(f'{text} {times[key] / sum(times.values()):.0%}' for key, text in TIMES.items())
-        speed = f'{self.images_per_second:.0f} images/s'
+        speed = f'{figure("images_per_second", self.images_per_second)} images/s'
         return {**items, 'lr': f'lr {learning_rate(optimizer):.3g}', 'images/s': speed, 'time': f'time: {shares}'}
 
 
@@ -196,7 +203,7 @@ def evaluation_bar(batches: Any, shown: bool) -> Any:
 def log_evaluation(rows: Mapping[str, Mapping[str, float]]) -> None:
     """Say all that an evaluation has found, model by model; on a terminal the line of the epoch is enough."""
     for name, metrics in rows.items():
-        values = ', '.join(f'{key} {value:.4g}' for key, value in metrics.items() if key != 'samples')
+        values = named_figures(metrics, [key for key in metrics if key != 'samples'])
         _logger.info(f'{name}: {values} on {metrics["samples"]:.0f} images')
 
 
@@ -224,17 +231,16 @@ class RunLog:
             evaluated: Its evaluation, None if there was none.
             best: The run's best value of the metric.
         """
-        items = [f'{name} {trained[key]:.3g}' for key, name in (('loss', 'loss'), ('kl', 'KL')) if key in trained]
+        items = [named_figures(trained, ('loss', 'kl'))]
         if evaluated:
-            names = (name for name in dict.fromkeys(('top1', self.metric)) if name in evaluated)
-            items += [f'{_NAMES.get(name, name)} {evaluated[name]:.4g}' for name in names]
-            items += [f'best {best:.4g}'] if best is not None else []
-        items.append(f'{trained["images_per_second"]:.0f} images/s')
+            items.append(named_figures(evaluated, ('top1', self.metric)))
+            items += [f'best {figure(self.metric, best)}'] if best is not None else []
+        items.append(f'{figure("images_per_second", trained["images_per_second"])} images/s')
         trained_here = done - self.first  # nothing, if only the evaluation was left of the epoch
         if trained_here and done < self.epochs:
             left = (time.perf_counter() - self.began) / trained_here * (self.epochs - done)
             items.append(f'{tqdm.format_interval(left)} left')
-        return f'{done}/{self.epochs} epochs: {", ".join(items)}'
+        return f'{done}/{self.epochs} epochs: {", ".join(filter(None, items))}'
 
     def hint(self, epoch: int, trained: dict[str, float]) -> str | None:
         """Return once what helps if data is waited for; not in the first epoch, in which the workers start."""

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from timm_mealv2.figures import PERCENT
 from timm_mealv2.runs import TIMES
 
 
@@ -100,7 +101,7 @@ class Meters:
         self._waiting.clear()
 
     def means(self, distributed: bool = False) -> dict[str, float]:
-        """Return the means, over all processes if `distributed` (a collective call)."""
+        """Return the means, shares in percent, over all processes if `distributed` (a collective call)."""
         self._add()
         if not self.names:
             return {}
@@ -108,7 +109,9 @@ class Meters:
         if distributed:
             dist.all_reduce(sums)
         *totals, images = sums.tolist()
-        means = {name: total / images for name, total in zip(self.names, totals, strict=True)}
+        # The task's shares, 0..1, are shown and written in percent.
+        scales = [100 / images if name in PERCENT else 1 / images for name in self.names]
+        means = {name: total * scale for name, total, scale in zip(self.names, totals, scales, strict=True)}
         return {**means, 'grad_norm': self.norms / self.updates}
 
     def state_dict(self) -> dict[str, Any]:

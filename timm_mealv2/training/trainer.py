@@ -20,7 +20,7 @@ from timm_mealv2.task import MealV2Task
 from timm_mealv2.training.build_data import Data
 from timm_mealv2.training.distributed import Processes, load_buffers, process_states, share_batch_norm
 from timm_mealv2.training.dry_run import measure_training, report
-from timm_mealv2.training.logs import EpochLog, RunLog, Trackers, append_summary, write_log
+from timm_mealv2.training.logs import EpochLog, RunLog, Trackers, append_summary, named_figures, write_log
 from timm_mealv2.training.loop import Schedule, Stepper, train_one_epoch
 from timm_mealv2.training.meters import Meters, learning_rate
 from timm_mealv2.training.resume import load_checkpoint, own_state, position_to_resume
@@ -160,7 +160,7 @@ class Trainer:
         if plan.start_epoch is not None:
             start = Position(plan.start_epoch, update=plan.start_epoch * updates_per_epoch)
         if checkpoint is not None:
-            place = f'epoch {start.epoch}, batch {start.batch}, update {start.update}'
+            place = f'epoch {start.epoch + 1}, batch {start.batch}, update {start.update}'
             _logger.info(f'Continuing from {checkpoint.path}: {place}.')
         return start
 
@@ -306,7 +306,7 @@ class Trainer:
         self._save_recovery(position)
         guard.agree()  # torchrun ends all processes as soon as one is gone
         if guard.signal:
-            guard.signals.leave(guard.signal, f' at epoch {position.epoch}, batch {position.batch}; {_CONTINUE}')
+            guard.signals.leave(guard.signal, f' at epoch {position.epoch + 1}, batch {position.batch}; {_CONTINUE}')
         guard.bad.check(f'Saved where it was; {_CONTINUE}')
 
     # Saving
@@ -327,7 +327,8 @@ class Trainer:
             return
         self.trackers.close()
         if self.saver.best_metric is not None:
-            _logger.info(f'Best {self.plan.eval_metric}: {self.saver.best_metric:.4g} (epoch {self.saver.best_epoch}).')
+            best = named_figures({self.plan.eval_metric: self.saver.best_metric})
+            _logger.info(f'Best: {best} (epoch {self.saver.best_epoch + 1}).')
         _logger.info(f'Written: {self.folder.path}')
         if self.plan.push_to_hub:
             self.folder.push(self.plan.push_to_hub)

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from timm_mealv2.evaluation import evaluate
+from timm_mealv2.figures import as_text, metric_table
 from timm_mealv2.models.ensemble import EnsembleTeacher
 from timm_mealv2.runs import INITIAL
 from timm_mealv2.training.build_data import Validation
@@ -33,6 +34,7 @@ class Validator:
         data_config: What the pixels are normalized with.
         guard: Ends an evaluation when a signal comes.
         with_average: Evaluate the moving average too, and rank by it.
+        recorded: Metrics of the teachers of a soft-label store, as it has them; empty without.
     """
 
     validation: Validation
@@ -41,20 +43,22 @@ class Validator:
     data_config: Mapping[str, Any]
     guard: Guard
     with_average: bool
+    recorded: Rows
 
     def before_training(self) -> Rows:
         """Evaluate ensemble, teachers and the student's initial weights, so that a wrong teacher is seen in time."""
-        if self.teachers is None:
+        initial = {INITIAL: self._student()}
+        if self.teachers is not None:
+            rows = self._evaluate({'ensemble': self.teachers, **initial}, self._batches(), 'ensemble', members=True)
+        elif self.recorded:
+            rows = {**self.recorded, **self._evaluate(initial, self._batches(), None)}
+        else:
             return {}
-        models = {'ensemble': self.teachers, INITIAL: self._student()}
-        rows = self._evaluate(models, self._batches(), 'ensemble', members=True)
         self.guard.bad.check()
         rows = {name.replace('ensemble/', 'teacher '): row for name, row in rows.items()}
-        width = max(map(len, rows))
         _logger.info(f'Before the first step, on {rows["ensemble"]["samples"]:.0f} images:')
-        for name, metrics in rows.items():
-            shown = [f'{key} {metrics[key]:.4g}' for key in ('top1', 'top5', 'agreement', 'kl') if key in metrics]
-            _logger.info(f'  {name:<{width}}  {"  ".join(shown)}')
+        for line in as_text(metric_table(rows)).splitlines():
+            _logger.info(f'  {line}')
         return rows
 
     def after_epoch(self) -> dict[str, float]:
