@@ -12,12 +12,13 @@ from timm_mealv2.models.ensemble import EnsembleTeacher
 from timm_mealv2.models.factory import create_ensemble, read_classes
 
 
-def choose_device(name: str | None, local_rank: int = 0) -> torch.device:
+def choose_device(name: str | None, local_rank: int = 0, option: str = '--device') -> torch.device:
     """Return the device of that name; without one CUDA's, or the CPU where there is none.
 
     Args:
-        name: The option `--device`.
+        name: Value of the option.
         local_rank: Number of this process among those of its machine, each of which has a GPU of its own.
+        option: The option.
 
     Raises:
         UserError: If the device cannot be used.
@@ -27,7 +28,7 @@ def choose_device(name: str | None, local_rank: int = 0) -> torch.device:
         device = torch.device('cuda', local_rank) if name == 'cuda' else torch.device(name)
         torch.empty(1, device=device)
     except (AssertionError, NotImplementedError, RuntimeError) as error:
-        raise UserError(f'--device {name} cannot be used: {one_line(error)}') from error
+        raise UserError(f'{option} {name} cannot be used: {one_line(error)}') from error
     return device
 
 

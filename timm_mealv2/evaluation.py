@@ -77,11 +77,11 @@ def evaluate(
             for name, model in models.items():
                 pixels = _pixels_for(model, x, data_config)
                 if members and isinstance(model, EnsembleTeacher):
-                    logits = model.teacher_logits(pixels)
+                    logits = model.teacher_logits(pixels).to(device, non_blocking=True)
                     outputs |= {name: _mean_log_prob(logits, model.weights)}
                     outputs |= dict(zip(member_names(name, model), logits, strict=True))
                 else:
-                    outputs[name] = at_least_float32(model(pixels))
+                    outputs[name] = at_least_float32(model(pixels)).to(device, non_blocking=True)
             if remaining is not None:  # the padding is at the end; the models run on it as other processes wait
                 target = target[:remaining]
                 outputs = {name: output[:remaining] for name, output in outputs.items()}

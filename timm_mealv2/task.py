@@ -77,11 +77,12 @@ class MealV2TrainableModule(nn.Module):
 
         Args:
             input: Images [B, ...].
-            teacher_rows: The discriminator's teacher rows [B, C], without gradient.
+            teacher_rows: The discriminator's teacher rows [B, C], without gradient, on any device.
         """
         output = self.student(input)
         if self.discriminator_loss is None or teacher_rows is None:
             return output, None, None
+        teacher_rows = teacher_rows.to(output.device, non_blocking=True)
         return output, *self.discriminator_loss.measure(self.student_rows(at_least_float32(output)), teacher_rows)
 
 
@@ -121,10 +122,11 @@ class MealV2Task(TrainingTask):
             index is -1 are left out.
         teachers_per_sample: K: the target of an image is the mean of K teachers drawn for it, see
             `EnsembleTeacher.predict`; p and z are then theirs. None for all.
-        device: Device of discriminator and teachers; the student's if None.
+        device: Device of the discriminator; the student's if None.
         dtype: Dtype of the discriminator, the student's if None; at least float32.
         label_rest: What becomes of the probability beyond the stored labels' K classes: 'uniform', or, without a
             discriminator, 'renormalize' or 'drop'; see `timm_mealv2.losses.sparse_similarity_loss`.
+        teacher_device: Device of the teachers; `device` if None.
         discriminator_reduction: Factor by which each hidden layer of the discriminator is narrower than the one before.
 
     Raises:
@@ -146,6 +148,7 @@ class MealV2Task(TrainingTask):
         verbose: bool = True,
         label_rest: str = 'uniform',
         discriminator_reduction: int = 8,
+        teacher_device: torch.device | None = None,
     ) -> None:
         parameter = next(student_model.parameters())
         super().__init__(device=device or parameter.device, dtype=dtype or parameter.dtype, verbose=verbose)
@@ -165,7 +168,9 @@ class MealV2Task(TrainingTask):
         if num_classes is None:
             raise UserError(f'{type(student).__name__} has no num_classes: set it to the width of its logits.')
         self.num_classes = num_classes
-        self.teacher = None if teacher_model is None else self._build_teacher(teacher_model, student)
+        self.teacher: EnsembleTeacher | None = None
+        if teacher_model is not None:
+            self.teacher = self._build_teacher(teacher_model, student, teacher_device or self.device)
         self._drawn: dict[str, Any] = {} if teachers_per_sample is None else {'per_sample': teachers_per_sample}
         if self.teacher is not None and teachers_per_sample is not None:
             self.teacher.check_per_sample(teachers_per_sample)
@@ -196,14 +201,16 @@ class MealV2Task(TrainingTask):
             'discriminator_loss', 'discriminator_accuracy' (0..1) and 'hard_label_loss'.
         """
         teacher_rows: Tensor | None
-        # The teachers first: their activations are gone before the student's are made.
+        # The teachers first: their activations are gone before the student's are made, and on a GPU of their own they
+        # run beside the student, whose GPU waits for them where their answers are copied.
         if self.teacher is not None:
             pixels = self._pixels_for(self.teacher, input)
             log_probs, teacher_rows = self.teacher.predict(pixels, **self._drawn)
             if self.after_teachers is not None:
                 self.after_teachers()
-            teacher_top1 = log_probs.argmax(dim=1)
             output, discriminator_loss, accuracy = self.trainable_module(input, teacher_rows)
+            log_probs = log_probs.to(output.device, non_blocking=True)
+            teacher_top1 = log_probs.argmax(dim=1)
             similarity, entropy = similarity_loss(output, log_probs)
         else:
             target, soft_target, teacher_rows, teacher_top1 = self._read_labels(target)
@@ -308,14 +315,14 @@ class MealV2Task(TrainingTask):
         elif discriminator_state is not None and strict:
             raise UserError('The checkpoint holds a discriminator, the task none: set discriminator_weight above 0.')
 
-    def _build_teacher(self, teacher_model: Teacher | Sequence[Teacher], student: nn.Module) -> EnsembleTeacher:
+    def _build_teacher(
+        self, teacher_model: Teacher | Sequence[Teacher], student: nn.Module, device: torch.device
+    ) -> EnsembleTeacher:
         if isinstance(teacher_model, EnsembleTeacher):
-            teacher = teacher_model.to(self.device)
+            teacher = teacher_model.to(device)
         else:
             in_chans = getattr(student, 'in_chans', None)
-            teacher = create_ensemble(
-                teacher_model, num_classes=self.num_classes, in_chans=in_chans, device=self.device
-            )
+            teacher = create_ensemble(teacher_model, num_classes=self.num_classes, in_chans=in_chans, device=device)
         if teacher.num_classes != self.num_classes:
             raise UserError(f'The student has {self.num_classes} classes, its teachers {teacher.num_classes}.')
         own = {parameter.data_ptr() for parameter in student.parameters() if parameter.numel()}

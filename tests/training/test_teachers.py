@@ -1,5 +1,6 @@
 """The teachers of a run: read once, and optimized or left as they are."""
 
+import re
 from collections import Counter
 
 import pytest
@@ -10,6 +11,8 @@ from torch import Tensor
 from timm_mealv2.errors import UserError
 from timm_mealv2.models.ensemble import EnsembleTeacher
 from timm_mealv2.models.factory import TeacherSpec
+from timm_mealv2.training import build
+from timm_mealv2.training.distributed import Processes
 
 
 def test_optimized_teachers_teach_the_same(train: Train, teachers: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,6 +83,38 @@ def test_mixed_precision_reaches_the_teachers_and_a_resumed_run_keeps_what_it_ha
             train(name, *options, *amp, '--epochs', 2, '--resume', 'auto')
         assert ('The teachers stay in float32' in caplog.text) == stays
         assert ('Teachers in bfloat16' in caplog.text) != stays
+
+
+def test_the_teachers_device_is_one_of_its_own(train: Train, teachers: list[str]) -> None:
+    options = ('--teachers', *teachers, '--epochs', 1, '--no-preflight')
+    here, there = (train(name, *options, *more) for name, more in (('a', ()), ('b', ('--teacher-device', 'cpu'))))
+    assert_equal_weights(here / 'last.pth.tar', there / 'last.pth.tar')
+    for number, name in enumerate(('cuda:99', 'cuda:+99', 'xyz', 'cuda:+x')):
+        with pytest.raises(UserError, match=rf'^--teacher-device {re.escape(name)} cannot be used: [^\n]*$'):
+            train(f'c{number}', *options, '--teacher-device', name)
+
+
+def test_each_process_has_a_device_for_its_teachers(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = []
+    monkeypatch.setattr(build, 'choose_device', lambda name, option: chosen.append(name))
+    fleet = Processes(torch.device('cuda', 2), 2, 4, object())  # type: ignore[arg-type]
+    for name in ('cuda:+4', 'cpu'):
+        build.choose_teacher_device(name, fleet)
+    build.choose_teacher_device('cuda:1', Processes(torch.device('cuda', 0)))
+    assert chosen == ['cuda:6', 'cpu', 'cuda:1']
+    with pytest.raises(UserError, match=r'--teacher-device cuda:1: all processes would share it; cuda:\+N'):
+        build.choose_teacher_device('cuda:1', fleet)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason='needs two CUDA devices')
+def test_teachers_on_a_second_gpu_teach_the_same(train: Train, teachers: list[str]) -> None:
+    options = ('--teachers', *teachers, '--lr', 1e-4, '--device', 'cuda')
+    rows = [
+        summary(train(name, *options, *more))[-1] for name, more in (('a', ()), ('b', ('--teacher-device', 'cuda:1')))
+    ]
+    for column in ('train_loss', 'train_kl', 'eval_loss'):
+        assert float(rows[0][column]) == pytest.approx(float(rows[1][column]), abs=1e-4), column
 
 
 def test_a_teachers_text_is_parsed_and_checked_once(

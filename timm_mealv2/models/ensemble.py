@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from itertools import combinations
+from itertools import chain, combinations
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -71,6 +71,8 @@ class EnsembleTeacher(nn.Module):
 
     The teachers are the very modules that are given: in eval mode, which `train()` here or on a module around the
     ensemble does not change, and without gradient, whatever `requires_grad` says.
+
+    Images on another device than theirs are brought there, and the answers stay there.
 
     They run in the dtype of their weights whatever autocast the caller is in, so that the targets do not depend on the
     student's mixed precision; with `autocast_dtype`, under an autocast of their own.
@@ -176,6 +178,7 @@ class EnsembleTeacher(nn.Module):
         Raises:
             UserError: If K times the weight of a teacher is above 1.
         """
+        x = self._moved(x)
         if per_sample is not None:
             return self._predict_drawn(x, per_sample, places)
         log_probs: Tensor | None = None
@@ -229,6 +232,7 @@ class EnsembleTeacher(nn.Module):
     @torch.no_grad()
     def teacher_logits(self, x: Tensor) -> Tensor:
         """Return the logits of every teacher [N, B, C], at least float32, for images as in `predict`."""
+        x = self._moved(x)
         return torch.stack([self._logits(index, x) for index in range(len(self.teachers))])
 
     def optimize_for_inference(self) -> None:
@@ -286,6 +290,11 @@ class EnsembleTeacher(nn.Module):
         for module in self._fused.values():
             module._apply(fn, recurse)
         return super()._apply(fn, recurse)
+
+    def _moved(self, x: Tensor) -> Tensor:
+        """Images on the ensemble's device; between GPUs the copy is ordered by events, and nobody waits."""
+        device = next(chain(self.parameters(), self.buffers()), x).device
+        return x.to(device, non_blocking=device.type != 'cpu')  # memory of the host is read at once
 
     def _logits(self, index: int, x: Tensor) -> Tensor:
         """Logits [B, C] of one teacher, at least float32."""

@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 
-from timm_mealv2.arguments import build_ensemble, teacher_dtype
+from timm_mealv2.arguments import build_ensemble, choose_device, teacher_dtype
 from timm_mealv2.data.class_names import check_same_classes, class_names_of, index_map
 from timm_mealv2.data.unreadable import BadImages
 from timm_mealv2.errors import UserError
@@ -99,7 +99,11 @@ def build(
     teachers = None
     if live:
         dtype = settings['teacher_dtype'] and getattr(torch, settings['teacher_dtype'])
-        options = {**_size(pixels), 'class_names': class_names, 'device': processes.device}
+        options = {
+            **_size(pixels),
+            'class_names': class_names,
+            'device': choose_teacher_device(args.teacher_device, processes),
+        }
         teachers = build_ensemble(args, **options, autocast_dtype=dtype)
     class_names = _class_names(args, class_names, teachers, datasets[1], student, pixels.num_classes)
     if checkpoint is not None and len(checkpoint.class_names) == pixels.num_classes:
@@ -140,6 +144,24 @@ def _teacher_dtype(args: argparse.Namespace, checkpoint: TrainingCheckpoint | No
         _logger.info('The teachers stay in float32, as the run began; --teacher-dtype gives them another type.')
         return None
     return teacher_dtype(args)
+
+
+def choose_teacher_device(name: str | None, processes: Processes) -> torch.device:
+    """Return the device of that name, `cuda:+N` being this process's own index + N; None is the student's.
+
+    Raises:
+        UserError: If there is none, or the processes would share it.
+    """
+    if name is None:
+        return processes.device
+    kind, own, offset = name.partition(':+')
+    if processes.distributed and not own and name != 'cpu':
+        raise UserError(
+            f'--teacher-device {name}: all processes would share it; {kind.split(":")[0]}:+N is for each its own.'
+        )
+    if own and offset.isdecimal() and processes.device.index is not None:
+        name = f'{kind}:{processes.device.index + int(offset)}'
+    return choose_device(name, option='--teacher-device')
 
 
 def _size(pixels: InputSpec) -> dict[str, Any]:
@@ -292,6 +314,7 @@ def _build_task(
             criterion=_build_criterion(args) if args.hard_label_weight else None,
             teachers_per_sample=args.teachers_per_sample,
             label_rest=args.label_rest,
+            teacher_device=choose_teacher_device(args.teacher_device, processes),
             **common,
         )
     common['criterion'] = _build_criterion(args)
@@ -397,5 +420,5 @@ def _wrap(args: argparse.Namespace, processes: Processes, task: TrainingTask) ->
             parameters = inspect.signature(DistributedDataParallel).parameters  # torch 2.14 has renamed it
             name = 'forward_sync_buffers' if 'forward_sync_buffers' in parameters else 'broadcast_buffers'
             ddp_options[name] = False
-        device_ids = [processes.device] if processes.device.type == 'cuda' else None
-        task.prepare_distributed(device_ids=device_ids, **ddp_options)
+        # Without `device_ids`, DDP would bring the teachers' answers here before the student begins.
+        task.prepare_distributed(**ddp_options)

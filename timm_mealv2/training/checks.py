@@ -25,7 +25,7 @@ def is_mealv2(args: argparse.Namespace) -> bool:
 
 _OF_MEALV2 = (
     *('teacher_weights', 'teacher_dtype', 'teacher_img_size', 'teacher_classes', 'teacher_compile', 'unlabeled'),
-    'teachers_per_sample',
+    *('teachers_per_sample', 'teacher_device'),
     *('discriminator_weight', 'discriminator_mode', 'discriminator_lr_scale', 'discriminator_reduction'),
     'hard_label_weight',
 )
@@ -110,7 +110,7 @@ _RULES: tuple[Rule, ...] = (
     (
         (
             *('teacher_weights', 'teacher_dtype', 'teacher_img_size', 'teacher_classes', 'teacher_compile'),
-            'teachers_per_sample',
+            *('teachers_per_sample', 'teacher_device'),
         ),
         lambda args: args.soft_labels,
         'the predictions are stored: an option of mealv2-softlabels record',

@@ -59,6 +59,9 @@ class _KeyValues(ParseKwargs):
 _OURS = (
     *TEACHERS,
     PER_SAMPLE,
+    Option(
+        '--teacher-device', str, "cuda:1, cpu, or cuda:+N, each process's index + N (default: the student's device)"
+    ),
     flag('--teacher-compile', 'torch.compile for each teacher'),
     Option('--discriminator-weight', NOT_NEGATIVE, "weight of the discriminator's loss; 0 builds none", 1.0),
     Option(

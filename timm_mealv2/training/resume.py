@@ -24,7 +24,7 @@ _REFUSED = ('seed', 'teachers', 'dataset', 'data_dir', 'train_split')
 _NOT_COMPARED = {
     *'resume resume_changed no_resume_opt start_epoch output experiment config recipe data'.split(),
     *'dry_run dry_run_seconds no_preflight log_interval workers pin_mem save_images list_recipes'.split(),
-    *'wandb_resume_id log_wandb log_tensorboard push_to_hub local_rank device kd_model_name'.split(),
+    *'wandb_resume_id log_wandb log_tensorboard push_to_hub local_rank device teacher_device kd_model_name'.split(),
     *'recovery_interval checkpoint_hist max_bad_images use_multi_epochs_loader process_timeout'.split(),
 }
 # Another value of these makes another update of the same number.
