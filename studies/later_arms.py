@@ -1,8 +1,8 @@
 """The later studies: longer trainings on stored labels, add-ons of other methods, images without labels.
 
-Digits differ from CPU to CPU. These studies need not be run on the machine of those in `arms.py`: their starts and teachers
-are trained again (`studies/results/models_later.csv`), and their rows are compared with one another alone. Learning
-rates are those that the same losses were tuned to in `arms.py`; losses of their own tune theirs.
+Digits differ from CPU to CPU. These studies need not be run on the machine of those in `arms.py`: their starts and
+teachers are trained again (`studies/results/models_later.csv`), and their rows are compared with one another alone.
+Learning rates are those that the same losses were tuned to in `arms.py`; losses of their own tune theirs.
 """
 
 from dataclasses import replace
