@@ -3,6 +3,7 @@
 import os
 import shutil
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ['HF_HUB_OFFLINE'] = '1'  # huggingface_hub reads it when it is imported
@@ -10,6 +11,7 @@ os.environ['OMP_NUM_THREADS'] = '1'  # tiny models: more threads only wait for e
 
 import pytest
 from colors import save_model, write_splits
+from forked import Forked, forked
 from images import write_images
 
 
@@ -53,6 +55,13 @@ def knowing(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp('models') / 'knowing.pth'
     save_model(path)
     return path
+
+
+@pytest.fixture(scope='session')
+def program() -> Iterator[Forked]:
+    """The training program, in processes of its own that are there at once."""
+    with forked() as programs:
+        yield programs
 
 
 @pytest.fixture

@@ -3,9 +3,6 @@
 The accuracy on the validation split (91.67 %) is another than that on the training split (100 %).
 """
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,12 +11,10 @@ import timm
 import torch
 from color_sources import RIGHT, write_fashion_mnist, write_image_folder
 from colors import STANDING, evaluate, preflight, summary, train
+from forked import Forked
 
-import timm_mealv2
 from timm_mealv2 import UserError
 from timm_mealv2.cli.soft_labels import main as soft_labels
-
-PROGRAM = str(Path(timm_mealv2.__file__).parents[1] / 'train_distill.py')
 
 Source = Callable[[str], list[str]]
 
@@ -81,12 +76,11 @@ def test_a_stream_cannot_be_recorded(kind: str, source: Source, knowing: Path, t
     assert not (tmp_path / 'store').exists()
 
 
-def test_two_processes_share_the_shards_of_both_splits(source: Source, knowing: Path, tmp_path: Path) -> None:
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', PROGRAM]
-    command += [*STANDING, *source('wds'), '--initial-checkpoint', str(knowing), '--batch-size', '2']
-    command += ['--output', str(tmp_path), '--experiment', 'run', '--validation-batch-size', '3']
-    result = subprocess.run(command, env=os.environ, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
+def test_two_processes_share_the_shards_of_both_splits(
+    source: Source, knowing: Path, tmp_path: Path, program: Forked
+) -> None:
+    options = ('--initial-checkpoint', knowing, '--batch-size', 2, '--validation-batch-size', 3)
+    program.run(tmp_path, *STANDING, *source('wds'), *options, '--experiment', 'run', processes=2)
     row = summary(tmp_path / 'run')[0]
     assert float(row['train_loss']) < 1e-3
     assert float(row['eval_top1']) == pytest.approx(RIGHT['validation'])

@@ -1,6 +1,7 @@
 """A training of a second, and how to look at what it leaves. A module of its own, as `conftest` cannot be imported."""
 
 import csv
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,3 +50,17 @@ def assert_equal_weights(a: Path, b: Path) -> None:
         for part, state in first.get(key, {}).items():
             for name, value in state.items():
                 assert torch.equal(value, second[key][part][name]), f'{key} {part} {name}'
+
+
+def load_differences() -> Callable[[Path, Path], list[str]]:
+    """The comparison of two run folders that the soak makes."""
+    path = Path(__file__).parents[2] / 'benchmarks/soak.py'
+    spec = importlib.util.spec_from_file_location('soak', path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.differences
+
+
+differences = load_differences()

@@ -1,17 +1,12 @@
 """Updates of several batches, of which the last is smaller: they are one batch of all images."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from colors import CLASSES, STANDING, save_model, summary, train, write_folder
+from forked import Forked
 
-import timm_mealv2
-
-PROGRAM = str(Path(timm_mealv2.__file__).parents[1] / 'train_distill.py')
 UPDATE = ('--model', 'test_vit', '--lr', 0.1, '--opt', 'momentum', '--clip-grad', 1e9, '--seed', 3)
 
 
@@ -45,14 +40,11 @@ def test_an_update_of_8_and_8_and_2_images(teachers: bool, tmp_path: Path) -> No
     assert largest_difference(tmp_path / 'whole', tmp_path / 'parts') < 1e-5
 
 
-def test_two_processes_with_8_and_8_and_2_images_each(tmp_path: Path) -> None:
+def test_two_processes_with_8_and_8_and_2_images_each(tmp_path: Path, program: Forked) -> None:
     data = write(tmp_path / 'data', (18, 9, 8, 1))
-    options = [str(word) for word in ('--data-dir', data, *UPDATE)]
+    options = ('--data-dir', data, *UPDATE)
     train(tmp_path / 'whole', *options, '--batch-size', 36)
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', PROGRAM]
-    command += [*STANDING, *options, '--batch-size', '8', '--grad-accum-steps', '3']
-    command += ['--output', str(tmp_path), '--experiment', 'parts']
-    result = subprocess.run(command, env=os.environ, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
+    parts = ('--batch-size', 8, '--grad-accum-steps', 3, '--experiment', 'parts')
+    program.run(tmp_path, *STANDING, *options, *parts, processes=2)
     assert len(summary(tmp_path / 'parts')) == 1
     assert largest_difference(tmp_path / 'whole', tmp_path / 'parts') < 1e-5

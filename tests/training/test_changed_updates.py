@@ -1,8 +1,6 @@
 """Runs that go on with updates of another kind: batch size, processes, accumulation, mixing; and preempted streams."""
 
-import os
 import re
-import subprocess
 import sys
 import types
 from collections.abc import Callable
@@ -11,10 +9,7 @@ from typing import Any
 
 import pytest
 from colors import CLASSES, STANDING, picture, train, write_splits
-
-import timm_mealv2
-
-PROGRAM = str(Path(timm_mealv2.__file__).parents[1] / 'train_distill.py')
+from forked import Forked
 
 Preempted = Callable[..., None]
 
@@ -112,18 +107,16 @@ def test_an_epoch_begins_anew_where_an_update_has_become_something_else(
     assert 'epoch 1, batch 0, update 0' in caplog.text
 
 
-def test_an_epoch_begins_anew_where_the_processes_have_other_batches(tmp_path: Path, preempted: Preempted) -> None:
+def test_an_epoch_begins_anew_where_the_processes_have_other_batches(
+    tmp_path: Path, preempted: Preempted, program: Forked
+) -> None:
     write_splits(tmp_path / 'data')
     options = ('--data-dir', tmp_path / 'data', '--lr', 0.1)
     preempted(tmp_path / 'run', *options, step=2)
     # Two processes with batches of two: as many batches of an epoch as before, and other images in them.
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', PROGRAM]
-    command += [*STANDING, *(str(word) for word in (*options, *TEACHER, '--batch-size', 2, '--resume', 'auto'))]
-    command += ['--output', str(tmp_path), '--experiment', 'run']
-    environment = os.environ | {'PYTHONPATH': f'{tmp_path}:{os.environ.get("PYTHONPATH", "")}'}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    assert 'epoch 1, batch 0, update 0' in result.stderr
+    words = (*STANDING, *options, *TEACHER, '--batch-size', 2, '--resume', 'auto', '--experiment', 'run')
+    job = program.run(tmp_path, *words, processes=2, code=f'import sys\nsys.path.insert(0, {str(tmp_path)!r})')
+    assert 'epoch 1, batch 0, update 0' in job.text
 
 
 def write_set(root: Path) -> str:

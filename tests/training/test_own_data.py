@@ -1,17 +1,13 @@
 """Own data: models named by run folders, classes counted, splits of every form, recipes for teachers and students."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from colors import evaluate, preflight, save_model, train
+from forked import Forked
 
 from timm_mealv2 import UserError
 from timm_mealv2.cli.hub import main as hub
-
-PROGRAM = Path(__file__).parents[2] / 'train_distill.py'
 
 
 @pytest.fixture(scope='module')
@@ -65,7 +61,6 @@ def test_a_teacher_of_another_class_count_is_told_the_command_that_fine_tunes_it
 
 
 UNUSED = """
-import runpy, sys
 import timm, torch
 from timm.models import register_model
 
@@ -74,18 +69,13 @@ def half_used(**kwargs):
     model = timm.create_model('test_resnet', **kwargs)
     model.unused = torch.nn.Linear(2, 2)
     return model
-
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name='__main__')
 """
 
 
-def test_parameters_without_gradient_train_under_ddp_where_that_is_said(data: Path, run: Path, tmp_path: Path) -> None:
-    (tmp_path / 'main.py').write_text(UNUSED)
+def test_parameters_without_gradient_train_under_ddp_where_that_is_said(
+    data: Path, run: Path, tmp_path: Path, program: Forked
+) -> None:
     words = f'--model half_used --teachers {run} --num-classes 4 --img-size 32 --batch-size 2 --workers 0 --epochs 1'
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
-    command += [str(tmp_path / 'main.py'), str(PROGRAM), *words.split(), '--device', 'cpu', '--data-dir', str(data)]
-    command += ['--output', str(tmp_path), '--experiment', 'run', '--find-unused-parameters']
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ)
-    assert result.returncode == 0, result.stderr
+    options = [*words.split(), '--device', 'cpu', '--data-dir', data, '--experiment', 'run']
+    program.run(tmp_path, *options, '--find-unused-parameters', processes=2, code=UNUSED)
     assert (tmp_path / 'run' / 'last.pth.tar').is_file()

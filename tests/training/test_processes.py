@@ -1,8 +1,8 @@
 """Several processes: a group that loses one comes back by itself, and two hosts train together."""
 
 import os
-import re
 import shutil
+import signal
 import subprocess
 import sys
 import uuid
@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from test_resume import differences
+from forked import Forked
+from quick_training import differences
 from torch.distributed import TCPStore
 from torch.distributed.rendezvous import rendezvous
 
@@ -24,9 +25,9 @@ OPTIONS = (
     '--warmup-epochs 0 --log-interval 100 --no-preflight --model-ema --mixup 0.2 --drop 0.1 --recovery-interval 1 '
     '--experiment run --teacher-optimize off'
 ).split()
-# Run by each process before the program: rank 1 gets a signal in its 6th step unless it is of a restarted group.
+# Run by each process before the program: one gets a signal in its 6th step.
 STRUCK = """
-import os, runpy, signal, sys
+import os, signal
 from timm_mealv2.training import loop
 
 step, count = loop.Stepper.step, 0
@@ -34,13 +35,11 @@ step, count = loop.Stepper.step, 0
 def counted(*args, **kwargs):
     global count
     count += 1
-    if count == 6 and os.environ['RANK'] == '1' and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':
-        os.kill(os.getpid(), signal.Signals[os.environ['STRIKE']])
+    if count == 6 and {}:
+        os.kill(os.getpid(), signal.{})
     return step(*args, **kwargs)
 
 loop.Stepper.step = counted
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name='__main__')
 """
 
 
@@ -52,17 +51,11 @@ def options(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> lis
     return [*OPTIONS, '--data-dir', str(image_folder), '--teachers', f'test_resnet={path}']
 
 
-def torchrun(*args: str) -> list[str]:
-    return [sys.executable, '-m', 'torch.distributed.run', *args]
-
-
 @pytest.fixture(scope='module')
-def whole(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(program: Forked, options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of two processes on one host, of which none dies."""
     output = tmp_path_factory.mktemp('whole')
-    command = [*torchrun('--standalone', '--nproc-per-node', '2'), PROGRAM, *options, '--output', str(output)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
+    program.run(output, *options, processes=2)
     return output / 'run'
 
 
@@ -70,36 +63,33 @@ def test_a_group_that_loses_a_process_restarts_from_its_newest_checkpoint(
     options: list[str], whole: Path, tmp_path: Path
 ) -> None:
     script = tmp_path / 'struck.py'
-    script.write_text(STRUCK)
-    command = torchrun('--standalone', '--nproc-per-node', '2', '--max-restarts', '1')
-    command += [str(script), PROGRAM, *options, '--output', str(tmp_path)]
-    struck = os.environ | {'STRIKE': 'SIGKILL'}
-    result = subprocess.run(command, env=struck, capture_output=True, text=True, timeout=300)
+    once = "os.environ['RANK'] == '1' and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'"
+    script.write_text(f'{STRUCK.format(once, "SIGKILL")}\nfrom timm_mealv2.training import run\nrun.cli()\n')
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
+    command += ['--max-restarts', '1', str(script), *options, '--output', str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert 'The process group was restarted' in result.stderr
     assert f'Continuing from {tmp_path / "run" / "recovery-1-"}' in result.stderr.replace('.pth.tar', '')
     assert differences(whole, tmp_path / 'run') == []
 
 
-def test_an_optimizer_that_ddp_cannot_train_with_is_refused(options: list[str], tmp_path: Path) -> None:
-    command = [*torchrun('--standalone', '--nproc-per-node', '2'), PROGRAM, *options, '--opt', 'adahessian']
-    command += ['--output', str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 1
-    assert 'UserError: --opt adahessian takes second derivatives' in result.stderr
-    assert not list(tmp_path.iterdir())
+def test_an_optimizer_that_ddp_cannot_train_with_is_refused(
+    program: Forked, options: list[str], tmp_path: Path
+) -> None:
+    job = program.start(tmp_path, *options, '--opt', 'adahessian', processes=2)
+    assert job.finish() == 2
+    assert 'error: --opt adahessian takes second derivatives' in job.text
+    assert not (tmp_path / 'run').exists()
 
 
 @pytest.mark.skipif(not hasattr(torch.distributed, 'set_timeout'), reason='torch.distributed.set_timeout is missing')
-def test_a_process_that_hangs_ends_the_run_in_time(options: list[str], tmp_path: Path) -> None:
-    script = tmp_path / 'struck.py'
-    script.write_text(STRUCK)
-    command = [*torchrun('--standalone', '--nproc-per-node', '2'), str(script), PROGRAM, *options]
-    command += ['--output', str(tmp_path), '--process-timeout', '0.2']
-    struck = os.environ | {'STRIKE': 'SIGSTOP', 'TORCH_ELASTIC_SHUTDOWN_TIMEOUT': '1'}
-    result = subprocess.run(command, env=struck, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 1
-    assert re.search(r'timed out|timeout', result.stderr, re.IGNORECASE), result.stderr
+def test_a_process_that_hangs_ends_the_run_in_time(program: Forked, options: list[str], tmp_path: Path) -> None:
+    struck = STRUCK.format('rank == 1', 'SIGSTOP')
+    job = program.start(tmp_path, *options, '--process-timeout', 0.1, processes=2, code=struck)  # 6 s
+    job.wait_for('imed out')
+    os.killpg(job.session, signal.SIGKILL)  # as a launcher does with the one that hangs
+    assert job.finish() < 0
     assert (tmp_path / 'run' / 'last.pth.tar').is_file()
 
 
@@ -140,11 +130,9 @@ def test_two_hosts_train_as_two_processes_on_one(
         link = subprocess.run(
             ['ip', '-n', name, '-brief', 'link', 'show', 'type', 'veth'], capture_output=True, text=True, check=True
         ).stdout.split('@')[0]
-        command = ['ip', 'netns', 'exec', name]
-        command += torchrun('--nnodes', '2', '--node-rank', str(number), '--nproc-per-node', '1')
-        command += ['--master-addr', '10.77.0.1', '--master-port', '29500']
-        command += [PROGRAM, *options, '--output', str(tmp_path)]
-        linked = os.environ | {'GLOO_SOCKET_IFNAME': link}
+        command = ['ip', 'netns', 'exec', name, sys.executable, PROGRAM, *options, '--output', str(tmp_path)]
+        linked = os.environ | {'GLOO_SOCKET_IFNAME': link, 'MASTER_ADDR': '10.77.0.1', 'MASTER_PORT': '29500'}
+        linked |= {'RANK': str(number), 'LOCAL_RANK': '0', 'WORLD_SIZE': '2'}
         processes.append(subprocess.Popen(command, env=linked, stderr=subprocess.PIPE, text=True))
     errors = [process.communicate(timeout=300)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors

@@ -1,197 +1,25 @@
-"""A run that is killed, wherever it is, and started again ends as the one that was never killed."""
+"""Runs that go on: from damaged files, in folders of other runs, with other settings."""
 
 import csv
-import importlib.util
 import json
 import math
-import random
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 import torch
-from quick_training import find_newest, read_checkpoint
+from quick_training import differences, find_newest, read_checkpoint
 
-from timm_mealv2.cli.soft_labels import main as soft_labels
 from timm_mealv2.errors import UserError
 from timm_mealv2.training import loop
 from timm_mealv2.training.run import main
 
-SIGKILL = -9
-# Everything that draws random numbers or keeps a state; batches of 3 make an update of one batch at each epoch's end.
-EVERYTHING = (
-    '--model test_resnet --num-classes 3 --img-size 16 --batch-size 3 --workers 0 --epochs 4 --lr 0.02 --opt adamw '
-    '--sched plateau --patience-epochs 0 --warmup-epochs 1 --device cpu --log-interval 100 --no-preflight '
-    '--grad-accum-steps 2 --clip-grad 1 --model-ema --model-ema-decay 0.9 --mixup 0.4 --cutmix 0.5 --reprob 0.5 '
-    '--drop 0.2 --drop-path 0.1 --discriminator-lr-scale 0.5 --hard-label-weight 0.3 --eval-metric loss '
-    '--checkpoint-hist 2 --recovery-interval 2 --resume auto --experiment run --teacher-optimize off'
-).split()
-# The same with worker processes, half precision with a loss scaler, a schedule by updates, no recovery files.
-OTHERWISE = (*'--workers 2 --amp --sched cosine --sched-on-updates --epochs 3 --recovery-interval 0'.split(),)
 PLAIN = (
     '--model test_resnet --num-classes 3 --img-size 16 --batch-size 7 --workers 0 --epochs 3 --lr 0.02 --device cpu '
     '--warmup-epochs 0 --experiment run --teacher-optimize off'
 ).split()
-
-
-def load_differences() -> Callable[[Path, Path], list[str]]:
-    """The comparison of two run folders that the soak makes."""
-    path = Path(__file__).parents[2] / 'benchmarks/soak.py'
-    spec = importlib.util.spec_from_file_location('soak', path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.differences
-
-
-differences = load_differences()
-
-
-class Program:
-    """The training program in processes that die where they are told to; see killing.py."""
-
-    def __init__(self, server: subprocess.Popen, options: list[str], root: Path) -> None:
-        self.server = server
-        self.options = options
-        self.root = root
-        self._whole: dict[tuple[Any, ...], Path] = {}
-
-    def run(
-        self, output: Path, *options: str, point: tuple[str, int] | None = None, rank: int = 0, processes: int = 1
-    ) -> int:
-        """Run it in the folder `output`/run; return its exit code."""
-        output.mkdir(exist_ok=True)
-        job = {
-            'argv': [*self.options, *options, '--output', str(output)],
-            'processes': processes,
-            'point': point and [*point, rank],
-            'log': str(output / 'log'),
-        }
-        assert self.server.stdin is not None
-        assert self.server.stdout is not None
-        self.server.stdin.write(f'{json.dumps(job)}\n')
-        self.server.stdin.flush()
-        code, self.passed = json.loads(self.server.stdout.readline())
-        return code
-
-    def whole(self, *options: str, processes: int = 1) -> Path:
-        """The run folder of a run that is not killed."""
-        key = (*options, processes)
-        if key not in self._whole:
-            output = self.root / f'whole-{len(self._whole)}'
-            assert self.run(output, *options, processes=processes) == 0, (output / 'log').read_text()
-            self._whole[key] = output / 'run'
-        return self._whole[key]
-
-
-@pytest.fixture(scope='module')
-def program(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
-    root = tmp_path_factory.mktemp('resume')
-    options = [*EVERYTHING, '--data-dir', str(image_folder), '--teachers']
-    for seed, name in enumerate(('test_resnet', 'test_efficientnet')):
-        torch.manual_seed(seed)
-        torch.save(timm.create_model(name, num_classes=3).state_dict(), root / f'{name}.pth')
-        options.append(f'{name}={root / name}.pth')
-    script = Path(__file__).with_name('killing.py')
-    command = [sys.executable, str(script)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
-        yield Program(server, options, root)
-        assert server.stdin is not None
-        server.stdin.close()
-
-
-@pytest.mark.parametrize('point', [('step', 16), ('inside', 9), ('torn', 6)], ids=str)
-def test_a_run_killed_between_or_inside_steps_or_in_a_checkpoint_ends_as_the_unbroken_one(
-    program: Program, tmp_path: Path, point: tuple[str, int]
-) -> None:
-    assert program.run(tmp_path, point=point) == SIGKILL
-    assert program.run(tmp_path) == 0
-    assert program.passed['step'] < 28  # it did not start anew
-    assert differences(program.whole(), tmp_path / 'run') == []
-
-
-def test_so_does_one_with_workers_half_precision_and_checkpoints_of_epochs_alone(
-    program: Program, tmp_path: Path
-) -> None:
-    whole = program.whole(*OTHERWISE)
-    assert 'amp_scaler' in read_checkpoint(whole / 'last.pth.tar')
-    assert program.run(tmp_path, *OTHERWISE, point=('step', 17)) == SIGKILL
-    assert program.run(tmp_path, *OTHERWISE) == 0
-    assert program.passed['step'] == 7
-    assert differences(whole, tmp_path / 'run') == []
-
-
-def test_so_does_one_on_stored_labels(program: Program, image_folder: Path, tmp_path: Path) -> None:
-    store = tmp_path / 'store'
-    teachers = program.options[program.options.index('--teachers') + 1 :]
-    argv = ['record', '--teachers', *teachers, '--num-classes', '3', '--data-dir', str(image_folder), '--device', 'cpu']
-    argv += ['--mixup', '0.4', '--cutmix', '0.5', '--reprob', '0.5', '--img-size', '16', '--epochs', '3']
-    soft_labels([*argv, '--top-k', '2', '--workers', '0', '--out', str(store)])
-    options = ['--soft-labels', str(store), '--discriminator-weight', '1', '--workers', '2']
-    options += ['--hard-label-weight', '0']  # mixed images have no hard label
-    assert program.run(tmp_path, *options, point=('inside', 9)) == SIGKILL
-    assert program.run(tmp_path, *options) == 0
-    assert program.passed['step'] < 28
-    assert differences(program.whole(*options), tmp_path / 'run') == []
-
-
-OFTEN = ('--recovery-interval', '1', '--epochs', '3')
-
-
-@pytest.mark.parametrize(('point', 'rank'), [(('step', 7), 0), (('inside', 8), 1), (('torn', 4), 0)], ids=str)
-def test_so_do_two_processes(program: Program, tmp_path: Path, point: tuple[str, int], rank: int) -> None:
-    # Each has sums of its own for the summary, and averages (EMA) of its own batch statistics.
-    assert program.run(tmp_path, *OFTEN, point=point, rank=rank, processes=2) == SIGKILL
-    newest = find_newest(tmp_path / 'run')
-    assert newest is not None
-    assert newest.name.startswith('recovery-1')
-    assert program.run(tmp_path, *OFTEN, processes=2) == 0
-    assert differences(program.whole(*OFTEN, processes=2), tmp_path / 'run') == []
-
-
-@pytest.mark.parametrize('seed', [0, 1])
-def test_so_does_one_that_is_killed_again_and_again_while_it_writes(
-    program: Program, tmp_path: Path, seed: int
-) -> None:
-    generator = random.Random(seed)
-    kills = 0
-    while kills < 8 and program.run(tmp_path, point=('file', generator.randint(8, 30))) == SIGKILL:
-        kills += 1
-    assert kills > 2
-    assert program.run(tmp_path) == 0
-    assert differences(program.whole(), tmp_path / 'run') == []
-
-
-def test_so_does_one_that_is_killed_at_any_point_of_the_end_of_an_epoch(program: Program, tmp_path: Path) -> None:
-    # The last epoch's: whatever is not finished then, no later epoch will.
-    assert program.run(tmp_path / 'before', point=('step', 27)) == SIGKILL
-    assert program.run(shutil.copytree(tmp_path / 'before', tmp_path / 'end')) == 0
-    changes = program.passed['file']
-    assert changes > 10
-    for number in range(1, changes + 1):
-        output = shutil.copytree(tmp_path / 'before', tmp_path / str(number))
-        assert program.run(output, point=('file', number)) == SIGKILL
-        assert program.run(output) == 0
-        assert differences(program.whole(), output / 'run') == [], f'killed before change {number}'
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('options', [(), OTHERWISE], ids=['everything', 'otherwise'])
-def test_so_does_one_that_is_killed_before_any_change_of_its_folder(
-    program: Program, tmp_path: Path, options: tuple[str, ...]
-) -> None:
-    whole = program.whole(*options)
-    number = 0
-    while program.run(output := tmp_path / str(number), *options, point=('file', number := number + 1)) == SIGKILL:
-        assert program.run(output, *options) == 0
-        assert differences(whole, output / 'run') == [], f'killed before change {number}'
-    assert number > 30
 
 
 # Files that are damaged, moved or of another run

@@ -3,8 +3,6 @@
 import json
 import logging
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +10,10 @@ from typing import Any
 import pytest
 import timm
 import torch
+from forked import Forked
 from images import write_images
 from PIL import Image
-from quick_training import REPOSITORY, SMALL, assert_equal_weights, read_checkpoint, summary
+from quick_training import SMALL, assert_equal_weights, read_checkpoint, summary
 
 from timm_mealv2.cli.soft_labels import main as soft_labels
 from timm_mealv2.data.dataset import image_names, open_dataset
@@ -237,7 +236,7 @@ def test_a_batch_of_unreadable_images_is_filled_up_as_in_live_training(
 
 
 def test_two_processes_train_on_stored_labels_as_one_with_the_double_batch(
-    teacher: str, tmp_path: Path, train: Train
+    teacher: str, tmp_path: Path, train: Train, program: Forked
 ) -> None:
     data = tmp_path / 'data'
     write_images(data / 'train', 8, seed=2)
@@ -246,11 +245,8 @@ def test_two_processes_train_on_stored_labels_as_one_with_the_double_batch(
     # Layer norm: batch norm has statistics of each process's own.
     options = ['--model', 'test_vit', '--img-size', '16', '--model-kwargs', 'img_size=16', '--batch-size']
     one = train('one', *options, 8, data=data, labels=labels)
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
-    command += [str(REPOSITORY / 'train_distill.py'), *SMALL, '--data-dir', str(data), '--soft-labels', str(labels)]
-    command += ['--output', str(tmp_path), '--experiment', 'two', *options, '4']
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    words = [*SMALL, '--data-dir', data, '--soft-labels', labels, '--experiment', 'two', *options, 4]
+    program.run(tmp_path, *words, processes=2)
     for first, second in zip(summary(one), summary(tmp_path / 'two'), strict=True):
         for column in set(first) - {'epoch', 'images_per_second', *TIMES}:
             assert float(second[column]) == pytest.approx(float(first[column]), rel=1e-4, abs=1e-5), column
