@@ -189,7 +189,7 @@ def child(job: dict[str, Any], rank: int, port: int, answer: int) -> None:
         folder = Path(argv[argv.index('--output') + 1])
         killer = Killer((kind, number) if where == rank else None, folder)
         killer.install()
-        exec(job['code'], {'rank': rank})
+        exec(job['code'], {'__name__': '__main__', 'rank': rank})
         run_cli(run.main, argv)
         code = 0
         if rank == 0:
