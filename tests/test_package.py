@@ -42,6 +42,29 @@ assert not [name for name in names if name in sys.modules]
     assert min(seconds) < 0.1
 
 
+def test_programs_load_what_they_use_where_they_use_it():
+    # Their help takes hardly longer than `import timm`, which loads a part of torch.compile and of the Hub's client.
+    code = """
+import contextlib, importlib, io, sys
+import timm
+before = set(sys.modules)
+LATER = {'datasets', 'jinja2', 'matplotlib', 'onnx', 'onnxruntime', 'onnxscript', 'pandas', 'sklearn', 'tensorboard'}
+LATER |= {'huggingface_hub', 'sympy', 'wandb', 'webdataset'}
+PARTS = ('torch._dynamo', 'torch._inductor', 'torch.distributed.elastic', 'torch.onnx', 'torch.utils.tensorboard')
+import timm_mealv2
+names = ('training.run', 'cli.hub', 'cli.predict', 'cli.soft_labels')
+for name in names:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+        importlib.import_module(f'timm_mealv2.{name}').main(['--help'])
+new = set(sys.modules) - before
+print(len(new), *sorted(name for name in new if name.split('.')[0] in LATER or name.startswith(PARTS)))
+"""
+    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    count, *loaded = result.stdout.split()
+    assert loaded == []
+    assert int(count) < 180
+
+
 def test_public_names_and_models_are_there():
     assert set(timm_mealv2.__all__) == {
         'Discriminator',

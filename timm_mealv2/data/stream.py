@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 from timm.data import FastCollateMixup, IterableImageDataset, create_loader
 from timm.data.loader import fast_collate
-from timm.data.readers.reader_wds import ReaderWds
 from torch import Tensor
 from torch.utils.data import default_collate
 
@@ -37,7 +36,7 @@ class StreamedImages(IterableImageDataset):
     def __init__(self, dataset: Any, img_mode: str = 'RGB', how: str = 'timm') -> None:
         super().__init__('', reader=dataset.reader, target_transform=dataset.target_transform)
         self.split, self.img_mode, self.how = dataset.split_name, img_mode, how
-        if isinstance(self.reader, ReaderWds):
+        if _of_shards(self.reader):
             return
         self.reader.input_img_mode = None
         if not hasattr(self.reader.builder, 'as_streaming_dataset'):
@@ -48,7 +47,7 @@ class StreamedImages(IterableImageDataset):
             self.reader.builder = _UndecodedBuilder(self.reader.builder, self.reader.input_key)
 
     def __iter__(self) -> Iterator[Sample | UnreadableImage]:
-        if isinstance(self.reader, ReaderWds):
+        if _of_shards(self.reader):
             _keep_undecoded(self.reader)
         for content, target in self.reader:
             name = _name(content)
@@ -62,6 +61,11 @@ class StreamedImages(IterableImageDataset):
             if self.target_transform is not None:
                 target = self.target_transform(target)
             yield Sample(self.transform(image), target, target, ignored=tuple((name, what) for what in ignored))
+
+
+def _of_shards(reader: Any) -> bool:
+    """Whether a reader is timm's of wds/, whose file loads webdataset."""
+    return type(reader).__name__ == 'ReaderWds'
 
 
 def _name(content: Any) -> str:
@@ -111,7 +115,7 @@ _PIXEL = io.BytesIO()
 Image.new('L', (1, 1)).save(_PIXEL, 'PNG')
 
 
-def _keep_undecoded(reader: ReaderWds) -> None:
+def _keep_undecoded(reader: Any) -> None:
     """Make the last step of a reader's pipeline one that leaves the images as they are stored."""
     if reader.ds is None:
         import webdataset

@@ -14,9 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from jinja2 import StrictUndefined, TemplateError, meta
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from timm.models import get_pretrained_cfg
 from torch import nn
 
@@ -86,6 +83,10 @@ def write_card(
     Raises:
         UserError: If `options.template` is no template of a card.
     """
+    from huggingface_hub import ModelCard, ModelCardData  # these are loaded where a card is written
+    from jinja2 import StrictUndefined, TemplateError, meta
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
     cfg = config['pretrained_cfg']
     data = ModelCardData(
         license=options.license,
@@ -187,10 +188,10 @@ def write_trained_card(
     )
 
 
-def _accuracies(
-    measured: Mapping[str, float], dataset_id: str | None, dataset: str, split: str | None
-) -> list[EvalResult]:
+def _accuracies(measured: Mapping[str, float], dataset_id: str | None, dataset: str, split: str | None) -> list[Any]:
     """The accuracies as the Hub reads them from a card's header."""
+    from huggingface_hub import EvalResult
+
     return [
         EvalResult(
             task_type='image-classification',

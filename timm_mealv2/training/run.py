@@ -9,7 +9,6 @@ from logging.handlers import MemoryHandler
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing.errors import record
 
 from timm_mealv2.command_line import run_cli
 from timm_mealv2.training.build import build
@@ -71,7 +70,12 @@ def train(args: argparse.Namespace, log: MemoryHandler, signals: Signals, **part
 
 def cli() -> None:
     """Run `main` as the command `mealv2-train`."""
-    run_cli(record(main))  # torchrun shows the error of the process that failed first
+    program = main
+    if 'TORCHELASTIC_RUN_ID' in os.environ:  # torchrun then shows the error of the process that failed first
+        from torch.distributed.elastic.multiprocessing.errors import record
+
+        program = record(main)
+    run_cli(program)
 
 
 if __name__ == '__main__':
