@@ -2,10 +2,10 @@ r"""An epoch of whole training programs: `mealv2-train` beside timm's own train.
 
     python benchmarks/whole_run.py --photos FOLDER --timm-train TRAIN.PY
 
-timm's train.py is not in its wheel: give a copy of it. It distills from the same two teachers, as a registered ensemble at temperature 1
-without labels, and trains plainly; ours trains with both teachers live, with one of them a sample, and on stored labels with one and with four
-samples a decode. From the photos (JPEG or PNG, larger than 500x375) random crops are made into JPEG images. Weights are random:
-time alone is measured.
+timm's train.py is not in its wheel: give a copy of it. It distills from the same two teachers, as a registered ensemble at
+temperature 1 without labels, and trains plainly; ours trains with both teachers live, with one of them a sample, and on
+stored labels with one and with four samples a decode. From the photos (JPEG or PNG, larger than 500x375) random crops
+are made into JPEG images. Weights are random: time alone is measured.
 
 Each program runs as a user runs it, for two epochs and for one. The difference is an epoch, without start-up: its
 processor seconds, of workers too, and its images a second. Arms take turns; ratios are formed within a round.
