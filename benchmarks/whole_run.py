@@ -2,7 +2,7 @@ r"""An epoch of whole training programs: `mealv2-train` beside timm's own train.
 
     python benchmarks/whole_run.py --photos FOLDER --timm-train TRAIN.PY
 
-timm's train.py is not in its wheel: give a copy of it. It distills from the same two teachers, as a registered ensemble at
+timm's train.py is not in its wheel: give a copy. It distills from the same two teachers, as a registered ensemble at
 temperature 1 without labels, and trains plainly; ours trains with both teachers live, with one of them a sample, and on
 stored labels with one and with four samples a decode. From the photos (JPEG or PNG, larger than 500x375) random crops
 are made into JPEG images. Weights are random: time alone is measured.
