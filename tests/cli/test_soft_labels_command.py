@@ -75,7 +75,7 @@ def test_info_shows_what_a_store_holds(folder: Path, capsys: Any) -> None:
         'cutmix 1.0',
         '12 images x 3 epochs = 36 records of 20 bytes, 720B',
         f'Pillow {Image.__version__}',
-        'epoch 0   top 4 of 7 classes keep 0.',
+        'epoch 1   top 4 of 7 classes keep 0.',
         '0 images without a record',
     ):
         assert words in text
@@ -284,7 +284,7 @@ def test_verify_refuses_damage_other_teachers_and_other_images(folder: Path, tmp
     data = bytearray((store / 'part-00000-00000').read_bytes())
     data[-1] ^= 1
     (store / 'part-00000-00000').write_bytes(data)
-    assert 'part-00000-00000 is damaged (epoch 2)' in refused(capsys, *verify(folder, store))
+    assert 'part-00000-00000 is damaged (epoch 3)' in refused(capsys, *verify(folder, store))
 
     line = refused(capsys, *verify(folder, folder / 'store', '--teachers', f'test_resnet={folder}/other.pth'))
     assert f'do not match: test_resnet={folder}/teacher.pth had other weights' in line

@@ -284,7 +284,7 @@ def test_going_on_with_other_settings_or_images_is_refused(
     root = Path(shutil.copytree(image_folder / 'train', tmp_path / 'train'))
     Image.new('RGB', (24, 24)).save(root / 'cold' / '000.png')
     other = open_dataset('', str(root), 'train')
-    with pytest.raises(UserError, match=r'image 0, epoch 0: .* was recorded from other pixels'):
+    with pytest.raises(UserError, match=r'image 0, epoch 1: .* was recorded from other pixels'):
         record(path, other, teachers, describe(other, teachers, augmentation, top_k=3), 12)
     assert contents(path) == before
     (tmp_path / 'other').mkdir()

@@ -133,7 +133,7 @@ def test_other_pixels_stop_the_training_or_are_counted(
         Image.new('RGB', (24, 24)).save(path)
     data = open_dataset('', str(root), 'train')
     normalization = ((0.5,) * 3, (0.5,) * 3)
-    with pytest.raises(UserError, match=r'image \d+, epoch 0: .* was recorded from other pixels.*Pillow'):
+    with pytest.raises(UserError, match=r'image \d+, epoch 1: .* was recorded from other pixels.*Pillow'):
         list(TrainLoader(*replay(recorded, data, 4), normalization=normalization).batches(0))
     stored, bad = replay(recorded, data, 4, allow_pixel_change=True), BadImages()
     loader = TrainLoader(*stored, normalization=normalization, bad=bad, workers=2)

@@ -125,4 +125,4 @@ def test_a_notebook_shows_the_bar_of_an_epoch(
     text = ''.join(written)
     assert 'epoch 1 |' in text
     assert '1/1 epochs: loss ' in text
-    assert 'epoch 0 [' not in text  # the lines that say what the bar shows
+    assert 'epoch 1 [' not in text  # the lines that say what the bar shows

@@ -207,7 +207,7 @@ def test_other_images_stop_the_training_with_one_line_or_are_counted(
         for path in (image_folder / split).rglob('*.png'):
             (data / split / path.parent.name).mkdir(parents=True, exist_ok=True)
             Image.open(path).rotate(180).save(data / split / path.parent.name / path.name)
-    with pytest.raises(UserError, match=r'image \d+, epoch 0: .* was recorded from other pixels.*Pillow'):
+    with pytest.raises(UserError, match=r'image \d+, epoch 1: .* was recorded from other pixels.*Pillow'):
         train('other', '--workers', 1, data=data)
     with caplog.at_level(logging.INFO):
         train('other', '--allow-pixel-change', '--epochs', 1, data=data)

@@ -263,7 +263,7 @@ def _show_contents(store: SoftLabelStore) -> None:
         records = store.read_epoch(0, np.arange(meta.images))
         unreadable = np.flatnonzero(records['crc'] == 0)
         mass = records['probabilities'][records['crc'] != 0].sum(axis=1, dtype=np.float64).mean()
-        print(f'epoch 0   top {meta.top_k} of {meta.num_classes} classes keep {mass:.4f} of the probability')
+        print(f'epoch 1   top {meta.top_k} of {meta.num_classes} classes keep {mass:.4f} of the probability')
         names = store.names() if len(unreadable) else []
         print(f'          {len(unreadable):,} images without a record', *(names[row] for row in unreadable[:10]))
 

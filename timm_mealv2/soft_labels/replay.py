@@ -73,7 +73,7 @@ class StoredSamples(Samples):
             raise UnreadableImage(f'image {key.index} could not be read when it was recorded')
         if pixel_crc(sample.pixels) != crc:
             if not self.allow_pixel_change:
-                raise UserError(f'image {key.index}, epoch {key.epoch}: {self._other_pixels()}')
+                raise UserError(f'image {key.index}, epoch {key.epoch + 1}: {self._other_pixels()}')
             sample = sample._replace(ignored=(*sample.ignored, (key.index, 'pixels')))
         return sample
 

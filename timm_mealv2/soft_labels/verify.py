@@ -122,7 +122,7 @@ def draw_samples(samples: StoredSamples, image: int, class_names: Sequence[str] 
         except UnreadableImage as error:
             raise UserError(f'there is nothing to show: {error}') from error
         left.imshow(pixels[:3].transpose(1, 2, 0) if len(pixels) > 1 else pixels[0], cmap='gray', vmin=0, vmax=255)
-        left.set_title(f'epoch {epoch}')
+        left.set_title(f'epoch {epoch + 1}')
         left.axis('off')
         record = samples.store.read_epoch(epoch, np.array([image]))[0]
         names = [class_names[index] if class_names else f'class {index}' for index in record['classes'][:6]]
