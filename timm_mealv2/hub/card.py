@@ -36,7 +36,6 @@ METRICS = {
 }
 """Metrics of a card in their order, and what they are called there."""
 
-_PREPROCESSING = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
 # Settings about the machine or an account there, not about the training, and of NaFlex, which is refused.
 _NOT_SHOWN = ('output', 'experiment', 'resume', 'wandb_', 'naflex_')
 # The folders of an absolute path: at the start, behind `NAME=` or `local-dir:`, or behind the kind in `hfds//PATH`.
@@ -87,7 +86,6 @@ def write_card(
     from jinja2 import StrictUndefined, TemplateError, meta
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    cfg = config['pretrained_cfg']
     data = ModelCardData(
         license=options.license,
         library_name='timm',
@@ -106,11 +104,7 @@ def write_card(
                 'card_data': data.to_yaml(),
                 'name': _model_name(options, name),
                 'source': f'hf-hub:{options.repo_id}' if options.repo_id else f'local-dir:{name}',
-                'architecture': config['architecture'],
-                'num_classes': config['num_classes'],
-                'image_mode': 'L' if cfg['input_size'][0] == 1 else 'RGB',
-                'pixels': {key: cfg[key] for key in _PREPROCESSING if cfg.get(key) is not None},
-                'origin_url': cfg.get('origin_url', ''),
+                'config': config,
                 **variables,
             }
         )

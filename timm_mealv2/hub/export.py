@@ -14,7 +14,6 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import timm
@@ -114,7 +113,7 @@ def export_model(
     _describe(model, data_config)
     labels = _labels(names) if names else {}
     with replacing_export(out) as folder:
-        config = _save(model, folder, labels, data_config, tests)
+        config = _save(model, folder, labels, {**data_config, **tests})
         measured = None
         if onnx or int8:
             measured = add_onnx(folder, model, trained, labels.get('label_names'), int8=int8, data_dir=data_dir)
@@ -283,15 +282,9 @@ def _labels(names: Sequence[str]) -> dict[str, Any]:
     return {'label_names': list(names), **descriptions}
 
 
-def _save(
-    model: nn.Module,
-    folder: Path,
-    labels: dict[str, Any],
-    data_config: Mapping[str, Any],
-    tests: Mapping[str, Any] = MappingProxyType({}),
-) -> dict[str, Any]:
+def _save(model: nn.Module, folder: Path, labels: dict[str, Any], data_config: Mapping[str, Any]) -> dict[str, Any]:
     """Write weights and config.json, check that plain timm loads the same again, and return the config."""
-    save_for_hf(model, folder, model_config=labels, safe_serialization=True, data_config={**data_config, **tests})
+    save_for_hf(model, folder, model_config=labels, safe_serialization=True, data_config=data_config)
     # safetensors makes its file readable by the owner alone, whatever the umask.
     (folder / WEIGHTS_FILE).chmod((folder / CONFIG_FILE).stat().st_mode)
     _check_equal(model, data_config, timm.create_model(f'local-dir:{folder}', pretrained=True))
@@ -303,9 +296,8 @@ def _check_equal(model: nn.Module, data_config: Mapping[str, Any], loaded: nn.Mo
     weights, loaded_weights = model.state_dict(), loaded.state_dict()
     if weights.keys() != loaded_weights.keys() or not all(torch.equal(weights[k], loaded_weights[k]) for k in weights):
         raise RuntimeError('the weights are not the same after loading the export')
-    expected, received = (
-        json.dumps(config, sort_keys=True) for config in (data_config, resolve_model_data_config(loaded))
-    )
+    received = json.dumps(resolve_model_data_config(loaded))
+    expected = json.dumps({key: data_config[key] for key in resolve_model_data_config(loaded)})
     if expected != received:
         raise RuntimeError(f'the data configuration was {expected} and is {received} after loading the export')
 

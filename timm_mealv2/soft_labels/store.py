@@ -200,8 +200,8 @@ class SoftLabelStore:
             data = file.read(size)
         if len(data) != size or data[-CHECKSUM_BYTES:] != checksum(data[:-CHECKSUM_BYTES], epoch, start):
             raise UserError(
-                f'{path} is damaged (epoch {epoch + 1}): copy it again, or delete it and record again, which makes what '
-                'is missing.'
+                f'{path} is damaged (epoch {epoch + 1}): copy it again, or delete it and record again, which makes '
+                'what is missing.'
             )
         return np.frombuffer(data, self.meta.dtype, count)
 
