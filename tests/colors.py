@@ -27,6 +27,10 @@ STANDING = (
 ).split()
 
 
+# The same without the class count.
+UNCOUNTED = ' '.join(STANDING).replace('--num-classes 4 ', '').split()
+
+
 def gray(name: str) -> int:
     """Brightness of a class's color, as Pillow converts it."""
     return Image.new('RGB', (1, 1), COLORS[name]).convert('L').getpixel((0, 0))  # type: ignore[return-value]
@@ -98,10 +102,10 @@ def save_model(path: Path, classes: Sequence[str] = CLASSES, names: Sequence[str
 Program = Callable[..., Any]
 
 
-def train(folder: Path, *args: Any) -> list[dict[str, str]]:
+def train(folder: Path, *args: Any, standing: Sequence[str] = STANDING) -> list[dict[str, str]]:
     """Train in the run folder `folder` with STANDING and further options; return the rows of summary.csv."""
     where = ['--output', folder.parent, '--experiment', folder.name]
-    training_program([str(word) for word in (*STANDING, *where, *args)])
+    training_program([str(word) for word in (*standing, *where, *args)])
     return summary(folder)
 
 

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from timm_mealv2.data.dataset import open_dataset, split_is_missing
+from timm_mealv2.data.dataset import split_is_missing
+from timm_mealv2.data.own_data import open_images
 from timm_mealv2.errors import UserError, one_line
 from timm_mealv2.models.ensemble import EnsembleTeacher
 from timm_mealv2.models.factory import create_ensemble, read_classes
@@ -38,8 +39,8 @@ def open_split(args: argparse.Namespace, option: str, *, or_all: bool = False, *
     Args:
         args: Has these options.
         option: The option that names the split: '--train-split', '--val-split' or '--split'.
-        or_all: Where a folder or tar has no such split, take the whole of it, as timm does.
-        **kwargs: Further arguments of `open_dataset`, or others than those of the options.
+        or_all: Where a folder, tar or table has no such split, take the whole of it, as timm does.
+        **kwargs: Further arguments of `open_images`, or others than those of the options.
 
     Raises:
         UserError: If the split cannot be opened.
@@ -52,10 +53,13 @@ def open_split(args: argparse.Namespace, option: str, *, or_all: bool = False, *
         'input_key': args.input_key,
         'target_key': args.target_key,
         'trust_remote_code': args.dataset_trust_remote_code,
+        'val_share': args.val_share,
     }
-    dataset = open_dataset(args.dataset, args.data_dir, split, **options | kwargs)
-    if not or_all and split_is_missing(dataset, args.data_dir, split):
-        raise UserError(f'no split {split!r} in {args.data_dir}: name a folder or .tar that is there with {option}.')
+    dataset = open_images(args.dataset, args.data_dir, split, **options | kwargs)
+    if not (or_all or args.val_share) and split_is_missing(dataset, args.data_dir, split):
+        share = '' if option == '--train-split' else ', or hold images out with --val-share 0.1'
+        there = f'name a folder or .tar that is there with {option}{share}'
+        raise UserError(f'no split {split!r} in {args.data_dir}: {there}.')
     return dataset
 
 

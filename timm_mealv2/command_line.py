@@ -286,8 +286,14 @@ DECODE = Option(
     choices=('timm', 'view'),
 )
 DATA = (
-    Option('--data-dir', None, 'folder or tar of the data set'),
+    Option('--data-dir', None, 'folder, tar or CSV file of the data set'),
     Option('--dataset', None, 'kind and name: torch/cifar10, hfds/NAME, ...; else a folder', ''),
+    Option(
+        '--val-share',
+        Range(float, 0, below=1),
+        'share of each class of the training images to hold out for validation',
+        0.0,
+    ),
     flag('--dataset-download', help='download the data set, where its kind allows that'),
     Option('--class-map', str, 'class names in the order of their indices', '', metavar='FILE'),
     Option(
@@ -296,8 +302,8 @@ DATA = (
         "Pillow's image mode; RGB, or L for one channel",
     ),
     DECODE,
-    Option('--input-key', str, 'key of the images in a sample'),
-    Option('--target-key', str, 'key of the labels in a sample'),
+    Option('--input-key', str, 'key or column of the images'),
+    Option('--target-key', str, 'key or column of the labels'),
     flag('--dataset-trust-remote-code', help="run a Hugging Face data set's own code"),
 )
 UNLABELED = flag('--unlabeled', 'ignore labels; any folder of images works')
@@ -316,7 +322,7 @@ AMP = (
 
 # What the student is given: with AUGMENTATION, every setting that decides a training sample's pixels.
 INPUT = (
-    Option('--num-classes', COUNT, "number of classes (default: the model's)"),
+    Option('--num-classes', COUNT, 'number of classes (default: those of the data)'),
     Option('--img-size', PIXELS, "image size, square (default: the model's)"),
     Option('--in-chans', COUNT, "image channels (default: the model's)"),
     Option('--input-size', PIXELS, 'channels, height and width in pixels', nargs=3),

@@ -3,11 +3,13 @@
 from pathlib import Path
 
 import pytest
-from colors import evaluate, preflight, save_model, train
+from colors import CLASSES, UNCOUNTED, evaluate, picture, preflight, save_model, train, write_folder
 from forked import Forked
 
 from timm_mealv2 import UserError
 from timm_mealv2.cli.hub import main as hub
+from timm_mealv2.cli.soft_labels import main as soft_labels
+from timm_mealv2.soft_labels.store import SoftLabelStore
 
 
 @pytest.fixture(scope='module')
@@ -79,3 +81,80 @@ def test_parameters_without_gradient_train_under_ddp_where_that_is_said(
     options = [*words.split(), '--device', 'cpu', '--data-dir', data, '--experiment', 'run']
     program.run(tmp_path, *options, '--find-unused-parameters', processes=2, code=UNUSED)
     assert (tmp_path / 'run' / 'last.pth.tar').is_file()
+
+
+# Classes, splits and tables
+
+
+def test_classes_are_counted_in_the_data(data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save_model(tmp_path / 'knowing.pth')
+    options = ('--data-dir', data, '--initial-checkpoint', tmp_path / 'knowing.pth')
+    with caplog.at_level('INFO'):
+        rows = train(tmp_path / 'run', *options, standing=UNCOUNTED)
+    assert float(rows[0]['eval_top1']) == 100
+    assert '4 classes, counted in the training split' in caplog.text
+
+
+def test_test_images_stand_in_for_a_validation_split(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture
+) -> None:
+    write_folder(tmp_path / 'data' / 'train')
+    write_folder(tmp_path / 'data' / 'test', 3)
+    picture('sun').save(tmp_path / 'data' / 'test' / 'apple' / 'wrong.png')
+    save_model(tmp_path / 'knowing.pth')
+    options = ('--data-dir', tmp_path / 'data')
+    rows = train(tmp_path / 'run', *options, '--initial-checkpoint', tmp_path / 'knowing.pth')
+    assert float(rows[0]['eval_top1']) == pytest.approx(100 * 12 / 13)
+    assert caplog.text.count('test stands in') == 1
+    (row,) = evaluate(tmp_path / 'e.json', f'test_resnet={tmp_path / "knowing.pth"}', *options).values()
+    assert (row['samples'], row['top1']) == (13, pytest.approx(100 * 12 / 13))
+
+
+def table(path: Path, splits: bool) -> Path:
+    """A table of colors, one validation image of which has a wrong label, in an order of its own."""
+    rows = []
+    for split, count in (('train', 4), ('validation', 3)):
+        for name in CLASSES:
+            write_folder(path.parent / split / name, count, [name])
+            rows += [(f'{split}/{name}/{name}/{number:03}.png', name, split) for number in range(count)]
+    rows[-1] = (rows[-1][0], 'apple', 'validation')
+    lines = [','.join(row if splits else row[:2]) for row in rows[::-1]]
+    path.write_text('\n'.join(['path,label,split' if splits else 'path,label', *lines]))
+    return path
+
+
+def test_a_table_of_paths_and_labels_is_trained_evaluated_and_recorded(tmp_path: Path) -> None:
+    source = ('--data-dir', table(tmp_path / 'labels.csv', splits=True))
+    model = save_model(tmp_path / 'knowing.pth')
+    rows = train(tmp_path / 'run', *source, '--initial-checkpoint', tmp_path / 'knowing.pth', standing=UNCOUNTED)
+    assert float(rows[0]['train_loss']) < 1e-3
+    assert float(rows[0]['eval_top1']) == pytest.approx(100 * 11 / 12)
+    (row,) = evaluate(tmp_path / 'e.json', model, *source).values()
+    assert (row['samples'], row['top1']) == (12, pytest.approx(100 * 11 / 12))
+    words = ['record', *source, '--teachers', model, '--epochs', 1, '--out', tmp_path / 'store', '--workers', 0]
+    soft_labels([str(word) for word in (*words, '--img-size', 32, '--no-aug', '--device', 'cpu')])
+    stored = ('--soft-labels', tmp_path / 'store', '--initial-checkpoint', tmp_path / 'knowing.pth')
+    rows = train(tmp_path / 'student', *source, *stored)
+    assert float(rows[0]['train_kl']) == pytest.approx(0, abs=1e-3)
+
+
+def test_a_share_is_held_out_by_all_programs_alike(tmp_path: Path) -> None:
+    source = ('--data-dir', table(tmp_path / 'labels.csv', splits=False))
+    model = save_model(tmp_path / 'knowing.pth')
+    with pytest.raises(UserError, match=r"no split 'validation' .* --val-share 0.1"):
+        train(tmp_path / 'run', *source, '--teachers', model)
+    share = (*source, '--val-share', 0.3)  # 2 of 7 images
+    for seed in (1, 2):
+        train(tmp_path / f'run{seed}', *share, '--teachers', model, '--seed', seed)
+        assert preflight(tmp_path / f'run{seed}')['ensemble']['samples'] == 8
+    top1 = preflight(tmp_path / 'run1')['ensemble']['top1']
+    assert preflight(tmp_path / 'run2')['ensemble']['top1'] == top1
+    (row,) = evaluate(tmp_path / 'e.json', model, *share).values()
+    assert (row['samples'], row['top1']) == (8, top1)
+    (row,) = evaluate(tmp_path / 'e.json', model, *share, '--split', 'train').values()
+    assert row['samples'] == 20
+    words = ['record', *share, '--teachers', model, '--epochs', 1, '--out', tmp_path / 'store', '--workers', 0]
+    soft_labels([str(word) for word in (*words, '--img-size', 32, '--no-aug', '--device', 'cpu')])
+    assert SoftLabelStore(tmp_path / 'store').meta.images == 20
+    with pytest.raises(UserError, match='--val-share'):
+        train(tmp_path / 'run1', *share[:-1], 0.5, '--teachers', model, '--seed', 1, '--resume', 'auto')

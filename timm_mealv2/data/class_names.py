@@ -147,11 +147,11 @@ def number_classes(reader: Any, class_map: str | Mapping[Any, int] | None, split
     numbers = {name: number for number, name in enumerate(name for name in names if name in branches)}
     if class_map:
         numbers = read_class_map(class_map, reader.root)
-        _tell(split, 'folders without an entry in the class map, left out', branches.keys() - numbers.keys())
+        tell_classes(split, 'folders without an entry in the class map, left out', branches.keys() - numbers.keys())
         if isinstance(class_map, str):
-            _tell(split, 'entries of the class map without a folder', numbers.keys() - branches.keys())
+            tell_classes(split, 'entries of the class map without a folder', numbers.keys() - branches.keys())
     repeated = {min(paths): paths for paths in branches.values() if len(paths) > 1}
-    _tell(split, 'folders of one name are one class', {' and '.join(sorted(p)[:2]) for p in repeated.values()})
+    tell_classes(split, 'folders of one name are one class', {' and '.join(sorted(p)[:2]) for p in repeated.values()})
     if numbers == former:
         return names
     kept = [
@@ -168,6 +168,7 @@ def number_classes(reader: Any, class_map: str | Mapping[Any, int] | None, split
     return list(branches)
 
 
-def _tell(split: str, what: str, names: set[str]) -> None:
+def tell_classes(split: str, what: str, names: set[str]) -> None:
+    """Log what is the matter with these classes of a split, if there are any."""
     if names:
         _logger.warning(f'{split}: {what}: {_first(sorted(names))}.')

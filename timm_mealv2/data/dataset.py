@@ -131,6 +131,8 @@ class PathsAndTargets(Sequence[tuple[str, int]]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[number] for number in range(len(self))[index]]
+        if isinstance(index, list):
+            return PathsAndTargets([self[number] for number in index])
         number = range(len(self))[index]  # also counts from the end, and raises IndexError
         start = int(self.ends[number - 1]) if number else 0
         path = self.letters[start : int(self.ends[number])].numpy().tobytes()
@@ -152,6 +154,8 @@ def split_is_missing(dataset: Dataset, data_dir: str | None, split: str) -> bool
     if isinstance(getattr(dataset, 'train', None), bool):
         return split not in _TWO_SPLITS
     reader = getattr(dataset, 'reader', dataset)
+    if hasattr(reader, 'has_splits'):  # of a table, whose rows are all taken where it has none
+        return not reader.has_splits
     if data_dir is None or not isinstance(reader, (ReaderImageFolder, ReaderImageInTar, ImageFolder)):
         return False
     return Path(reader.root) == Path(data_dir) != Path(data_dir, split)  # '' and '.' name the whole folder

@@ -34,7 +34,7 @@ from timm_mealv2.models.ensemble import EnsembleTeacher
 from timm_mealv2.models.factory import TeacherSpec, create_ensemble
 from timm_mealv2.soft_labels.store import SoftLabelStore
 from timm_mealv2.task import MealV2Task, scale_discriminator_lr
-from timm_mealv2.training.build_data import Data, InputSpec, build_data, open_datasets
+from timm_mealv2.training.build_data import Data, InputSpec, build_data, check_class_count, open_datasets
 from timm_mealv2.training.build_student import build_student, reorder_classes
 from timm_mealv2.training.checks import is_mealv2, mixes
 from timm_mealv2.training.distributed import Processes
@@ -92,10 +92,15 @@ def build(
 
     bad = BadImages(args.max_bad_images)
     guard = Guard(signals, bad, processes, max(1, args.log_interval // args.grad_accum_steps))
-    student, pixels, model_config = build_student(args, batch_size, processes, student)
+    num_classes = args.num_classes
+    if num_classes is None and student is None and not args.unlabeled:
+        datasets = datasets or open_datasets(args, batch_size)
+        num_classes = _count_classes(datasets[0])
+    student, pixels, model_config = build_student(args, batch_size, num_classes, processes, student)
     settings['num_classes'] = pixels.num_classes
-    datasets = datasets or open_datasets(args, pixels)
+    datasets = datasets or open_datasets(args, batch_size)
     class_names = None if args.unlabeled else class_names_of(datasets[0])
+    check_class_count(class_names, pixels.num_classes, one_is_enough=args.bce_loss)
     teachers = None
     if live:
         dtype = settings['teacher_dtype'] and getattr(torch, settings['teacher_dtype'])
@@ -162,6 +167,14 @@ def choose_teacher_device(name: str | None, processes: Processes) -> torch.devic
     if own and offset.isdecimal() and processes.device.index is not None:
         name = f'{kind}:{processes.device.index + int(offset)}'
     return choose_device(name, option='--teacher-device')
+
+
+def _count_classes(train: Dataset) -> int | None:
+    names = class_names_of(train)
+    if names is None:
+        return None
+    _logger.info(f'{len(names)} classes, counted in the training split.')
+    return len(names)
 
 
 def _size(pixels: InputSpec) -> dict[str, Any]:

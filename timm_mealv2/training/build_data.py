@@ -127,7 +127,7 @@ def build_data(
         _logger.info('No validation split with labels, and no live teachers to agree with: there is no evaluation.')
         return Data(loader, None)
     if validation is None:
-        validation = _open_split(args, '--train-split', pixels, or_all=True)
+        validation = _open_split(args, '--train-split', pixels.batch_size, or_all=True)
         count = len(validation)  # type: ignore[arg-type]
         if not isinstance(validation, IterableDataset) and count > EVALUATED_AT_MOST:
             validation = sample_of(validation, EVALUATED_AT_MOST, args.seed)
@@ -183,40 +183,41 @@ class _ChosenImages:
         return str(self.reader.filename(self.indices[index], basename, absolute))
 
 
-def _open_split(args: argparse.Namespace, option: str, pixels: InputSpec, **kwargs: Any) -> Dataset:
-    return open_split(args, option, batch_size=pixels.batch_size, seed=args.seed, **kwargs)
+def _open_split(args: argparse.Namespace, option: str, batch_size: int, **kwargs: Any) -> Dataset:
+    return open_split(args, option, batch_size=batch_size, seed=args.seed, **kwargs)
 
 
-def open_datasets(args: argparse.Namespace, pixels: InputSpec) -> tuple[Dataset, Dataset | None]:
+def open_datasets(args: argparse.Namespace, batch_size: int) -> tuple[Dataset, Dataset | None]:
     """Open the training and the validation split; the second is None where a run without labels has none.
 
     Raises:
-        UserError: If one cannot be opened or has no labels, or the classes are not as many as the model's.
+        UserError: If one cannot be opened or has no labels.
     """
-    if pixels.num_classes == 1 and not args.bce_loss:
-        raise UserError('one class alone leaves nothing to learn: give --num-classes 2 or more, and data to match.')
     same = args.train_split == args.val_split
     validation: Dataset | None = None
     try:
-        validation = _open_split(args, '--val-split', pixels, or_all=same, num_samples=args.val_num_samples)
+        validation = _open_split(args, '--val-split', batch_size, or_all=same, num_samples=args.val_num_samples)
     except UserError:
         if not args.unlabeled or args.val_split != 'validation':
             raise
     # Images without labels need not be in splits.
     or_all = same or (validation is None and args.train_split == 'train')
     streaming = {'is_training': True, 'num_samples': args.train_num_samples, 'repeats': args.epoch_repeats}
-    train = _open_split(args, '--train-split', pixels, or_all=or_all, **streaming)
-    if args.unlabeled:
-        return train, validation
-    if not all(has_labels(split) for split in (train, validation) if split is not None):
+    train = _open_split(args, '--train-split', batch_size, or_all=or_all, **streaming)
+    if not args.unlabeled and not all(has_labels(split) for split in (train, validation) if split is not None):
         raise UserError('the images lie in no class folders: put them there, or train without labels (--unlabeled).')
-    names = class_names_of(train)
-    if names is not None and len(names) != pixels.num_classes:
-        raise UserError(
-            f'the training split has {len(names)} classes, the model {pixels.num_classes}: set --num-classes '
-            f'{len(names)}, or name the classes with --class-map.'
-        )
     return train, validation
+
+
+def check_class_count(names: Sequence[str] | None, num_classes: int, one_is_enough: bool) -> None:
+    """Raise a `UserError` where the training split's classes are not as many as the model's, or only one."""
+    if num_classes == 1 and not one_is_enough:
+        raise UserError('one class alone leaves nothing to learn: give --num-classes 2 or more, and data to match.')
+    if names is not None and len(names) != num_classes:
+        raise UserError(
+            f'the training split has {len(names)} classes, the model {num_classes}: set --num-classes {len(names)}, or '
+            'name the classes with --class-map.'
+        )
 
 
 def build_augmentation(args: argparse.Namespace, data_config: dict[str, Any]) -> Augmentation:

@@ -26,12 +26,23 @@ _NOT_MODEL_ARGS = ('num_classes', 'in_chans', 'drop_rate', 'drop_path_rate', 'dr
 
 
 def build_student(
-    args: argparse.Namespace, batch_size: int, processes: Processes, student: nn.Module | None = None
+    args: argparse.Namespace,
+    batch_size: int,
+    num_classes: int | None,
+    processes: Processes,
+    student: nn.Module | None = None,
 ) -> tuple[nn.Module, InputSpec, dict[str, Any]]:
     """Create the model to train, or take `student`, and decide what its pixels are.
 
     The resolved data configuration is written into the model's `pretrained_cfg`, where the task, the loaders, the
     evaluation and the exported config.json read it.
+
+    Args:
+        args: The arguments.
+        batch_size: Images of a batch, per process.
+        num_classes: The class count of option or data; None for the model's own.
+        processes: The processes of the run.
+        student: The model, if there is one already.
 
     Returns:
         The model, its input, and what checkpoints say of the network (`model_config`).
@@ -42,7 +53,7 @@ def build_student(
     in_chans = args.in_chans if args.in_chans is not None else args.input_size[0] if args.input_size else None
     model: Any
     if student is None:
-        model, arguments = _create(args, in_chans)
+        model, arguments = _create(args, num_classes, in_chans)
     else:
         model, arguments = student, {'model_name': args.model, **args.model_kwargs}
     known: Sequence[str] | None = None
@@ -93,7 +104,9 @@ def build_student(
     return model, inputs, model_config
 
 
-def _create(args: argparse.Namespace, in_chans: int | None) -> tuple[nn.Module, dict[str, Any]]:
+def _create(
+    args: argparse.Namespace, num_classes: int | None, in_chans: int | None
+) -> tuple[nn.Module, dict[str, Any]]:
     """Create the model that the arguments name; return the arguments of timm's factory too."""
     drops = {
         'drop_rate': args.drop,
@@ -101,7 +114,7 @@ def _create(args: argparse.Namespace, in_chans: int | None) -> tuple[nn.Module, 
         'drop_block_rate': args.drop_block,
     }
     shape = {'global_pool': args.gp, 'bn_momentum': args.bn_momentum, 'bn_eps': args.bn_eps, **args.model_kwargs}
-    sizes = {'num_classes': args.num_classes, 'in_chans': in_chans}
+    sizes = {'num_classes': num_classes, 'in_chans': in_chans}
     overlay = {'file': args.pretrained_path, 'num_classes': -1} if args.pretrained_path else None
     pretrained = args.pretrained or bool(args.pretrained_path)
     try:
@@ -138,7 +151,7 @@ def _classifiers(model: Any) -> tuple[Any, ...]:
 
 @torch.no_grad()
 def _try_sizes(args: argparse.Namespace, model: nn.Module, inputs: InputSpec, device: torch.device) -> None:
-    """Tell before the data set is opened that a model, such as a ViT, does not take images of a size."""
+    """Tell before anything is loaded that a model, such as a ViT, does not take images of a size."""
     model.eval()
     for size in (inputs.config['input_size'][1:], *((size, size) for size in args.train_img_sizes or ())):
         try:

@@ -48,6 +48,11 @@ _RULES: tuple[Rule, ...] = (
         lambda args: args.model_dtype in ('float16', 'bfloat16'),
         'leaves nothing to mix with a --model-dtype of 16 bits; give one of them',
     ),
+    (
+        ('train_split', 'val_split'),
+        lambda args: args.val_share,
+        'cannot go with --val-share, which takes the validation split out of the training images',
+    ),
     (('resume',), lambda args: args.resume == 'auto' and not args.experiment, 'needs --experiment, the run folder'),
     (('total_batch_size',), lambda args: 'batch_size' in args.given, '--batch-size is given as well; give one of them'),
     (

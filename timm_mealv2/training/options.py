@@ -107,7 +107,7 @@ _DISTILLATION = (
 )
 
 _DATA = (
-    Option('data', None, 'folder or tar of the data set, as --data-dir', nargs='?', metavar='DATA'),
+    Option('data', None, 'the data set, as --data-dir', nargs='?', metavar='DATA'),
     *DATA,
     TRAIN_SPLIT,
     Option('--val-split', None, 'validation split', 'validation'),

@@ -19,7 +19,7 @@ from timm_mealv2.training.run_folder import Position, RunFolder, position, read_
 _logger = logging.getLogger(__name__)
 
 # Other values of these make another training of what is called the same run.
-_REFUSED = ('seed', 'teachers', 'dataset', 'data_dir', 'train_split')
+_REFUSED = ('seed', 'teachers', 'dataset', 'data_dir', 'train_split', 'val_share')
 # What does not change the training, or is of the single start.
 _NOT_COMPARED = {
     *'resume resume_changed no_resume_opt start_epoch output experiment config recipe data'.split(),
