@@ -57,7 +57,7 @@ def test_initial_weights_that_are_none_are_told_before_anything_is_written(
 
 
 def test_a_teacher_of_another_class_count_is_told_the_command_that_fine_tunes_it(data: Path, tmp_path: Path) -> None:
-    command = 'mealv2-train --model resnet18.a1_in1k --pretrained --data-dir'
+    command = 'mealv2-train --recipe finetune --model resnet18.a1_in1k --data-dir'
     with pytest.raises(UserError, match=f'resnet18.a1_in1k has 1000 classes, but 4 are asked for.*{command}'):
         train(tmp_path / 'run', '--data-dir', data, '--teachers', 'resnet18.a1_in1k')
 

@@ -360,5 +360,5 @@ def _check_count(name: str, what: str, received: int, expected: int | None) -> N
         remedy = f'take a teacher that was trained with {expected} {what}'
         if what == 'classes':
             model = name if is_model(name) or name.startswith(tuple(_PREFIXES)) else 'NAME'
-            remedy += f' (mealv2-train --model {model} --pretrained --data-dir DIR makes one)'
+            remedy += f' (mealv2-train --recipe finetune --model {model} --data-dir DIR makes one)'
         raise UserError(f'Teacher {name} has {received} {what}, but {expected} are asked for: {remedy}.')

@@ -267,7 +267,7 @@ def recipe_table() -> str:
         rows.append(
             (
                 name,
-                content['model'].split('.')[0],
+                content.get('model', 'any').split('.')[0],
                 content['recipe']['start'],
                 ' + '.join(content.get('teachers', ['-'])),
                 str(content['epochs']),
