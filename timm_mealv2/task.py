@@ -247,8 +247,9 @@ class MealV2Task(TrainingTask):
             return None
         names = ' and '.join(name for name, is_dead in zip(("'student'", "'teacher'"), dead, strict=True) if is_dead)
         return (
-            f'The discriminator is dead: its output {names} has not learned anything, as happens with some seeds; it '
-            'stays so. Take another seed or discriminator_mode adversarial, or set discriminator_weight to 0.'
+            f'The discriminator is dead: its output {names} has not learned anything, as happens with some seeds and '
+            "more often with few classes. This is no fault and costs no accuracy: the teachers' mean probability "
+            'trains the student. discriminator_weight 0 leaves the discriminator out.'
         )
 
     def prepare_distributed(self, device_ids: list[int] | None = None, **ddp_kwargs: Any) -> Self:

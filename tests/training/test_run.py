@@ -92,7 +92,8 @@ def test_a_dead_discriminator_is_told_once(
         ('nothing trains yet', (*untrained, '--lr', 0, '--sched', 'none'), 0),
     ):
         caplog.clear()
-        train(name, '--teachers', *teachers, '--no-preflight', *options)
+        with caplog.at_level('INFO'):
+            train(name, '--teachers', *teachers, '--no-preflight', *options)
         assert caplog.text.count('The discriminator is dead') == times, name
 
 

@@ -92,6 +92,7 @@ def build(
 
     bad = BadImages(args.max_bad_images)
     guard = Guard(signals, bad, processes, max(1, args.log_interval // args.grad_accum_steps))
+    trained = student is not None or args.pretrained or args.pretrained_path or args.initial_checkpoint
     num_classes = args.num_classes
     if num_classes is None and student is None and not args.unlabeled:
         datasets = datasets or open_datasets(args, batch_size)
@@ -139,7 +140,7 @@ def build(
     if processes.primary:
         _announce(args, parts, pixels, teachers, student, processes, lr)
     kept = {'model_config': model_config, 'data_config': pixels.config, 'class_names': class_names}
-    return Trainer(parts, _plan(args, settings, kept, checkpoint, eval_metric), processes, guard, folder)
+    return Trainer(parts, _plan(args, settings, kept, checkpoint, eval_metric, not trained), processes, guard, folder)
 
 
 def _teacher_dtype(args: argparse.Namespace, checkpoint: TrainingCheckpoint | None) -> str | None:
@@ -211,6 +212,7 @@ def _plan(
     kept: dict[str, Any],
     checkpoint: TrainingCheckpoint | None,
     eval_metric: str,
+    random_weights: bool,
 ) -> Plan:
     # A run that continues itself is past the epoch that it was told to begin with.
     begins = args.start_epoch is not None and not (checkpoint and args.resume in ('', 'auto'))
@@ -219,6 +221,7 @@ def _plan(
         settings=settings,
         settings_text=settings_text(args),
         checkpoint=checkpoint,
+        random_weights=random_weights,
         resume_optimizer=not args.no_resume_opt,
         start_epoch=args.start_epoch if begins else None,
         dry_run_seconds=args.dry_run_seconds if args.dry_run else None,

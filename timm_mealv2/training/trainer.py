@@ -26,7 +26,7 @@ from timm_mealv2.training.meters import Meters, learning_rate
 from timm_mealv2.training.resume import load_checkpoint, own_state, position_to_resume
 from timm_mealv2.training.run_folder import Position, RunFolder, RunSaver
 from timm_mealv2.training.stopping import EvaluationStoppedError, Guard
-from timm_mealv2.training.validation import Validator
+from timm_mealv2.training.validation import Validator, doubts
 
 _logger = logging.getLogger(__name__)
 
@@ -63,6 +63,7 @@ class Plan:
         settings: The settings, resolved, for its files.
         settings_text: The settings as they were given, for args.yaml.
         checkpoint: The checkpoint to go on from, None to begin.
+        random_weights: Whether a run that begins does so with random weights.
         resume_optimizer: Load optimizer and loss scaler from it.
         start_epoch: The epoch to begin with, None for that of the checkpoint.
         dry_run_seconds: Only measure, for so long; None trains.
@@ -84,6 +85,7 @@ class Plan:
     settings: dict[str, Any]
     settings_text: str
     checkpoint: TrainingCheckpoint | None
+    random_weights: bool
     resume_optimizer: bool
     start_epoch: int | None
     dry_run_seconds: float | None
@@ -134,6 +136,9 @@ class Trainer:
         preflight = {}
         if plan.checkpoint is None and plan.preflight and self.validator is not None:
             preflight = self.validator.before_training()
+        if plan.checkpoint is None and isinstance(self.task, MealV2Task):
+            for line in doubts(preflight, self.task.teacher, plan.settings['num_classes'], plan.random_weights):
+                _logger.warning(line)
         if self.processes.primary:
             self._open_folder(preflight, log)
         epochs = RunLog(start, schedule.epochs, len(self.parts.data.loader), plan.eval_metric)
@@ -269,8 +274,8 @@ class Trainer:
             self.parts.stepper.log_teacher_rounding()
         # Asked once, and not at a learning rate of 0, which trains nothing.
         asks = self._updates == _WATCHED_UPDATES and learning_rate(self.parts.stepper.optimizer) > 0
-        if asks and isinstance(self.task, MealV2Task) and (warning := self.task.discriminator_warning()):
-            _logger.warning(warning)
+        if asks and isinstance(self.task, MealV2Task) and (note := self.task.discriminator_warning()):
+            _logger.info(note)
         self.parts.schedule.after_update(position.update)
         self.guard.after_update(position.update)
         if position.batch < len(self.parts.data.loader):
