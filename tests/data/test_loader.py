@@ -301,14 +301,6 @@ def test_a_label_beyond_the_classes_is_named_with_its_image(image_folder: Path, 
     assert 'Traceback' not in str(error.value)
 
 
-def test_memory_is_used_again_when_nothing_refers_to_its_batch(image_folder: Path) -> None:
-    once = [images.clone() for images, _ in make(image_folder).batches(0)]
-    kept = [images[1:] for images, _ in make(image_folder).batches(0)]
-    assert all(torch.equal(part, images[1:]) for part, images in zip(kept, once, strict=True))
-    places = {images.data_ptr() for images, _ in make(image_folder).batches(0) if len(images) == 4}
-    assert len(places) <= 3 < len(once)
-
-
 class Slow:
     """Images of a worker that is in the middle of one when it is told to end."""
 

@@ -2,10 +2,8 @@
 
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,6 @@ from quick_training import (
     SMALL,
     Train,
     assert_equal_weights,
-    find_newest,
     read_checkpoint,
     summary,
     weights,
@@ -113,37 +110,6 @@ def test_a_run_continued_from_an_epoch_ends_as_the_unbroken_one(
     resumed = train('resumed', *options, '--resume', whole / 'checkpoint-0.pth.tar')
     assert_equal_weights(whole / 'last.pth.tar', resumed / 'last.pth.tar')
     assert [row['train_loss'] for row in summary(whole)][1:] == [row['train_loss'] for row in summary(resumed)]
-
-
-def test_a_killed_run_continues_where_it_was(
-    train: Train, teachers: list[str], image_folder: Path, tmp_path: Path
-) -> None:
-    options = (*FULL, '--teachers', *teachers, '--recovery-interval', 1)
-    whole = train('whole', *options)
-    folder = tmp_path / 'killed'
-    command = [sys.executable, str(REPOSITORY / 'train_distill.py'), *SMALL, '--data-dir', str(image_folder)]
-    command += ['--output', str(tmp_path), '--experiment', 'killed', *map(str, options), '--resume', 'auto']
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    while not list(folder.glob('recovery-1-*')) and process.poll() is None:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    newest = find_newest(folder)
-    assert newest is not None
-    train('killed', *options, '--resume', 'auto')
-    assert_equal_weights(whole / 'last.pth.tar', folder / 'last.pth.tar')
-    assert [row['train_loss'] for row in summary(folder)] == [row['train_loss'] for row in summary(whole)]
-    assert not list(folder.glob('recovery*'))
-    assert not list(folder.glob('*tmp*'))
-
-
-def test_a_torn_checkpoint_is_passed_over(train: Train) -> None:
-    folder = train('run')
-    whole = (folder / 'checkpoint-1.pth.tar').read_bytes()
-    for name in ('last', 'model_best', 'checkpoint-1'):
-        (folder / f'{name}.pth.tar').unlink(missing_ok=True)
-    (folder / 'last.pth.tar').write_bytes(whole[: len(whole) // 2])
-    assert find_newest(folder) == folder / 'checkpoint-0.pth.tar'
 
 
 def test_two_processes_train_as_one_with_the_double_batch(train: Train, teachers: list[str], tmp_path: Path) -> None:

@@ -7,10 +7,7 @@ An image that cannot be read is left out of its batch, named and counted; timm's
 in its place and tell nobody. Which images are left out is a function of the data alone.
 """
 
-import weakref
-from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -153,27 +150,6 @@ class _ReadableBatches(Dataset):
                 return
 
 
-class _InUsedMemory(ReportingLoader):
-    """Batches with images as float32, in the memory of former batches that nothing refers to any more.
-
-    Fresh memory for a large batch takes longer than normalizing it: the system hands it out page by page, all zeros.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.free: dict[torch.Size, deque[np.ndarray]] = defaultdict(partial(deque, maxlen=3))
-
-    def __iter__(self) -> Iterator[Batch]:
-        for images, target in super().__iter__():
-            free = self.free[images.shape]
-            memory = free.pop() if free else np.empty(images.shape, np.float32)
-            lent = memory.view()  # dies with the last tensor that has this memory, which then is free again
-            weakref.finalize(lent, free.append, memory)
-            images = torch.from_numpy(lent).copy_(images)
-            del lent
-            yield images, target
-
-
 def unchanged(fetched: Any) -> Any:
     """Collate function of a `DataLoader` whose data set makes whole batches."""
     return fetched
@@ -200,9 +176,9 @@ def _load_batches(
         **workers,
     )
     mean, std = normalization
-    kind = _InUsedMemory if device.type == 'cpu' and dtype == torch.float32 else ReportingLoader
-    reporting = kind(loader, bad, split)
-    return PrefetchLoader(reporting, mean=mean, std=std, channels=len(mean), device=device, img_dtype=dtype)
+    return PrefetchLoader(
+        ReportingLoader(loader, bad, split), mean=mean, std=std, channels=len(mean), device=device, img_dtype=dtype
+    )
 
 
 class TrainLoader:

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from itertools import chain, combinations
 from typing import Any, NamedTuple, Self
@@ -112,27 +112,22 @@ class EnsembleTeacher(nn.Module):
         super().__init__()
         count = len(teachers)
         if not count:
-            raise UserError(
-                'An ensemble needs at least one teacher, got none: name a timm model, folder or checkpoint.'
-            )
+            raise UserError('An ensemble needs at least one teacher: name a timm model, folder or checkpoint.')
         names = [teacher_name(teacher) for teacher in teachers] if names is None else names
-        sizes = [None] * count if img_sizes is None else img_sizes
+        wanted = [None] * count if img_sizes is None else img_sizes
         members: list[Member] = []
-        for given in zip(teachers, _normalized(weights, count), names, sizes, strict=True):
+        for given in zip(teachers, _normalized(weights, count), names, wanted, strict=True):
             members += _flat(Member(*given, autocast_dtype))
         self.teachers = nn.ModuleList(member.teacher for member in members)
         self.weights: tuple[float, ...] = tuple(member.weight for member in members)
         self.names: tuple[str, ...] = tuple(member.name for member in members)
         self.img_sizes = tuple(_seen_size(member) for member in members)
         self.autocast_dtypes = tuple(member.autocast_dtype for member in members)
-        self.num_classes = self._common(
-            'num_classes', [getattr(unwrap_model(t), 'num_classes', 0) for t in self.teachers]
-        )
-        configs = [get_model_input_config(source_model(teacher)) for teacher in self.teachers]
-        self.in_chans = self._common('in_chans', [config['input_size'][0] for config in configs])
-        self._input_sizes = [
-            size or config['input_size'][-2:] for size, config in zip(self.img_sizes, configs, strict=True)
-        ]
+        widths = [getattr(unwrap_model(teacher), 'num_classes', 0) for teacher in self.teachers]
+        self.num_classes = self._common('num_classes', widths)
+        sizes = [get_model_input_config(source_model(teacher))['input_size'] for teacher in self.teachers]
+        self.in_chans = self._common('in_chans', [channels for channels, *_ in sizes])
+        self._input_sizes = [seen or own[-2:] for seen, own in zip(self.img_sizes, sizes, strict=True)]
         self._refuse_twins()
         self.pretrained_cfg: dict[str, Any] = self._first_cfg()
         # What runs in place of a teacher, by its number: no submodules, as the teachers are the ensemble's weights.
@@ -179,46 +174,43 @@ class EnsembleTeacher(nn.Module):
             UserError: If K times the weight of a teacher is above 1.
         """
         x = self._moved(x)
-        if per_sample is not None:
-            return self._predict_drawn(x, per_sample, places)
         log_probs: Tensor | None = None
         mean_logits: Tensor | None = None
-        for index, weight in enumerate(self.weights):
-            if weight == 0:
-                continue
-            logits = self._logits(index, x)
+        for index, weight, rows in self._shares(x, per_sample, places):
+            logits = self._logits(index, x if rows is None else x.index_select(0, rows))
+            if log_probs is None or mean_logits is None:
+                log_probs = logits.new_full((x.shape[0], self.num_classes), -math.inf)
+                mean_logits = torch.zeros_like(log_probs)
             log_p = F.log_softmax(logits, dim=1) + math.log(weight)
-            log_probs = log_p if log_probs is None else torch.logaddexp(log_probs, log_p)
-            mean_logits = logits * weight if mean_logits is None else mean_logits.add_(logits, alpha=weight)
-        assert log_probs is not None  # the weights sum to 1
+            if rows is None:
+                log_probs = torch.logaddexp(log_probs, log_p)
+                mean_logits.add_(logits, alpha=weight)
+            else:
+                log_probs[rows] = torch.logaddexp(log_probs[rows], log_p)
+                mean_logits.index_add_(0, rows, logits, alpha=weight)
+        assert log_probs is not None  # each image has a teacher
         assert mean_logits is not None
         return log_probs, mean_logits
 
-    def _predict_drawn(self, x: Tensor, per_sample: int, places: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _shares(
+        self, x: Tensor, per_sample: int | None, places: Tensor | None
+    ) -> Iterator[tuple[int, float, Tensor | None]]:
+        """Yield the number of each teacher that is run, its weight in the mean, and its images, None for all."""
+        used = [(index, weight) for index, weight in enumerate(self.weights) if weight]
+        if per_sample is None:
+            yield from ((index, weight, None) for index, weight in used)
+            return
         self.check_per_sample(per_sample)
         if places is None:
             places = (torch.randperm(len(x)) + torch.rand((), dtype=torch.float64)) / len(x)
         # Systematic sampling: on a line of length K each teacher has K times its weight, at most 1, and the points
         # place, place + 1, ... fall on K different ones.
-        used = [index for index, weight in enumerate(self.weights) if weight]
-        ends = per_sample * torch.tensor([self.weights[index] for index in used], dtype=torch.float64).cumsum(0)
+        ends = per_sample * torch.tensor([weight for _, weight in used], dtype=torch.float64).cumsum(0)
         drawn = torch.searchsorted(ends[:-1], places[:, None] + torch.arange(per_sample), right=True)
-        log_probs: Tensor | None = None
-        mean_logits: Tensor | None = None
-        for number, index in enumerate(used):
-            rows = (drawn == number).any(dim=1).nonzero().squeeze(1).to(x.device, non_blocking=True)
-            if not len(rows):
-                continue
-            logits = self._logits(index, x.index_select(0, rows))
-            if log_probs is None or mean_logits is None:
-                log_probs = logits.new_full((len(x), self.num_classes), -math.inf)
-                mean_logits = torch.zeros_like(log_probs)
-            log_p = F.log_softmax(logits, dim=1) - math.log(per_sample)
-            log_probs[rows] = torch.logaddexp(log_probs[rows], log_p)
-            mean_logits.index_add_(0, rows, logits, alpha=1 / per_sample)
-        assert log_probs is not None  # each image has a teacher
-        assert mean_logits is not None
-        return log_probs, mean_logits
+        for number, (index, _) in enumerate(used):
+            rows = (drawn == number).any(dim=1).nonzero().squeeze(1)
+            if len(rows):
+                yield index, 1 / per_sample, rows.to(x.device, non_blocking=True)
 
     def check_per_sample(self, per_sample: int) -> None:
         """Raise a `UserError` if so many teachers cannot be drawn for an image, each as often as its weight says."""
@@ -314,9 +306,7 @@ class EnsembleTeacher(nn.Module):
     def _common(self, attribute: str, values: Sequence[int]) -> int:
         if len(set(values)) > 1 or not all(values):
             each = ', '.join(f'{name} {value}' for name, value in zip(self.names, values, strict=True))
-            raise UserError(
-                f'All teachers must have {attribute}, and the same, got {each}: leave out those that differ.'
-            )
+            raise UserError(f'All teachers must have {attribute}, and the same, got {each}: leave out the others.')
         return values[0]
 
     def _refuse_twins(self) -> None:
