@@ -4,8 +4,8 @@
     python examples/mealv2_in_one_file.py
 
 The quick start's student learns what two teachers predict on the same pixels, without labels. It ends with the very
-weights that the package trains, bit for bit, on the same machine with the same number of threads (the recipe leaves the
-teachers as they are; by default the package folds their batch norm, which rounds otherwise):
+weights that the package trains, bit for bit, on the same machine with the same number of threads (OMP_NUM_THREADS=1, as
+in the quick start; the recipe leaves the teachers as they are, by default the package folds their batch norm):
 
     T=local-dir:examples/fashion_mnist/teachers/teacher_
     python train_distill.py --recipe quickstart --seed 0 --channels-last --workers 0 --teachers ${T}a ${T}b \
@@ -53,7 +53,7 @@ FLIP_PROBABILITY = 0.5
 
 # Section 4: SGD with momentum, and no weight decay, because soft labels regularize already. The paper's learning rate
 # is 0.01, and 0.001 after 100 of 180 epochs; a run as short as this one goes further with a higher one and a cosine.
-EPOCHS = 30
+EPOCHS = 12
 BATCH_SIZE = 128
 LR = 0.05
 WARMUP_EPOCHS = 0

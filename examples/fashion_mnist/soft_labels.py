@@ -2,7 +2,7 @@ r"""Stored labels against live teachers: the quick start's student, over augment
 
     apt install dataset-fashion-mnist
     python examples/fashion_mnist/make_sample.py --full
-    python examples/fashion_mnist/quickstart.py --seeds 0 1 2 --out output/quickstart_seeds \
+    python examples/fashion_mnist/quickstart.py --long --seeds 0 1 2 --out output/quickstart_seeds \
         --val-data output/fashion_mnist_full/validation.tar
     python examples/fashion_mnist/soft_labels.py --seeds 0 1 2 --initial output/quickstart_seeds \
         --out output/soft_labels --val-data output/fashion_mnist_full/validation.tar
@@ -20,7 +20,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from quickstart import DATA, MEALV2, STUDENT_EPOCHS, TEACHERS, evaluate_all, train
+from quickstart import DATA, LONG, MEALV2, TEACHERS, evaluate_all, train
 from timm.data import create_dataset
 
 from timm_mealv2.cli.soft_labels import main as soft_labels
@@ -70,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument('--out', type=Path, default=Path('output/soft_labels'), help='folder for the results')
     parser.add_argument('--val-data', type=Path, default=DATA / 'validation.tar', help='images to report on')
-    parser.add_argument('--epochs', type=int, default=STUDENT_EPOCHS)
+    parser.add_argument('--epochs', type=int, default=LONG[1])
     parser.add_argument('--recorded', type=int, nargs='+', metavar='M', help='numbers of recorded epochs to compare')
     return parser
 
@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.getLogger('timm').setLevel(logging.WARNING)
     initial = {seed: args.initial / f'seed-{seed}' / 'start' / 'last.pth.tar' for seed in args.seeds}
     if missing := [path for path in initial.values() if not path.is_file()]:
-        raise UserError(f'--initial: there is no {missing[0]}; quickstart.py --seeds makes it.')
+        raise UserError(f'--initial: there is no {missing[0]}; quickstart.py --long --seeds makes it.')
     args.out.mkdir(parents=True, exist_ok=True)
     data = create_dataset('', root=str(args.val_data), split='validation', input_img_mode='L')
     rows: dict[str, list[float]] = {}
