@@ -126,3 +126,13 @@ def test_a_notebook_shows_the_bar_of_an_epoch(
     assert 'epoch 1 |' in text
     assert '1/1 epochs: loss ' in text
     assert 'epoch 1 [' not in text  # the lines that say what the bar shows
+
+
+def test_a_table_of_paths_and_labels_is_data(image_folder: Path, tmp_path: Path) -> None:
+    rows = [f'{path},{path.parent.name},{path.parents[1].name}' for path in sorted(image_folder.rglob('*.png'))]
+    table = tmp_path / 'labels.csv'
+    table.write_text('\n'.join(['path,label,split', *rows]) + '\n')
+    options = {name: value for name, value in OPTIONS.items() if name != 'num_classes'}
+    result = timm_mealv2.distill('test_resnet', None, table, epochs=1, lr=0.05, output=tmp_path, **options)
+    assert result.model.num_classes == 3
+    assert result.history[0]['eval_top1'] is not None
