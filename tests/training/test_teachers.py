@@ -11,7 +11,7 @@ from torch import Tensor
 from timm_mealv2.errors import UserError
 from timm_mealv2.models.ensemble import EnsembleTeacher
 from timm_mealv2.models.factory import TeacherSpec
-from timm_mealv2.training import build
+from timm_mealv2.training import build_task
 from timm_mealv2.training.distributed import Processes
 
 
@@ -96,14 +96,14 @@ def test_the_teachers_device_is_one_of_its_own(train: Train, teachers: list[str]
 
 def test_each_process_has_a_device_for_its_teachers(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = []
-    monkeypatch.setattr(build, 'choose_device', lambda name, option: chosen.append(name))
+    monkeypatch.setattr(build_task, 'choose_device', lambda name, option: chosen.append(name))
     fleet = Processes(torch.device('cuda', 2), 2, 4, object())  # type: ignore[arg-type]
     for name in ('cuda:+4', 'cpu'):
-        build.choose_teacher_device(name, fleet)
-    build.choose_teacher_device('cuda:1', Processes(torch.device('cuda', 0)))
+        build_task.choose_teacher_device(name, fleet)
+    build_task.choose_teacher_device('cuda:1', Processes(torch.device('cuda', 0)))
     assert chosen == ['cuda:6', 'cpu', 'cuda:1']
     with pytest.raises(UserError, match=r'--teacher-device cuda:1: all processes would share it; cuda:\+N'):
-        build.choose_teacher_device('cuda:1', fleet)
+        build_task.choose_teacher_device('cuda:1', fleet)
 
 
 @pytest.mark.gpu
