@@ -56,12 +56,6 @@ def refused(capsys: Any, *arguments: Any) -> str:
 # record, info
 
 
-def test_the_program_runs_as_a_module(folder: Path) -> None:
-    command = [sys.executable, '-m', 'timm_mealv2.cli.soft_labels', 'info', folder / 'store']
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert (result.returncode, result.stderr) == (0, '')
-
-
 def test_info_shows_what_a_store_holds(folder: Path, capsys: Any) -> None:
     capsys.readouterr()
     main(['show', str(folder / 'store')])

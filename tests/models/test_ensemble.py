@@ -313,7 +313,7 @@ CALLS: dict[str, Callable[[Any], Any]] = {
 AROUND: dict[str, Callable[[Any], Any]] = {
     'alone': lambda parent: parent,
     'copied': copy.deepcopy,
-    'compiled': lambda parent: torch.compile(parent, backend='aot_eager'),
+    'compiled': lambda parent: torch.compile(parent, backend='eager'),
 }
 
 
