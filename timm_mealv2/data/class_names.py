@@ -61,13 +61,14 @@ def index_map(
         return None
     if list(known) == list(wanted):
         return None
-    if unknown := [name for name in wanted if name not in set(known)]:
-        others = [name for name in known if name not in set(wanted)]
+    numbers = {name: number for number, name in enumerate(known)}
+    if unknown := [name for name in wanted if name not in numbers]:
+        others = sorted(set(known) - set(wanted), key=known.index)
         it_has = f', but has {_first(others)}' if others else ''
         raise UserError(f'{whose} lacks {_first(unknown)} of {than}{it_has}: name the classes alike (--class-map).')
-    count = 'its classes' if len(known) == len(wanted) else f'{len(wanted)} of its {len(known)} classes'
-    _logger.warning(f'{whose}: {count} are mapped by name to those of {than}, which are in another order.')
-    return [list(known).index(name) for name in wanted]
+    count = 'all' if len(known) == len(wanted) else str(len(wanted))
+    _logger.warning(f'{whose}: {count} of its {len(known)} classes are mapped by name to the numbers of {than}.')
+    return [numbers[name] for name in wanted]
 
 
 def _first(names: Sequence[str]) -> str:

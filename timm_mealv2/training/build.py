@@ -156,8 +156,8 @@ def _class_names(
     names = names or (others if len(others or ()) == num_classes else None)
     own = class_names_of(student)
     if own or args.initial_checkpoint:
-        initial = args.initial_checkpoint or args.model
-        reorder_classes(student, index_map(own, names, f'{initial} (--pretrained-path leaves its classes out)'))
+        hint = ' (--pretrained-path leaves its classes out)' if own else ''
+        reorder_classes(student, index_map(own, names, f'{args.initial_checkpoint or args.model}{hint}'))
     return names or own
 
 
