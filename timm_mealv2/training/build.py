@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 
-from timm_mealv2.data.class_names import check_same_classes, class_names_of, index_map
+from timm_mealv2.data.class_names import class_names_of
 from timm_mealv2.data.unreadable import BadImages
 from timm_mealv2.errors import UserError
 from timm_mealv2.models.checkpoint import TrainingCheckpoint
@@ -27,7 +27,7 @@ from timm_mealv2.soft_labels.store import SoftLabelStore
 from timm_mealv2.task import MealV2Task
 from timm_mealv2.training.build_data import InputSpec, build_data, check_class_count, open_datasets
 from timm_mealv2.training.build_optimizer import build_optimizer, build_schedule, resolve_lr, setup_average
-from timm_mealv2.training.build_student import build_student, reorder_classes
+from timm_mealv2.training.build_student import build_student, settle_class_names
 from timm_mealv2.training.build_task import build_task, build_teachers, resumed_teacher_dtype
 from timm_mealv2.training.checks import is_mealv2
 from timm_mealv2.training.distributed import Processes
@@ -88,9 +88,7 @@ def build(
     class_names = None if args.unlabeled else class_names_of(datasets[0])
     check_class_count(class_names, pixels.num_classes, one_is_enough=args.bce_loss)
     teachers = build_teachers(args, settings['teacher_dtype'], class_names, pixels, processes) if live else None
-    class_names = _class_names(args, class_names, teachers, datasets[1], student, pixels.num_classes)
-    if checkpoint is not None and len(checkpoint.class_names) == pixels.num_classes:
-        check_same_classes(checkpoint.class_names, class_names, str(checkpoint))
+    class_names = settle_class_names(args, student, class_names, datasets[1], teachers, checkpoint)
     data = build_data(args, *datasets, class_names, pixels, processes, bad, live)
     task = build_task(args, student, teachers, class_names, pixels, processes)
     optimizer = build_optimizer(args, task, lr)
@@ -135,30 +133,6 @@ def _count_classes(train: Dataset) -> int | None:
         return None
     _logger.info(f'{len(names)} classes, counted in the training split.')
     return len(names)
-
-
-def _class_names(
-    args: argparse.Namespace,
-    folders: list[str] | None,
-    teachers: EnsembleTeacher | None,
-    validation: Dataset | None,
-    student: nn.Module,
-    num_classes: int,
-) -> list[str] | None:
-    """Decide what the classes are called, and in which order: as the folders, or as who else knows them by name.
-
-    The initial weights are brought into that order; stored labels have to be in it.
-    """
-    recorded = SoftLabelStore(args.soft_labels).meta.class_names if args.soft_labels else None
-    check_same_classes(recorded, folders, args.soft_labels)
-    names = folders or recorded or (class_names_of(teachers) if teachers is not None else None)
-    others = None if validation is None else class_names_of(validation)
-    names = names or (others if len(others or ()) == num_classes else None)
-    own = class_names_of(student)
-    if own or args.initial_checkpoint:
-        hint = ' (--pretrained-path leaves its classes out)' if own else ''
-        reorder_classes(student, index_map(own, names, f'{args.initial_checkpoint or args.model}{hint}'))
-    return names or own
 
 
 def _plan(

@@ -10,13 +10,16 @@ import torch
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_norm
 from timm.models import filter_pretrained_cfg, resolve_model_input_args
 from torch import nn
+from torch.utils.data import Dataset
 
-from timm_mealv2.data.class_names import class_names_of
+from timm_mealv2.data.class_names import check_same_classes, class_names_of, index_map
 from timm_mealv2.data.normalize import resolve_pixels
 from timm_mealv2.data.seed import Stream, counted_seed, seed_cpu
 from timm_mealv2.errors import UserError, one_line
-from timm_mealv2.models.checkpoint import architecture_arguments, with_test_settings
+from timm_mealv2.models.checkpoint import TrainingCheckpoint, architecture_arguments, with_test_settings
+from timm_mealv2.models.ensemble import EnsembleTeacher
 from timm_mealv2.models.factory import TeacherSpec
+from timm_mealv2.soft_labels.store import SoftLabelStore
 from timm_mealv2.training.build_data import InputSpec
 from timm_mealv2.training.distributed import Processes
 
@@ -136,8 +139,49 @@ def _initialize_heads(model: Any, scale: float | None, bias: float | None) -> No
             nn.init.constant_(classifier.bias, bias)
 
 
+def settle_class_names(
+    args: argparse.Namespace,
+    student: nn.Module,
+    folders: list[str] | None,
+    validation: Dataset | None,
+    teachers: EnsembleTeacher | None,
+    checkpoint: TrainingCheckpoint | None,
+) -> list[str] | None:
+    """Decide what the classes are called, and in which order: as the folders, or as who else knows them by name.
+
+    The initial weights are brought into that order; stored labels and a checkpoint to resume have to be in it.
+
+    Args:
+        args: The arguments.
+        student: The model to train.
+        folders: What the training split calls them; None without names, or without labels.
+        validation: The validation split, if there is one.
+        teachers: Live teachers, mapped to `folders`.
+        checkpoint: The checkpoint to resume.
+
+    Returns:
+        The names, None where nobody knows any.
+
+    Raises:
+        UserError: If somebody knows other classes.
+    """
+    recorded = SoftLabelStore(args.soft_labels).meta.class_names if args.soft_labels else None
+    check_same_classes(recorded, folders, args.soft_labels)
+    of_validation = None if validation is None else class_names_of(validation)
+    if len(of_validation or ()) != student.num_classes:
+        of_validation = None
+    names = folders or recorded or (class_names_of(teachers) if teachers is not None else None) or of_validation
+    own = class_names_of(student)
+    if own or args.initial_checkpoint:
+        hint = ' (--pretrained-path leaves its classes out)' if own else ''
+        _reorder_classes(student, index_map(own, names, f'{args.initial_checkpoint or args.model}{hint}'))
+    if checkpoint is not None and len(checkpoint.class_names) == student.num_classes:
+        check_same_classes(checkpoint.class_names, names, str(checkpoint))
+    return names or own
+
+
 @torch.no_grad()
-def reorder_classes(model: nn.Module, classes: list[int] | None) -> None:
+def _reorder_classes(model: nn.Module, classes: list[int] | None) -> None:
     """Give each class k the weights that class `classes[k]` has in the model's classifiers; None changes nothing."""
     for classifier in _classifiers(model) if classes else ():
         for parameter in classifier.parameters():
