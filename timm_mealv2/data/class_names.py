@@ -63,7 +63,7 @@ def index_map(
         return None
     numbers = {name: number for number, name in enumerate(known)}
     if unknown := [name for name in wanted if name not in numbers]:
-        others = sorted(set(known) - set(wanted), key=known.index)
+        others = sorted(set(known) - set(wanted), key=numbers.__getitem__)
         it_has = f', but has {_first(others)}' if others else ''
         raise UserError(f'{whose} lacks {_first(unknown)} of {than}{it_has}: name the classes alike (--class-map).')
     count = 'all' if len(known) == len(wanted) else str(len(wanted))
