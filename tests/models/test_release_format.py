@@ -79,4 +79,4 @@ def test_weights_of_timm_0_2_1_give_the_same_logits(written, student):
         difference = (model(torch.load(written / 'image.pt', weights_only=True)) - expected).abs().max().item()
     print(f'{student}: max|difference| = {difference:.1e} at max|logit| = {expected.abs().max().item():.1f}')
     assert 0.5 < expected.std() < 2
-    assert difference <= 1e-5
+    assert difference <= 1e-5 * expected.abs().max()  # rounding, which differs from CPU to CPU
