@@ -80,6 +80,7 @@ class Forked:
 
     def __init__(self, server: subprocess.Popen) -> None:
         self.server = server
+        self.jobs: list[Job] = []
 
     def start(
         self,
@@ -100,6 +101,7 @@ class Forked:
         self.server.stdin.write(f'{json.dumps({**values, "log": str(job.log)})}\n')
         self.server.stdin.flush()
         job.session = int(self.server.stdout.readline())
+        self.jobs.append(job)
         return job
 
     def run(self, output: Path, *argv: Any, **options: Any) -> Job:
@@ -114,7 +116,12 @@ def forked() -> Any:
     """Yield a `Forked`."""
     command = [sys.executable, __file__]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
-        yield Forked(server)
+        programs = Forked(server)
+        yield programs
+        for job in programs.jobs:  # of a test that failed
+            if not job.result.is_file():
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(job.session, signal.SIGKILL)
         assert server.stdin is not None
         server.stdin.close()
 
