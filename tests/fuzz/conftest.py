@@ -52,6 +52,12 @@ def _nothing_run_or_written_elsewhere(
     assert [path for path in elsewhere.rglob('*') if path.is_file()] == []
 
 
+@pytest.fixture(autouse=True)
+def _nothing_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A report's pictures take seconds, and only numbers of the files come into them."""
+    monkeypatch.setattr('matplotlib.figure.Figure.savefig', lambda *args, **kwargs: None)
+
+
 @pytest.fixture(scope='session')
 def few_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with splits train (3 x 2 images) and validation (3 x 1), 16x16."""
