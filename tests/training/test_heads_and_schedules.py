@@ -2,11 +2,10 @@
 
 from pathlib import Path
 
-import colors
 import pytest
 import timm
 import torch
-from colors import evaluate, save_model, train
+from colors import STANDING, evaluate, save_model, train
 from timm.optim import create_optimizer_v2
 
 from timm_mealv2 import UserError
@@ -72,7 +71,8 @@ def test_a_checkpoint_of_split_batch_norm(use: str, data: Path, tmp_path: Path) 
     save_model(tmp_path / 'start.pth')
     split = ['--aug-splits', 2, '--split-bn', '--aa', 'rand-m1', '--lr', 0]
     words = ['--data-dir', data, '--initial-checkpoint', tmp_path / 'start.pth', *split]
-    row = train_without(tmp_path / 'run', '--freeze-bn', '--no-aug', words)
+    standing = [word for word in STANDING if word not in ('--freeze-bn', '--no-aug')]
+    row = train(tmp_path / 'run', *words, standing=standing)[0]
     last = tmp_path / 'run' / 'last.pth.tar'
     name = f'test_resnet={last}'
     if use == 'exported':
@@ -89,17 +89,6 @@ def test_a_checkpoint_of_split_batch_norm(use: str, data: Path, tmp_path: Path) 
     other = train(tmp_path / 'other', *options)[0]
     if use == 'begun with':
         assert float(other['eval_loss']) == pytest.approx(float(row['eval_loss']), rel=1e-4)
-
-
-def train_without(folder: Path, *flags_and_words: object) -> dict[str, str]:
-    """Train without some flags of STANDING."""
-    *flags, words = flags_and_words
-    standing = colors.STANDING
-    colors.STANDING = [word for word in standing if word not in flags]
-    try:
-        return train(folder, *words)[0]  # type: ignore[misc]
-    finally:
-        colors.STANDING = standing
 
 
 def test_initial_weights_with_more_classes(data: Path, tmp_path: Path) -> None:
