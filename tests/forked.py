@@ -52,10 +52,10 @@ class Job:
         command = ['pgrep', '-P', str(self.session)]
         return [int(pid) for pid in subprocess.run(command, capture_output=True, text=True).stdout.split()]
 
-    def wait_for(self, text: str) -> None:
-        """Wait until it has printed a text."""
+    def wait_for(self, *texts: str) -> None:
+        """Wait until it has printed one of some texts."""
         end = time.monotonic() + 60
-        while text not in self.text:
+        while not any(text in self.text for text in texts):
             assert not self.result.is_file(), self.text
             assert time.monotonic() < end, self.text
             time.sleep(0.01)

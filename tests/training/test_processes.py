@@ -87,7 +87,7 @@ def test_an_optimizer_that_ddp_cannot_train_with_is_refused(
 def test_a_process_that_hangs_ends_the_run_in_time(program: Forked, options: list[str], tmp_path: Path) -> None:
     struck = STRUCK.format('rank == 1', 'SIGSTOP')
     job = program.start(tmp_path, *options, '--process-timeout', 0.1, processes=2, code=struck)  # 6 s
-    job.wait_for('timeout')
+    job.wait_for('timeout', 'imed out')
     os.kill(job.pids[-1], signal.SIGKILL)  # as a launcher does with the one that hangs
     assert job.finish() == 1
     assert (tmp_path / 'run' / 'last.pth.tar').is_file()
