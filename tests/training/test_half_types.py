@@ -92,7 +92,6 @@ def test_the_norm_of_the_gradient_is_in_the_summary(clip: tuple, data: Path, tmp
     assert float(row['train_grad_norm']) == pytest.approx(norm, rel=1e-3)
 
 
-@pytest.mark.xfail(strict=True, reason='issue 27 number 19')
 def test_weights_that_have_exploded_are_said(data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     text = ''
     with caplog.at_level('INFO'):

@@ -152,6 +152,11 @@ class Stepper:
         if isinstance(self.task, MealV2Task):
             self.task.log_teacher_rounding(self._images[-1])
 
+    def largest_weight(self) -> float:
+        """Return the largest absolute value of the weights that train."""
+        largest: float = get_total_norm([p.detach() for p in self._parameters], math.inf).item()
+        return largest
+
     def statistics_are_finite(self) -> bool:
         """Whether batch norm's running statistics are: a forward pass that overflows spoils them for good."""
         statistics = (b for norm in self._norms for b in norm.buffers() if b.is_floating_point())

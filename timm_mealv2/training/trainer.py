@@ -31,6 +31,7 @@ from timm_mealv2.training.validation import Validator, doubts
 _logger = logging.getLogger(__name__)
 
 _WATCHED_UPDATES = 100  # after which a discriminator that has not learned anything is dead
+_EXPLODED = 1e6  # a weight that no useful training reaches
 _MOST_SKIPPED = 20  # updates in a row that the loss scaler of float16 may skip
 
 _CONTINUE = '--resume auto with the same --output and --experiment continues'
@@ -217,6 +218,11 @@ class Trainer:
         trained_to = Position(epoch, len(parts.data.loader), (epoch + 1) * parts.schedule.updates_per_epoch)
         if start.batch < len(parts.data.loader):  # of a run resumed at the epoch's end they are shared already
             share_batch_norm(self.task, plan.dist_bn, self.processes)
+        if (largest := parts.stepper.largest_weight()) > _EXPLODED:
+            _logger.warning(
+                f'The weights have exploded, the largest is {largest:.1e}: lower --lr or set --clip-grad 1; the column '
+                'train_grad_norm of summary.csv shows where it began.'
+            )
         self._stop_if_needed(trained_to)
         evaluated = None
         due = epoch + 1 == parts.schedule.epochs or (epoch + 1) % plan.val_interval == 0
