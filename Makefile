@@ -1,8 +1,8 @@
 # Each target makes .venv itself when it is missing or older than what it is made from.
 PYTHON ?= python3
 
-# A process for each core, at most four: each takes a GB of memory. The tests of a file run in one.
-TESTS = pytest -n auto --maxprocesses 4 --dist loadfile -m "not slow and not gpu"
+# The tests of a file run in one process; tests/conftest.py says how many there are, and which files come first.
+TESTS = pytest -n auto --dist loadfile --no-loadscope-reorder -m "not slow and not gpu"
 
 .PHONY: quickstart test test-lowest check fix docs dist
 

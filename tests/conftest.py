@@ -14,6 +14,18 @@ from colors import save_model, write_splits
 from forked import Forked, forked
 from images import write_images
 
+# Files that take longest begin first, so that no process is left alone with one at the end.
+_FIRST = ('test_killed', 'test_processes', 'test_faults', 'test_run', 'test_resume', 'test_task_ddp', 'test_ensemble')
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: _FIRST.index(item.path.stem) if item.path.stem in _FIRST else len(_FIRST))
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """Take one more process than there are cores: many tests wait for programs. Each takes a GB of memory."""
+    return min(4, (os.cpu_count() or 1) + 1)
+
 
 @pytest.fixture(autouse=True)
 def _own_caches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
