@@ -28,7 +28,7 @@ from timm_mealv2.task import MealV2Task
 from timm_mealv2.training.build_data import InputSpec, build_data, check_class_count, open_datasets
 from timm_mealv2.training.build_optimizer import build_optimizer, build_schedule, resolve_lr, setup_average
 from timm_mealv2.training.build_student import build_student, settle_class_names
-from timm_mealv2.training.build_task import build_task, build_teachers, resumed_teacher_dtype
+from timm_mealv2.training.build_task import build_task, build_teachers, choose_teacher_device, resumed_teacher_dtype
 from timm_mealv2.training.checks import is_mealv2
 from timm_mealv2.training.distributed import Processes
 from timm_mealv2.training.loop import LossScaler, Stepper
@@ -87,10 +87,11 @@ def build(
     datasets = datasets or open_datasets(args, batch_size)
     class_names = None if args.unlabeled else class_names_of(datasets[0])
     check_class_count(class_names, pixels.num_classes, one_is_enough=args.bce_loss)
-    teachers = build_teachers(args, settings['teacher_dtype'], class_names, pixels, processes) if live else None
+    device = choose_teacher_device(args.teacher_device, processes)
+    teachers = build_teachers(args, settings['teacher_dtype'], class_names, pixels, device) if live else None
     class_names = settle_class_names(args, student, class_names, datasets[1], teachers, checkpoint)
     data = build_data(args, *datasets, class_names, pixels, processes, bad, live)
-    task = build_task(args, student, teachers, class_names, pixels, processes)
+    task = build_task(args, student, teachers, class_names, pixels, processes, device)
     optimizer = build_optimizer(args, task, lr)
     setup_average(args, task)
     eval_metric = data.validation.metric(args.eval_metric) if data.validation is not None else ''

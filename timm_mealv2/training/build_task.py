@@ -38,7 +38,7 @@ def resumed_teacher_dtype(args: argparse.Namespace, checkpoint: TrainingCheckpoi
 
 
 def build_teachers(
-    args: argparse.Namespace, dtype: str | None, class_names: list[str] | None, pixels: InputSpec, processes: Processes
+    args: argparse.Namespace, dtype: str | None, class_names: list[str] | None, pixels: InputSpec, device: torch.device
 ) -> EnsembleTeacher:
     """Build the live teachers, which run in mixed precision of `dtype`; None is float32."""
     return build_ensemble(
@@ -46,7 +46,7 @@ def build_teachers(
         num_classes=pixels.num_classes,
         in_chans=pixels.channels,
         class_names=class_names,
-        device=choose_teacher_device(args.teacher_device, processes),
+        device=device,
         autocast_dtype=dtype and getattr(torch, dtype),
     )
 
@@ -76,6 +76,7 @@ def build_task(
     class_names: list[str] | None,
     pixels: InputSpec,
     processes: Processes,
+    teacher_device: torch.device,
 ) -> TrainingTask:
     """Create what computes the loss: ours with teachers or stored labels, timm's classification or its others."""
     common: dict[str, Any] = {'device': processes.device, 'dtype': pixels.dtype, 'verbose': processes.primary}
@@ -90,7 +91,7 @@ def build_task(
             criterion=_build_criterion(args) if args.hard_label_weight else None,
             teachers_per_sample=args.teachers_per_sample,
             label_rest=args.label_rest,
-            teacher_device=choose_teacher_device(args.teacher_device, processes),
+            teacher_device=teacher_device,
             **common,
         )
     common['criterion'] = _build_criterion(args)
