@@ -47,10 +47,19 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Help with a wide first column, and the default behind each option that has one."""
+    """Help with a wide first column, and the default behind each option that has one.
+
+    The usage has what must be given; the options, which would fill the screen, follow below it.
+    """
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=32)
+
+    def add_usage(
+        self, usage: str | None, actions: Iterable[argparse.Action], groups: Any, prefix: str | None = None
+    ) -> None:
+        needed = [action for action in actions if action.required or not action.option_strings]
+        super().add_usage(usage, needed, [], prefix)
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ''
