@@ -8,7 +8,7 @@ with labels 5e-4, as in the quick start; the study `recipe` varies that. The arm
 
 from dataclasses import dataclass, replace
 
-from data_sets import DIGITS, FASHION, FULL, LABELED, ONE, PHOTOS, SAMPLE, TWO, DataSet
+from data_sets import COLOR, DIGITS, FASHION, FULL, LABELED, ONE, PHOTOS, SAMPLE, TWO, DataSet
 
 EPOCHS = 15
 RECORDED = 50
@@ -87,11 +87,14 @@ MODEL_OPTIONS = {
     'teacher': f'--data-dir {FULL} --lr 0.2 --sched-on-updates --warmup-epochs 1 --warmup-lr 0.02 --epochs 4 {LABELS}',
     'plain': f'--data-dir {SAMPLE} --lr 0.1 --epochs {EPOCHS} {LABELS}',
     'distilled': f'--data-dir {SAMPLE} --lr 0.2 --epochs {EPOCHS} {MEALV2} {WITHOUT}',
-    'photos_start': f'--data-dir {PHOTOS.folder} {PHOTOS.options} {_START_RECIPE} {LABELS}',
-    'photos_teacher': (
-        f'--data-dir {PHOTOS.folder} {PHOTOS.options} --train-split train_all --lr 0.2 --warmup-epochs 5 --epochs 40 '
-        f'{LABELS}'
-    ),
+    **{
+        f'{name}_{model}': f'--data-dir {source.folder} {source.options} {options} {LABELS}'
+        for name, source in COLOR.items()
+        for model, options in (
+            ('start', _START_RECIPE),
+            ('teacher', '--train-split train_all --lr 0.2 --warmup-epochs 5 --epochs 40'),
+        )
+    },
     **{
         f'start_{count}': f'--data-dir {LABELED}/{count} --lr 0.1 --warmup-epochs 5 --epochs {epochs} {LABELS}'
         for count, epochs in ((200, 200), (600, 120))
@@ -107,7 +110,7 @@ architecture, so have all but those of `STUDENTS`."""
 MODEL_STARTS = {'plain': 'start', 'distilled': 'start'}
 """Models that go on from another of the same seed."""
 
-MODEL_DATA = {'photos_start': PHOTOS, 'photos_teacher': PHOTOS}
+MODEL_DATA = {f'{name}_{model}': source for name, source in COLOR.items() for model in ('start', 'teacher')}
 """Models that are measured on other images than Fashion-MNIST's."""
 
 STORES = {

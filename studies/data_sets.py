@@ -1,4 +1,4 @@
-"""What the studies train on: Fashion-MNIST, and two other data sets that `make_data.py` makes."""
+"""What the studies train on: Fashion-MNIST, and the other data sets that `make_data.py` makes."""
 
 from dataclasses import dataclass
 
@@ -50,3 +50,14 @@ PHOTOS = DataSet(
     std=0.25,
 )
 """Squares of photos, whose class is the photo: `studies/make_data.py`."""
+ICONS = DataSet(
+    'output/studies/icons',
+    teacher='local-dir:studies/teachers/icons',
+    options='--train-split train --val-split validation --input-size 3 32 32 --num-classes 67 --mean 0.73 --std 0.32',
+    classes=67,
+    channels=3,
+    mean=0.73,
+    std=0.32,
+)
+"""Emoji of three vendors, and those of a fourth as test images; the class is Unicode's subgroup."""
+COLOR = {'photos': PHOTOS, 'icons': ICONS}

@@ -1,4 +1,4 @@
-"""The later studies: longer trainings on stored labels, add-ons of other methods, images without labels.
+"""The later studies: longer trainings on stored labels, add-ons of other methods, images without labels, emoji.
 
 Digits differ from CPU to CPU. These studies need not be run on the machine of those in `arms.py`: their starts and
 teachers are trained again (`studies/results/models_later.csv`), and their rows are compared with one another alone.
@@ -8,9 +8,9 @@ Learning rates are those that the same losses were tuned to in `arms.py`; losses
 from dataclasses import replace
 from typing import Any
 
-from arms import AUGMENTED, LABELS, MEALV2, NO_LABELS, TEACHER_PAIR, TEACHER_SEEDS, WITHOUT, Arm, of_teachers
+from arms import AUGMENTED, LABELS, MEALV2, MODELS, NO_LABELS, TEACHER_PAIR, TEACHER_SEEDS, WITHOUT, Arm, of_teachers
 from arms import STUDIES as FIRST
-from data_sets import FASHION, TWO, UNLABELED
+from data_sets import FASHION, ICONS, TWO, UNLABELED
 
 LIVE = Arm('live', 'MEAL V2 without discriminator', f'{MEALV2} {WITHOUT}', 'logit_t1', models=TEACHER_PAIR)
 
@@ -114,5 +114,40 @@ def _one_teacher() -> tuple[Arm, ...]:
     return tuple(arms)
 
 
-LATER = {'long': _long(), 'ledger': _ledger(), 'pool': _pool(), 'one_teacher': _one_teacher()}
+def _icons() -> tuple[Arm, ...]:
+    """The main methods on emoji, some 250 steps; the pool is all training images, whose labels are not looked at."""
+    one = f'resnet10t={MODELS}/icons_teacher-11/last.pth.tar'
+    mealv2 = f'--teachers {ICONS.teacher} {NO_LABELS}'
+    logit = f'--teachers {one} --kd-distill-type logit --kd-temperature 4 --task-loss-weight 0.5 {LABELS}'
+
+    def arm(name: str, label: str, options: str, lr: str | None = None, epochs: int = 21) -> Arm:
+        return Arm(
+            f'icons_{name}',
+            label,
+            f'{ICONS.options} --sched-on-updates {options}',
+            lr,
+            'icons_start',
+            epochs,
+            (('icons_teacher', 10), ('icons_teacher', 11)),
+            data=ICONS.folder,
+            measured=ICONS,
+            seeds=10,
+        )
+
+    return (
+        arm('control', 'control, cross-entropy', LABELS),
+        arm('without', 'MEAL V2 without discriminator', f'{mealv2} {WITHOUT}'),
+        arm('official', 'MEAL V2, official discriminator', mealv2),
+        arm('logit', 'logit distillation, one teacher, T = 4, half labels', logit),
+        arm(
+            'pool',
+            'without discriminator, on all images',
+            f'{mealv2} {WITHOUT} --train-split train_all',
+            'icons_without',
+            8,
+        ),
+    )
+
+
+LATER = {'icons': _icons(), 'long': _long(), 'ledger': _ledger(), 'pool': _pool(), 'one_teacher': _one_teacher()}
 STUDIES = FIRST | LATER

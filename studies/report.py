@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from arms import RECORDED, SEEDS, STUDENTS, TUNING_SEED
-from data_sets import PHOTOS
+from data_sets import COLOR
 from later_arms import STUDIES
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -36,6 +36,7 @@ REFERENCES = {
     'students': ((), ('control', 'mealv2_without')),
     'transfer': ((), ()),
     'photos': (('photos_control',), ()),
+    'icons': (('icons_control', 'icons_without'), ()),
     'long': ((), ()),
     'ledger': (('live',), ()),
     'pool': (('pool_2000',), ()),
@@ -46,6 +47,7 @@ REFERENCES = {
 _NEW = [arm.name for arm in STUDIES['ledger'] if arm.name not in ('live', 'weak_weighted')]
 LEDGER = {
     **{'mealv2': 'off', 'mealv2_adversarial': 'off', 'photos_official': 'photos_without'},
+    **dict.fromkeys(('icons_official', 'icons_logit', 'icons_pool'), 'icons_without'),
     **{'ensemble_t4': 'mealv2_without', 'logit_t4_labels': 'mealv2_without', 'photos_logit': 'photos_without'},
     **dict.fromkeys(('hard_0.1', 'hard_0.5', 'mean_logits', 'equal_3', 'equal_5'), 'mealv2_without'),
     **{'unequal_weighted': 'unequal', 'taught': 'mealv2', 'decay_5e-4': 'mealv2', 'step': 'mealv2'},
@@ -184,10 +186,12 @@ def ledger_table(arms: dict[str, dict[str, Row]]) -> str:
         gain = paired_gain(arms.get(name, {}), arms.get(reference, {}))
         if gain is not None:
             arm, other = ARMS[name], ARMS[reference]
-            label = f'color: {arm.label}' if arm.measured == PHOTOS else arm.label
+            source = next((f'{name}: ' for name, data in COLOR.items() if arm.measured == data), '')
             seeds = len(arms[name].keys() & arms[reference].keys())
             points = f'{gain.mean:+.2f} ± {gain.half_width:.2f}'
-            lines.append(f'| {label} | {other.label} | {arm.epochs} | {seeds} | {points} | {verdict(gain)} |')
+            lines.append(
+                f'| {source}{arm.label} | {other.label} | {arm.epochs} | {seeds} | {points} | {verdict(gain)} |'
+            )
     return '\n'.join(lines)
 
 
@@ -197,7 +201,9 @@ def models_table(arms: dict[str, dict[str, Row]]) -> str:
     names |= {f'start_{count}': f'start, {count} labels; 210 and 211 are its teachers' for count in (200, 600)}
     names |= {f'start_{name}': f'start, {label}' for name, (label, _) in STUDENTS.items()}
     names |= {'plain': 'start, then cross-entropy', 'distilled': 'start, then MEAL V2 without discriminator'}
-    names |= {'photos_start': 'start, photos', 'photos_teacher': 'teacher, photos', 'photos_ensemble': 'both, photos'}
+    for name in COLOR:
+        names |= {f'{name}_start': f'start, {name}', f'{name}_teacher': f'teacher, {name}'}
+        names |= {f'{name}_ensemble': f'both, {name}'}
     lines = ['| model | seeds | top-1, % |', '|---|---|---:|']
     for name, label in names.items():
         rows = sorted(arms.get(name, {}).items(), key=lambda item: int(item[0] or 0))

@@ -40,7 +40,7 @@ from arms import (
     TUNING_SEED,
     Arm,
 )
-from data_sets import FASHION, FULL, DataSet
+from data_sets import FASHION, DataSet
 from later_arms import LATER, STUDIES
 from ledger import LOSSES
 from timm.data import create_dataset, create_transform
@@ -286,7 +286,7 @@ def run_study(pool: Executor, study: str, seeds: Sequence[int] = SEEDS) -> None:
     for source in {arm.measured for arm in arms if arm.measured.teacher}:
         if not any(row['settings'] == source.teacher for row in read_rows(models)):
             ensemble = timm.create_model(source.teacher, pretrained=True)
-            name = 'ensemble' if source == FASHION else 'photos_ensemble'
+            name = 'ensemble' if source == FASHION else f'{Path(source.folder).name}_ensemble'
             add_row(models, {'arm': name, 'settings': source.teacher, **measure(ensemble, source, compare=False)})
     run_jobs(pool, study, [arm_job(arm, TUNING_SEED, lr) for arm in arms if arm.lr is None for lr in LEARNING_RATES])
     run_jobs(pool, study, [arm_job(arm, seed, tuned_lr(arm)) for arm in arms for seed in seeds[: arm.seeds]])
@@ -301,7 +301,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--jobs', type=int, default=os.cpu_count(), help='trainings side by side (default: the cores)')
     args = parser.parse_args(argv)
     os.chdir(ROOT)
-    for folder in sorted({FULL, *(arm.data for study in args.studies for arm in STUDIES[study])}):
+    arms = [arm for study in args.studies for arm in STUDIES[study]]
+    folders = {MODEL_DATA.get(name, FASHION).folder for arm in arms for name, _ in arm.models}
+    for folder in sorted(folders | {arm.data for arm in arms}):
         if not Path(folder).is_dir():
             raise UserError(f'there is no {folder}: docs/evidence.md says what makes it')
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context('spawn')) as pool:

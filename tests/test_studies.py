@@ -22,7 +22,6 @@ from timm_mealv2.training.settings import parse_args
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / 'examples/fashion_mnist'
-PHOTO_TEACHERS = ('photos_teacher-10', 'photos_teacher-11')
 
 
 @pytest.fixture
@@ -176,8 +175,40 @@ def test_squares_for_training_and_for_testing_are_all_of_a_photo_and_share_none(
     assert places('train') < train
 
 
+def test_icons_of_the_last_vendor_are_the_test_images_unless_another_has_the_same(
+    studies: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_data = studies['make_data']
+    codes = [f'{0x1F400 + number:04X}' for number in range(make_data.FEWEST)]
+    lines = [f'{code} ; fully-qualified' for code in codes]
+    few = [f'{0x1F500 + number:04X} ; fully-qualified' for number in range(make_data.FEWEST - 1)]
+    groups = ('# group: Animals', '# subgroup: cat & dog', *lines, '1F400 1F3FF ; fully-qualified')
+    (tmp_path / 'emoji.txt').write_text('\n'.join((*groups, '# subgroup: few', *few, '# group: Flags', *lines)))
+    for vendor in range(3):
+        (tmp_path / str(vendor)).mkdir()
+        for number, code in enumerate(codes):
+            color = (0, 0, 0) if number == vendor == 0 or number == vendor == 2 else (100 + vendor, 10 * number, 0)
+            Image.new('RGB', (4, 4), color).save(tmp_path / f'{vendor}/{code}.png')
+    monkeypatch.setattr(make_data, 'EMOJI', tmp_path / 'emoji.txt')
+    monkeypatch.chdir(tmp_path)
+    make_data.main(['icons', '0', '1', '2'])
+
+    def vendors(split: str) -> list[int]:
+        assert [folder.name for folder in (tmp_path / 'output/studies/icons' / split).iterdir()] == ['cat-dog']
+        files = sorted((tmp_path / 'output/studies/icons' / split / 'cat-dog').iterdir())
+        return [Image.open(file).getpixel((16, 16))[0] % 100 for file in files]
+
+    assert vendors('train_all') == [0, 1] * 8
+    assert len(vendors('train')) == 8
+    assert set(vendors('train')) == {0, 1}
+    assert vendors('tuning') == [2] * 2
+    assert vendors('validation') == [2] * 5
+
+
 def test_the_named_teachers_are_files_that_the_studies_make(studies: dict[str, ModuleType]) -> None:
-    for name, models in (('one', ('teacher-11',)), ('two', ('teacher-10', 'teacher-11')), ('photos', PHOTO_TEACHERS)):
+    pairs = {'two': 'teacher', 'photos': 'photos_teacher', 'icons': 'icons_teacher'}
+    named = {name: [f'{model}-10', f'{model}-11'] for name, model in pairs.items()}
+    for name, models in (named | {'one': ['teacher-11']}).items():
         folder = ROOT / f'studies/teachers/{name}'
         config = json.loads((folder / 'config.json').read_text())
         paths = [(folder / teacher.partition('=')[2]).resolve() for teacher in config['model_args']['teachers']]
