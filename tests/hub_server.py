@@ -50,7 +50,7 @@ class Commit:
 
 @dataclass
 class Repo:
-    """A model repository: the last commit of each ref, of which `refs/pr/N` are pull requests."""
+    """A repository, of any type: the last commit of each ref, of which `refs/pr/N` are pull requests."""
 
     id: str
     private: bool = False
@@ -426,7 +426,8 @@ def _resolve_head(context: _Context, **names: str) -> Response:
 
 
 _REPO = r'(?P<repo>[\w.-]+/[\w.-]+)'
-_API = rf'/api/models/{_REPO}'
+_API = rf'/api/(?:models|datasets)/{_REPO}'
+_FILES = rf'/(?:datasets/)?{_REPO}'
 _REV = r'(?P<revision>[^/]+)'
 _ROUTES: tuple[tuple[str, str, Any], ...] = (
     ('GET', '/api/whoami-v2', _whoami),
@@ -438,11 +439,11 @@ _ROUTES: tuple[tuple[str, str, Any], ...] = (
     ('GET', rf'{_API}/tree/{_REV}', _tree),
     ('POST', rf'{_API}/preupload/{_REV}', _preupload),
     ('POST', rf'{_API}/commit/{_REV}', _commit),
-    ('POST', rf'/{_REPO}\.git/info/lfs/objects/batch', _lfs_batch),
+    ('POST', rf'{_FILES}\.git/info/lfs/objects/batch', _lfs_batch),
     ('PUT', r'/lfs/(?P<oid>[0-9a-f]{64})', _lfs_upload),
     ('POST', r'/lfs/(?P<oid>[0-9a-f]{64})/verify', _lfs_verify),
-    ('GET', rf'/{_REPO}/resolve/{_REV}/(?P<path>.+)', _resolve),
-    ('HEAD', rf'/{_REPO}/resolve/{_REV}/(?P<path>.+)', _resolve_head),
+    ('GET', rf'{_FILES}/resolve/{_REV}/(?P<path>.+)', _resolve),
+    ('HEAD', rf'{_FILES}/resolve/{_REV}/(?P<path>.+)', _resolve_head),
 )
 
 

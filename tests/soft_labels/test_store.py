@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hub_server import connected
+from huggingface_hub.cli.hf import app as hf
 from torch.utils.data import Dataset
 
 from timm_mealv2.data.augmentation import Augmentation
@@ -179,3 +181,18 @@ def test_a_setting_that_gives_other_pixels_or_classes_is_refused_by_name(
 def test_pairs_are_not_mixed_otherwise(mixed: SoftLabelStore) -> None:
     with pytest.raises(UserError, match=r'--mixup-mode was pair when .* and is batch'):
         mixed.training_settings({'mixup_mode': 'batch'})
+
+
+def test_a_store_is_shared_as_a_data_set_on_the_hub(
+    recorded: SoftLabelStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with connected(monkeypatch, tmp_path / 'home'):
+        hf(['upload', 'me/labels', str(recorded.path), '--repo-type', 'dataset'], standalone_mode=False)
+        hf(
+            ['download', 'me/labels', '--repo-type', 'dataset', '--local-dir', f'{tmp_path}/labels'],
+            standalone_mode=False,
+        )
+    copy = SoftLabelStore(tmp_path / 'labels')
+    assert copy.meta == recorded.meta
+    for file in recorded.path.iterdir():
+        assert (copy.path / file.name).read_bytes() == file.read_bytes()

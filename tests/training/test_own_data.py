@@ -3,12 +3,16 @@
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 from colors import CLASSES, UNCOUNTED, evaluate, picture, preflight, save_model, train, write_folder
 from forked import Forked
+from timm.models import save_for_hf
 
 from timm_mealv2 import UserError
 from timm_mealv2.cli.hub import main as hub
 from timm_mealv2.cli.soft_labels import main as soft_labels
+from timm_mealv2.models.checkpoint import TrainingCheckpoint
 from timm_mealv2.soft_labels.store import SoftLabelStore
 
 
@@ -60,6 +64,25 @@ def test_a_teacher_of_another_class_count_is_told_the_command_that_fine_tunes_it
     command = 'mealv2-train --recipe finetune --model resnet18.a1_in1k --data-dir'
     with pytest.raises(UserError, match=f'resnet18.a1_in1k has 1000 classes, but 4 are asked for.*{command}'):
         train(tmp_path / 'run', '--data-dir', data, '--teachers', 'resnet18.a1_in1k')
+
+
+def test_a_backbone_without_a_classifier_gets_one_or_teaches_its_features(data: Path, tmp_path: Path) -> None:
+    shape = {'depth': 1, 'embed_dim': 24, 'num_heads': 2}  # of fixed size, as most ViTs
+    backbone = timm.create_model('vit_tiny_patch16_224', num_classes=0, **shape)
+    save_for_hf(backbone, tmp_path / 'backbone', model_args=shape, safe_serialization=True)
+    options = ('--data-dir', data, '--model', 'vit_tiny_patch16_224')
+    with pytest.raises(UserError, match='--model-kwargs img_size=32'):
+        train(tmp_path / 'too_large', *options)
+    words = ('--model-kwargs', 'img_size=224', *(f'{name}={value}' for name, value in shape.items()))
+    file = tmp_path / 'backbone' / 'model.safetensors'
+    train(tmp_path / 'teacher', *options, *words, '--img-size', 224, '--pretrained-path', file)
+    trained = TrainingCheckpoint.read(tmp_path / 'teacher' / 'last.pth.tar').state_dict()
+    assert len(trained['head.weight']) == 4
+    for name, value in backbone.state_dict().items():
+        torch.testing.assert_close(trained[name], value)
+    features = ('--kd-distill-type', 'feature', '--teachers', f'local-dir:{tmp_path / "backbone"}')
+    (row,) = train(tmp_path / 'student', '--data-dir', data, *features)
+    assert float(row['train_kd_loss']) > 0
 
 
 UNUSED = """

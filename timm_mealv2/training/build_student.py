@@ -202,5 +202,6 @@ def _try_sizes(args: argparse.Namespace, model: nn.Module, inputs: InputSpec, de
             model(torch.zeros(1, inputs.channels, *size, device=device, dtype=inputs.dtype))
         except (AssertionError, RuntimeError, ValueError) as error:
             shown = ' x '.join(map(str, size))
-            raise UserError(f'{args.model} cannot take images of {shown}: {one_line(error)}') from error
+            fixed = f'a model of fixed size is built for it by --model-kwargs img_size={size[0]}'
+            raise UserError(f'{args.model} cannot take images of {shown} ({fixed}): {one_line(error)}') from error
     model.train()

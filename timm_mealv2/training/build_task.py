@@ -103,7 +103,8 @@ def build_task(
         'task_loss_weight': args.task_loss_weight,
     }
     if args.kd_distill_type == 'feature':  # whatever classes the teacher has
-        common['teacher_model'] = args.teachers[0].build(in_chans=pixels.channels).to(processes.device, pixels.dtype)
+        teacher = args.teachers[0].build(in_chans=pixels.channels, img_size=pixels.config['input_size'][1])
+        common['teacher_model'] = teacher.to(processes.device, pixels.dtype)
         common |= {'student_feature_dim': args.kd_student_feature_dim}
         return FeatureDistillationTask(teacher_feature_dim=args.kd_teacher_feature_dim, **common)
     ensemble = create_ensemble(
