@@ -3,8 +3,7 @@
 import argparse
 import configparser
 import re
-import subprocess
-import sys
+import runpy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -150,8 +149,9 @@ def test_an_unknown_group_lists_the_groups(capsys: pytest.CaptureFixture[str]) -
     assert all(title in error for title in ('all', *GROUPS))
 
 
-def test_the_package_run_as_a_program_lists_the_commands() -> None:
-    listed = subprocess.run([sys.executable, '-m', 'timm_mealv2'], capture_output=True, text=True, check=True).stdout
+def test_the_package_run_as_a_program_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_module('timm_mealv2', run_name='__main__')
+    listed = capsys.readouterr().out
     config = configparser.ConfigParser()
     config.read(Path(__file__).parents[1] / 'setup.cfg')
     commands = re.findall(r'^([\w-]+) *=', config['options.entry_points']['console_scripts'], re.MULTILINE)

@@ -11,7 +11,7 @@ from torch import nn
 from tqdm import tqdm
 
 from timm_mealv2.errors import UserError
-from timm_mealv2.evaluation import evaluate, member_names, metrics_as_json
+from timm_mealv2.evaluation import evaluate, metrics_as_json
 from timm_mealv2.models.ensemble import EnsembleTeacher
 
 CPU = torch.device('cpu')
@@ -210,10 +210,10 @@ def test_members_are_evaluated_from_the_one_pass_that_makes_the_ensemble(weights
     runs.clear()
     result = evaluate(models, batches, reference='ensemble', data_config=config, members=True)
     assert runs == [4] * 4  # two teachers, two batches
-    assert list(result) == ['student', 'ensemble', 'ensemble/a', 'ensemble/b']
+    assert list(result) == ['student', 'ensemble', 'teacher a', 'teacher b']
     for name in models:
         assert result[name] == pytest.approx(plain[name], rel=1e-5, abs=1e-6)
-    alone = {f'ensemble/{name}': EnsembleTeacher([ensemble.teachers[i]]) for i, name in enumerate(ensemble.names)}
+    alone = {f'teacher {name}': EnsembleTeacher([ensemble.teachers[i]]) for i, name in enumerate(ensemble.names)}
     expected = evaluate({**alone, 'ensemble': ensemble}, batches, reference='ensemble', data_config=config)
     for name in alone:
         assert result[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-6)
@@ -222,8 +222,9 @@ def test_members_are_evaluated_from_the_one_pass_that_makes_the_ensemble(weights
 
 def test_members_of_one_name_are_numbered():
     teachers = [timm.create_model('test_resnet', num_classes=2) for _ in range(2)]
-    assert member_names('e', EnsembleTeacher(teachers, names=['a', 'a'])) == ['e/a (1)', 'e/a (2)']
-    assert member_names('m', teachers[0]) == []
+    ensemble = EnsembleTeacher(teachers, names=['a', 'a'])
+    rows = evaluate({'e': ensemble}, [(torch.zeros(1, 3, 32, 32), torch.tensor([0]))], members=True)
+    assert list(rows) == ['e', 'teacher a (1)', 'teacher a (2)']
 
 
 def distributed_evaluation(rank, folder):
@@ -252,7 +253,7 @@ def test_two_processes_give_the_metrics_of_one_without_the_padding(tmp_path):
     logits, reference = (torch.randn(7, 4, generator=generator) for _ in range(2))
     labels = torch.tensor([0, 1, 2, 3, -1, 1, 2])
     torch.save({'logits': logits, 'reference': reference, 'labels': labels}, tmp_path / 'data.pt')
-    torch.multiprocessing.spawn(distributed_evaluation, args=(tmp_path,), nprocs=2)
+    torch.multiprocessing.start_processes(distributed_evaluation, args=(tmp_path,), nprocs=2, start_method='fork')
 
     expected = evaluate(
         {'model': Lookup(logits), 'ensemble': Lookup(reference)},

@@ -1,5 +1,6 @@
 """Two gloo processes train what one process trains with the double batch."""
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,8 @@ def worker(rank: int, world_size: int, folder: str) -> None:
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what each of two processes returned from `train`, `SCENARIO-RANK.pt`."""
     folder = tmp_path_factory.mktemp('ddp')
-    torch.multiprocessing.spawn(worker, args=(2, str(folder)), nprocs=2)
+    importlib.import_module('torch._dynamo')  # here once, not in each process
+    torch.multiprocessing.start_processes(worker, args=(2, str(folder)), nprocs=2, start_method='fork')
     return folder
 
 

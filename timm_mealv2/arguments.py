@@ -69,21 +69,24 @@ def teacher_dtype(args: argparse.Namespace) -> str | None:
     return dtype
 
 
-def build_ensemble(args: argparse.Namespace, **kwargs: Any) -> EnsembleTeacher:
+def build_ensemble(args: argparse.Namespace, device: torch.device, **kwargs: Any) -> EnsembleTeacher:
     """Build the ensemble that the options `TEACHERS` name.
 
     Args:
         args: Has these options; `teachers` may be parsed already.
+        device: Where the teachers are put.
         **kwargs: Further arguments of `create_ensemble`. The teachers' autocast is `--teacher-dtype` or that of `--amp`
             unless `autocast_dtype` is given.
     """
     dtype = teacher_dtype(args)
     kwargs.setdefault('autocast_dtype', dtype and getattr(torch, dtype))
-    return create_ensemble(
+    ensemble = create_ensemble(
         args.teachers,
         weights=args.teacher_weights,
         img_sizes=args.teacher_img_size,
         classes=read_classes(args.teacher_classes or ()),
-        optimize=args.teacher_optimize == 'on',
         **kwargs,
     )
+    if args.teacher_optimize == 'on':
+        ensemble.optimize_for_inference()
+    return ensemble.to(device)

@@ -317,6 +317,7 @@ DATA = (
 )
 UNLABELED = flag('--unlabeled', 'ignore labels; any folder of images works')
 TRAIN_SPLIT = Option('--train-split', None, 'training split', 'train')
+VAL_SPLIT = Option('--val-split', None, 'validation split', 'validation')
 
 DEVICE = (
     Option('--device', str, 'device; the CPU where unset and without CUDA', 'cuda'),

@@ -47,8 +47,8 @@ def evaluate(
         loader: Gives (images, class indices [B]).
         device: Where the batches go and the sums are kept; that of the first model if None.
         reference: Name of the model, say the ensemble, that the others are compared with.
-        members: Evaluate the teachers of each `EnsembleTeacher` too, under the names of `member_names`. Each teacher
-            runs once: the ensemble's prediction is made of theirs.
+        members: Evaluate the teachers of each `EnsembleTeacher` too, as 'teacher NAME'. Each teacher runs once: the
+            ensemble's prediction is made of theirs.
         data_config: What the loader's pixels are normalized with ('mean', 'std'). A model whose `pretrained_cfg` says
             otherwise then gets them renormalized; without `data_config` every model gets them as they are.
         distributed: Sum over the processes of the default group.
@@ -67,7 +67,9 @@ def evaluate(
     """
     parameters = (parameter for model in models.values() for parameter in model.parameters())
     device = device or next((parameter.device for parameter in parameters), torch.device('cpu'))
-    names = [name for name, model in models.items() for name in (name, *(member_names(name, model) if members else ()))]
+    names: list[str] = []
+    for name, model in models.items():
+        names += [name, *(_member_names(model) if members and isinstance(model, EnsembleTeacher) else ())]
     meters = {name: _Meter(device, calibration) for name in names}
     remaining = evaluation_sample_limit(getattr(loader, 'iterable', loader))  # of the loader in a bar of tqdm's
     with _eval_mode(models.values()):
@@ -79,7 +81,7 @@ def evaluate(
                 if members and isinstance(model, EnsembleTeacher):
                     logits = model.teacher_logits(pixels).to(device, non_blocking=True)
                     outputs |= {name: _mean_log_prob(logits, model.weights)}
-                    outputs |= dict(zip(member_names(name, model), logits, strict=True))
+                    outputs |= dict(zip(_member_names(model), logits, strict=True))
                 else:
                     outputs[name] = at_least_float32(model(pixels)).to(device, non_blocking=True)
             if remaining is not None:  # the padding is at the end; the models run on it as other processes wait
@@ -97,16 +99,6 @@ def evaluate(
     return {name: meter.compute(name, distributed) for name, meter in meters.items()}
 
 
-def member_names(name: str, model: nn.Module) -> list[str]:
-    """Return what `evaluate(members=True)` calls the teachers of the model `name`; none if it is no ensemble."""
-    if not isinstance(model, EnsembleTeacher):
-        return []
-    return [
-        f'{name}/{teacher}' if model.names.count(teacher) == 1 else f'{name}/{teacher} ({number})'
-        for number, teacher in enumerate(model.names, 1)
-    ]
-
-
 def metrics_as_json(rows: Mapping[str, Mapping[str, Any]]) -> str:
     """Return `rows` as JSON; it knows no NaN and no infinity, which become null."""
 
@@ -114,6 +106,15 @@ def metrics_as_json(rows: Mapping[str, Mapping[str, Any]]) -> str:
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
     return json.dumps({name: {key: finite(row[key]) for key in row} for name, row in rows.items()}, indent=2) + '\n'
+
+
+def _member_names(ensemble: EnsembleTeacher) -> list[str]:
+    """The names of the teachers' rows, with a number where two have one name."""
+    repeated = {name for name in ensemble.names if ensemble.names.count(name) > 1}
+    return [
+        f'teacher {name} ({number})' if name in repeated else f'teacher {name}'
+        for number, name in enumerate(ensemble.names, 1)
+    ]
 
 
 def _pixels_for(model: nn.Module, x: Tensor, data_config: Mapping[str, Any] | None) -> Tensor:

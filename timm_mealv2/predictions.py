@@ -4,21 +4,15 @@ import csv
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
-from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from timm_mealv2.data.class_names import class_names_of
-from timm_mealv2.data.loader import eval_loader
-from timm_mealv2.data.normalize import resolve_pixels
-from timm_mealv2.data.unreadable import BadImages
 from timm_mealv2.files import replacing
-from timm_mealv2.models.ensemble import EnsembleTeacher
 
 
 @dataclass(frozen=True)
@@ -39,15 +33,10 @@ class Predictions:
     probabilities: Tensor
     ensemble: 'Predictions | None' = None
 
-    @property
-    def expected(self) -> Tensor:
-        """The class that each image [N] is compared with: its label or, without labels, the ensemble's top-1."""
-        unlabeled = self.ensemble is not None and bool((self.targets < 0).all())
-        return self.ensemble.classes[:, 0] if unlabeled and self.ensemble is not None else self.targets
-
-    def top(self, number: int) -> list[tuple[int, float]]:
-        """The most likely classes of one image with their probabilities."""
-        return list(zip(self.classes[number].tolist(), self.probabilities[number].tolist(), strict=True))
+    def top(self, number: int) -> list[tuple[int, str, float]]:
+        """The most likely classes of one image: index, name and probability of each."""
+        places = zip(self.classes[number].tolist(), self.probabilities[number].tolist(), strict=True)
+        return [(index, self.names[index], probability) for index, probability in places]
 
 
 def readable_names(model: nn.Module) -> list[str]:
@@ -73,53 +62,14 @@ class TopClasses:
         probabilities, classes = output.softmax(dim=1).topk(min(self.count, output.shape[1]))
         self._batches[model].append((target.cpu(), classes.cpu(), probabilities.cpu()))
 
-    def predictions(self, models: Mapping[str, nn.Module], ensemble: str = '') -> dict[str, Predictions]:
+    def predictions(self, models: Mapping[str, nn.Module], ensemble: str | None = None) -> dict[str, Predictions]:
         """Return what was added, by models' names; the others are compared with the one named `ensemble`, if any."""
         found: dict[str, Predictions] = {}
         for name, batches in self._batches.items():
             targets, classes, probabilities = map(torch.cat, zip(*batches, strict=True))
             found[name] = Predictions(readable_names(models[name]), targets, classes, probabilities)
-        return {name: p if name == ensemble else replace(p, ensemble=found.get(ensemble)) for name, p in found.items()}
-
-
-class ImageFiles(Dataset):
-    """Pictures by their paths, without labels."""
-
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self.paths = paths
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> tuple[BinaryIO, int]:
-        return self.paths[index].open('rb'), -1
-
-    def filename(self, index: int, **kwargs: Any) -> str:
-        """Return the path of an image, for messages."""
-        return str(self.paths[index])
-
-
-@torch.inference_mode()
-def predict_files(
-    model: EnsembleTeacher, paths: Sequence[Path], bad: BadImages, count: int = 5, batch_size: int = 1, **options: Any
-) -> Predictions | None:
-    """Predict pictures that are no data set; None where none can be read.
-
-    Args:
-        model: The model, an ensemble of one.
-        paths: The pictures; those that cannot be read are left out, and `bad` has them.
-        bad: Told of the pictures that cannot be read.
-        count: Classes of each picture.
-        batch_size: Pictures of a batch.
-        **options: Further arguments of `eval_loader`.
-    """
-    config = resolve_pixels({}, model.pretrained_cfg, model.in_chans)
-    options = {'device': torch.device('cpu'), 'num_workers': 0, **options}
-    loader = eval_loader(ImageFiles(paths), config, batch_size=batch_size, bad=bad, **options)
-    top = TopClasses(count)
-    for images, target in tqdm(loader, desc='predicting', leave=False, disable=None):
-        top.add('', model(images), target)
-    return top.predictions({'': model}).get('')
+        of_ensemble = found.get(ensemble or '')
+        return {name: p if name == ensemble else replace(p, ensemble=of_ensemble) for name, p in found.items()}
 
 
 def write_predictions(path: Path, models: Mapping[str, Predictions], files: Sequence[str]) -> None:
@@ -131,18 +81,16 @@ def write_predictions(path: Path, models: Mapping[str, Predictions], files: Sequ
         files: File name of each image.
     """
     most = max(predictions.classes.shape[1] for predictions in models.values())
-    columns = [f'{column}_{k}' for column in ('index', 'label', 'prob') for k in range(most)]
     with (
         replacing(path) as temporary,
         temporary.open('w', newline='', encoding='utf-8', errors='backslashreplace') as file,
     ):
-        writer = csv.DictWriter(file, ['model', 'filename', 'target', *columns])
-        writer.writeheader()
+        writer = csv.writer(file)
+        columns = [f'{column}_{k}' for column in ('index', 'label', 'prob') for k in range(most)]
+        writer.writerow(['model', 'filename', 'target', *columns])
         for model, predictions in models.items():
             for number, name in enumerate(files):
-                target = int(predictions.targets[number])
-                row: dict[str, Any] = {'model': model, 'filename': name, 'target': '' if target < 0 else target}
-                for k, (index, probability) in enumerate(predictions.top(number)):
-                    row[f'index_{k}'], row[f'prob_{k}'] = index, probability
-                    row[f'label_{k}'] = predictions.names[index]
-                writer.writerow(row)
+                target, top = int(predictions.targets[number]), predictions.top(number)
+                empty = [('', '', '')] * (most - len(top))
+                cells = chain(*zip(*top, *empty, strict=True))
+                writer.writerow([model, name, '' if target < 0 else target, *cells])

@@ -269,10 +269,10 @@ class MealV2Task(TrainingTask):
         self, teacher_model: Teacher | Sequence[Teacher], student: nn.Module, device: torch.device
     ) -> EnsembleTeacher:
         if isinstance(teacher_model, EnsembleTeacher):
-            teacher = teacher_model.to(device)
+            teacher = teacher_model
         else:
             in_chans = getattr(student, 'in_chans', None)
-            teacher = create_ensemble(teacher_model, num_classes=self.num_classes, in_chans=in_chans, device=device)
+            teacher = create_ensemble(teacher_model, num_classes=self.num_classes, in_chans=in_chans)
         if teacher.num_classes != self.num_classes:
             raise UserError(f'The student has {self.num_classes} classes, its teachers {teacher.num_classes}.')
         own = {parameter.data_ptr() for parameter in student.parameters() if parameter.numel()}
@@ -280,19 +280,13 @@ class MealV2Task(TrainingTask):
             if any(parameter.data_ptr() in own for parameter in module.parameters()):
                 remedy = 'pass a copy, or leave the student out of the teachers'
                 raise UserError(f'Teacher {name} shares weights with the student: {remedy}.')
-        return teacher
+        return teacher.to(device)
 
     def _build_discriminator(self, mode: str, reduction: int) -> tuple[DiscriminatorLoss | None, nn.Module | None]:
         """The discriminator's loss, and what makes its rows of the student's logits."""
         if not self.discriminator_weight:
             return None, None
         discriminator = Discriminator(self.num_classes, reduction, final_relu=mode == 'official')
-        size = sum(parameter.numel() for parameter in discriminator.parameters())
-        if size > 10_000_000:
-            _logger.warning(
-                f'The discriminator has {size / 1e6:.1f} M parameters at {self.num_classes} classes: '
-                f'a discriminator_reduction above {reduction} makes it smaller.'
-            )
         discriminator.to(device=self.device, dtype=torch.promote_types(self.dtype, torch.float32))
         rows = nn.Sequential()
         if self.teacher is None:
@@ -334,36 +328,34 @@ class MealV2Task(TrainingTask):
         return self.criterion(output, target)
 
 
-def scale_discriminator_lr(
-    optimizer_or_groups: torch.optim.Optimizer | list[dict[str, Any]], task: MealV2Task, scale: float
-) -> None:
+def scale_discriminator_lr(optimizer: torch.optim.Optimizer, task: MealV2Task, scale: float) -> None:
     """Give the discriminator `scale` times the learning rate of the optimizer, now and through timm's schedulers.
 
     Its parameters are moved to groups of their own, which get timm's `lr_scale`. Call it before the scheduler is
     made and before a checkpoint is loaded.
 
     Args:
-        optimizer_or_groups: An optimizer over `task.get_trainable_module()`, or its parameter groups; changed in place.
+        optimizer: An optimizer over `task.get_trainable_module()`; changed in place.
+        task: The task.
         scale: Factor on the learning rate.
     """
-    groups = optimizer_or_groups
-    if isinstance(groups, torch.optim.Optimizer):
-        groups = groups.param_groups
     wanted = set() if task.discriminator is None else set(task.discriminator.parameters())
-    found = 0
+    groups = optimizer.param_groups
+    assert wanted <= {p for group in groups for p in group['params']}, 'make it from task.get_trainable_module()'
     for group in list(groups):
-        own = [parameter for parameter in group['params'] if parameter in wanted]
-        if not own:
+        taken = [parameter in wanted for parameter in group['params']]
+        if not any(taken):
             continue
-        found += len(own)
-        if len(own) < len(group['params']):
-            group = _split_off(group, wanted)
+        if not all(taken):
+            rest, group = group, dict(group)
             groups.append(group)
+            for key in {'params', 'param_names'} & rest.keys():  # names go with the parameters
+                values = list(zip(rest[key], taken, strict=True))
+                rest[key] = [value for value, is_taken in values if not is_taken]
+                group[key] = [value for value, is_taken in values if is_taken]
         group['lr_scale'] = scale
-        if 'lr' in group:
-            # A timm scheduler multiplies initial_lr, where there is one, by lr_scale; without any, lr stays this.
-            group['lr'] = group.setdefault('initial_lr', group['lr']) * scale
-    assert found == len(wanted), 'the optimizer lacks the discriminator: make it from task.get_trainable_module()'
+        # A timm scheduler multiplies initial_lr, where there is one, by lr_scale; without any, lr stays this.
+        group['lr'] = group.setdefault('initial_lr', group['lr']) * scale
 
 
 def _leave_out_teachers(task: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
@@ -382,15 +374,3 @@ def _discriminator_of(module: nn.Module | None) -> nn.Module | None:
     """The discriminator inside a trainable module, also one wrapped by DDP, EMA or torch.compile."""
     loss: DiscriminatorLoss | None = getattr(unwrap_model(module), 'discriminator_loss', None)
     return None if loss is None else loss.discriminator
-
-
-def _split_off(group: dict[str, Any], wanted: set[nn.Parameter]) -> dict[str, Any]:
-    """Take parameters out of an optimizer's group into a new one of the same settings; names go with them."""
-    taken = [parameter in wanted for parameter in group['params']]
-    own = dict(group)
-    for key in ('params', 'param_names'):
-        if key in group:
-            values = list(zip(group[key], taken, strict=True))
-            group[key] = [value for value, is_taken in values if not is_taken]
-            own[key] = [value for value, is_taken in values if is_taken]
-    return own

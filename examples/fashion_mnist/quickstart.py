@@ -35,6 +35,7 @@ from typing import Any
 
 import timm
 import torch
+from matplotlib.figure import Figure
 from timm.data import ImageDataset, create_dataset, create_loader, resolve_model_data_config
 from torch import nn
 
@@ -45,7 +46,6 @@ from timm_mealv2.evaluation import evaluate
 from timm_mealv2.files import replacing
 from timm_mealv2.models.checkpoint import TrainingCheckpoint
 from timm_mealv2.models.factory import create_ensemble
-from timm_mealv2.report import draw_runs
 from timm_mealv2.runs import read_run
 from timm_mealv2.training import run as training
 
@@ -57,6 +57,7 @@ STUDENT = 'resnet10t'
 START_EPOCHS, STUDENT_EPOCHS = 30, 12
 LONG = 50, 30
 LABELED = 2000
+ARM_COLORS = {'start': '#0072B2', 'control': '#D55E00', 'logit': '#009E73', 'mealv2': '#CC79A7'}
 
 # The recipe has the model, the pixels, the augmentation and the settings of MEAL V2.
 COMMON = shlex.split(
@@ -183,6 +184,26 @@ def write_json(path: Path, content: Any) -> None:
         temporary.write_text(json.dumps(content, indent=2) + '\n')
 
 
+def draw(out: Path, start_epochs: int, top1: dict[str, float], lowest: float | None) -> None:
+    """Draw the curves of all arms; those that go on from the start begin where it ends."""
+    figure = Figure(figsize=(15, 4), layout='constrained')
+    figure.suptitle('Fashion-MNIST, 2,000 labeled images', fontsize=14)
+    columns = {'eval_top1': 'top-1, %', 'train_kl': 'KL divergence from the teachers, nats'}
+    columns |= {'train_teacher_agreement': 'same top-1 as the teachers, %'}
+    for axes, (column, unit) in zip(figure.subplots(1, 3), columns.items(), strict=True):
+        for arm, color in ARM_COLORS.items():
+            points = read_run(out / arm).values(column)
+            epochs = [epoch + 1 + (0 if arm == 'start' else start_epochs) for epoch, _ in points]
+            axes.plot(epochs, [value for _, value in points], color, marker='.', label=arm)
+        if column == 'eval_top1':
+            for name, style in zip((*TEACHERS, 'ensemble'), (':', '-.', '--'), strict=True):
+                axes.axhline(top1[name], color='#666666', linestyle=style, label=f'{name} ({top1[name]:.2f})')
+            axes.set_ylim(bottom=lowest)
+        axes.set(xlabel='epochs trained', ylabel=unit)
+        axes.legend(fontsize=8)
+    figure.savefig(out / 'curves.png', dpi=120)
+
+
 def run_once(args: argparse.Namespace, seed: int, out: Path, validation: ImageDataset) -> dict[str, dict[str, float]]:
     """Train, evaluate, draw and export for one seed; return name -> metrics."""
     out.mkdir(parents=True, exist_ok=True)
@@ -194,17 +215,7 @@ def run_once(args: argparse.Namespace, seed: int, out: Path, validation: ImageDa
     write_json(out / 'results.json', {'teachers': {name: top1[name] for name in TEACHERS}, **arms})
     detail = {'seed': seed, 'data': str(args.val_data), 'images': len(validation), 'weights': 'last epoch'}
     write_json(out / 'results_detail.json', {**detail, 'models': results})
-    labels = {'start': 'start', 'control': 'control (cross-entropy)'}
-    labels |= {'logit': 'logit distillation', 'mealv2': 'MEAL V2'}
-    draw_runs(
-        {label: read_run(out / name) for name, label in labels.items()},
-        out / 'curves.png',
-        panels=('top1', 'kl', 'agreement'),
-        first_epochs={label: start_epochs for name, label in labels.items() if name != 'start'},
-        top1_lines={name: top1[name] for name in (*TEACHERS, 'ensemble')},
-        top1_from=None if args.smoke else 75,
-        title='Fashion-MNIST, 2,000 labeled images',
-    )
+    draw(out, start_epochs, top1, None if args.smoke else 75)
     export_and_verify(checkpoints['mealv2'], out, args.val_data, top1['mealv2'])
     print(f'\nTop-1 on {len(validation):,} images, weights of the last epoch, seed {seed}:\n\n{table(results)}\n')
     print(f'Written: {out}/results.json, results_detail.json, curves.png, student/', flush=True)

@@ -195,10 +195,10 @@ def test_several_sizes_stand_in_one_table(tmp_path, image_folder, capsys):
     common = ['--data-dir', image_folder, '-j', 0, '--teachers', resnet, '--json', tmp_path / 'r.json']
     alone = run(capsys, resnet, *common, '--img-size', 48)
     table = run(capsys, resnet, *common, '--img-size', 32, 48)
-    assert list(table) == [f'{name}@{size}' for size in (32, 48) for name in (resnet, 'ensemble')]
+    assert list(table) == [f'{name}@{size}' for name in (resnet, 'ensemble') for size in (32, 48)]
     assert table[f'{resnet}@48'] == alone[resnet] != table[f'{resnet}@32']
     result = json.loads((tmp_path / 'r.json').read_text())
-    assert [row['data_config']['input_size'][1] for row in result.values()] == [32, 32, 48, 48]
+    assert [row['data_config']['input_size'][1] for row in result.values()] == [32, 48, 32, 48]
 
 
 def test_folders_of_imagenet_v2_are_class_numbers(tmp_path, capsys):
@@ -366,7 +366,7 @@ def test_predictions_are_written_for_each_image_that_can_be_read(tmp_path, spoil
     assert [path.name for path in (tmp_path / 'page').iterdir()] == ['evaluation.html']
     text = (tmp_path / 'page/evaluation.html').read_text()
     assert 'of 11 images' in text
-    assert 'src="data:image/png;base64,' in text
+    assert ('src="data:image/png;base64,' in text) == labeled
     assert 'http' not in text
 
 

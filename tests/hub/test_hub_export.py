@@ -9,14 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import timm
 import torch
 from hub_server import HubServer, connected
 from huggingface_hub import ModelCard
-from PIL import Image
-from timm.data import create_transform, resolve_model_data_config
+from timm.data import resolve_model_data_config
 from timm.models import save_for_hf
 from timm.utils import ModelEmaV3
 
@@ -283,35 +281,6 @@ def test_the_batch_norm_of_the_training_is_that_of_the_export(tmp_path: Path) ->
     loaded = timm.create_model(f'local-dir:{hub.export_model(path, tmp_path / "out")}', pretrained=True).eval()
     images = torch.randn(1, 3, 64, 64)
     assert torch.equal(loaded(images), model(images))
-
-
-# Examples
-
-
-def test_the_card_shows_what_the_model_says_of_examples(gray: tuple[torch.nn.Module, Path], tmp_path: Path) -> None:
-    model, checkpoint = gray
-    pixels = np.random.default_rng(0).integers(0, 256, (50, 60, 3), dtype=np.uint8)
-    image = Image.fromarray(pixels)
-    image.save(tmp_path / 'my holiday.PNG')
-    hub.main(
-        ['export', str(checkpoint), '--out', str(tmp_path / 'out'), '--examples', str(tmp_path / 'my holiday.PNG')]
-    )
-    assert (tmp_path / 'out/examples/01.png').read_bytes() == (tmp_path / 'my holiday.PNG').read_bytes()
-    transform = create_transform(**GRAY, is_training=False)
-    with torch.inference_mode():
-        probabilities = model(transform(image.convert('L')).unsqueeze(0)).softmax(1)[0]
-    best = int(probabilities.argmax())
-    row = (
-        f'| ![examples/01.png](examples/01.png) | `{["bag", "coat", "shirt"][best]}` {100 * probabilities[best]:.1f} %'
-    )
-    card = ModelCard.load(tmp_path / 'out/README.md')
-    assert row in card.text
-    assert 'holiday' not in card.content
-    (tmp_path / 'text.png').write_text('text')
-    for path in (tmp_path / 'text.png', tmp_path / 'absent.png'):
-        with pytest.raises(UserError, match=f'{path.name} is no readable image'):
-            hub.export_model(checkpoint, tmp_path / 'new', examples=[path])
-    assert not (tmp_path / 'new').exists()
 
 
 # Ensembles

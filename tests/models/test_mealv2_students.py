@@ -1,20 +1,16 @@
 """The students: registered names, what their configs say, and released weights, loaded strictly by timm."""
 
-import http.server
-import json
-import os
 import runpy
 import subprocess
 import sys
-import threading
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import safetensors.torch
 import timm
 import torch
+from hub_server import connected
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from timm_mealv2.errors import UserError
@@ -234,84 +230,27 @@ def test_an_address_that_cannot_be_reached_is_one_line():
 # The Hub
 
 
-class HubHandler(http.server.BaseHTTPRequestHandler):
-    """As much of the Hub as serves files of repositories: `server.files` has path -> content."""
-
-    server: Any
-
-    def log_message(self, *args):
-        pass
-
-    def do_HEAD(self):
-        self.server.requests.append(f'{self.command} {self.path}')
-        content = self.server.files.get(self.path)
-        known = any(path.startswith(self.path.partition('/resolve/')[0] + '/') for path in self.server.files)
-        self.send_response(200 if content is not None else 404)
-        self.send_header('Content-Length', str(len(content or b'')))
-        if content is None:
-            self.send_header('X-Error-Code', 'EntryNotFound' if known else 'RepoNotFound')
-        else:
-            self.send_header('ETag', '"0123456789abcdef"')
-            self.send_header('X-Repo-Commit', '1' * 40)
-        self.end_headers()
-
-    def do_GET(self):
-        self.do_HEAD()
-        self.wfile.write(self.server.files.get(self.path, b''))
-
-
-LOAD_FROM_HUB = """
-import json, os, sys
-import timm, torch, timm_mealv2
-
-folder, answers = sys.argv[1], {}
-for name in sys.argv[2:]:
-    try:
-        model = timm.create_model(name, pretrained=True)
-        torch.save(model.state_dict(), f'{folder}/{name}.pth')
-        answers[name] = model.pretrained_cfg['hf_hub_id']
-    except timm_mealv2.errors.UserError as error:
-        answers[name] = str(error)
-print(json.dumps(answers))
-"""
-
-
-def test_namespace_takes_the_weights_from_the_hub(tmp_path):
+def test_namespace_takes_the_weights_from_the_hub(tmp_path, monkeypatch):
     resnet, mobilenet, efficientnet = 'mealv2_resnet18', NAME, 'mealv2_efficientnet_b0'
     cutmix = 'mealv2_resnet50.cutmix_in1k'
     expected = {name: timm.create_model(name).state_dict() for name in (resnet, mobilenet)}
     torch.save(expected[mobilenet], tmp_path / 'pytorch_model.bin')
-    repositories = {
-        f'/me/{resnet}.in1k/resolve/main/model.safetensors': safetensors.torch.save(expected[resnet]),
-        f'/me/{mobilenet}.in1k/resolve/main/pytorch_model.bin': (tmp_path / 'pytorch_model.bin').read_bytes(),
-        f'/me/{efficientnet}.in1k/resolve/main/model.safetensors': safetensors.torch.save(expected[resnet]),
-    }
-    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), HubHandler) as hub:
-        hub.files, hub.requests = repositories, []
-        threading.Thread(target=partial(hub.serve_forever, poll_interval=0.02), daemon=True).start()
-        environment = {key: value for key, value in os.environ.items() if key != 'HF_HUB_OFFLINE'} | {
-            'HF_ENDPOINT': f'http://127.0.0.1:{hub.server_port}',
-            'HF_HOME': str(tmp_path / 'hf'),
-            'HF_HUB_DISABLE_XET': '1',
-            'MEALV2_HUB_NAMESPACE': 'me',
-            'NO_PROXY': '127.0.0.1',
-            'PYTHONPATH': str(ROOT),
-        }
-        command = [sys.executable, '-c', LOAD_FROM_HUB, tmp_path, resnet, mobilenet, efficientnet, cutmix]
-        result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        hub.shutdown()
-        assert result.returncode == 0, result.stderr
-        answers = json.loads(result.stdout)
-
-    for name, weights in expected.items():
-        assert answers[name] == f'me/{name}.in1k'
-        assert_equal(torch.load(tmp_path / f'{name}.pth', weights_only=True), weights)
-    assert answers[efficientnet].startswith(f'me/{efficientnet}.in1k does not fit {efficientnet}, ')
-    assert answers[cutmix].startswith(f'me/{cutmix} does not fit mealv2_resnet50, or cannot be read: 404')
-    assert '\n' not in answers[cutmix]
-    # What is asked for: safetensors first, then the pickle.
-    assert f'HEAD /me/{mobilenet}.in1k/resolve/main/model.safetensors' in hub.requests
-    assert f'HEAD /me/{cutmix}/resolve/main/model.safetensors' in hub.requests
+    monkeypatch.setenv('MEALV2_HUB_NAMESPACE', 'me')
+    with connected(monkeypatch, tmp_path) as server:
+        server.add_repo(f'me/{resnet}.in1k', {'model.safetensors': safetensors.torch.save(expected[resnet])})
+        server.add_repo(f'me/{mobilenet}.in1k', {'pytorch_model.bin': (tmp_path / 'pytorch_model.bin').read_bytes()})
+        server.add_repo(f'me/{efficientnet}.in1k', {'model.safetensors': safetensors.torch.save(expected[resnet])})
+        for name, weights in expected.items():
+            model = timm.create_model(name, pretrained=True)
+            assert model.pretrained_cfg['hf_hub_id'] == f'me/{name}.in1k'
+            assert_equal(model.state_dict(), weights)
+        with pytest.raises(UserError, match=f'^me/{efficientnet}.in1k does not fit {efficientnet}, '):
+            timm.create_model(efficientnet, pretrained=True)
+        with pytest.raises(UserError, match=f'^me/{cutmix} does not fit mealv2_resnet50, or cannot be read: 404.*$'):
+            timm.create_model(cutmix, pretrained=True)
+        # What is asked for: safetensors first, then the pickle.
+        assert server.count('HEAD', f'/me/{mobilenet}.in1k/resolve/main/model.safetensors')
+        assert server.count('HEAD', f'/me/{cutmix}/resolve/main/model.safetensors')
 
 
 def test_given_weights_come_before_the_namespace(released, monkeypatch):

@@ -112,7 +112,7 @@ def test_one_teacher_is_drawn_for_each_sample_by_epoch_and_image_alone(
             drawn.append(int(np.argmin(errors)))
     assert 20 < drawn.count(0) < 36  # of 42, two thirds
     assert drawn[:21] != drawn[21:]
-    assert compare(StoredSamples(store, train), teachers, count=40)['largest difference'] < 5e-4
+    assert compare(StoredSamples(store, train), teachers, count=40)[1] < 5e-4
     with pytest.raises(UserError, match='a recording with --teachers-per-sample 1, not None'):
         record(tmp_path / '50', train, teachers, replace(meta, teachers_per_sample=None), 2)
     with pytest.raises(UserError, match=r'--teachers-per-sample 2: test_resnet.*give at most 1'):

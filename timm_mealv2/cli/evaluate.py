@@ -39,9 +39,6 @@ from timm_mealv2.models.ensemble import EnsembleTeacher
 from timm_mealv2.models.factory import TeacherSpec, create_ensemble, for_classes
 from timm_mealv2.predictions import Predictions, TopClasses, write_predictions
 
-ENSEMBLE = 'ensemble'
-"""What the ensemble of `--teachers` is called in the table and the JSON."""
-
 
 def build_parser() -> argparse.ArgumentParser:
     """Return a fresh parser of the program's command line."""
@@ -71,12 +68,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group('results').add_argument
     add('--calibration', action='store_true', help='negative log-likelihood and expected calibration error too')
-    add(
-        '--report',
-        type=Path,
-        metavar='DIR',
-        help='write evaluation.html there: confusion, calibration, images that differ',
-    )
+    text = 'write evaluation.html there: confusion, calibration, images that differ'
+    add('--report', type=Path, metavar='DIR', help=text)
     add('--predictions', type=Path, metavar='FILE', help='write the most likely classes of each image there, as CSV')
     add('--json', type=Path, metavar='FILE', help='write the results there as well')
     return parser
@@ -96,35 +89,41 @@ def main(argv: Sequence[str] | None = None) -> None:
     for spec in (*specs, *args.teachers):
         spec.check()
     data = _open_data(args)
-    options: dict[str, Any] = {'autocast_dtype': getattr(torch, args.amp_dtype) if args.amp else None, 'device': device}
-    ensemble: dict[str, EnsembleTeacher] = {}
-    results: dict[str, dict[str, Any]] = {}
+    dtype = getattr(torch, args.amp_dtype) if args.amp else None
+    suffixes = {size: f'@{size}' if len(args.img_size or ()) > 1 else '' for size in args.img_size or [None]}
+    # An ensemble of one is the model, made from whatever names a teacher.
+    models = {
+        f'{spec}{suffix}': create_ensemble(spec, img_sizes=[size], autocast_dtype=dtype).to(device)
+        for size, suffix in suffixes.items()
+        for spec in specs
+    }
+    models, images, classes = _with_the_same_classes(models, data, args.imagenet_v2)
+    ensemble = build_ensemble(args, device, class_names=classes) if args.teachers else None
+    if ensemble is not None:
+        models |= {f'ensemble{suffix}': ensemble for suffix in suffixes.values()}
+    configs = {
+        name: resolve_pixels({'img_size': size}, model.pretrained_cfg, model.in_chans, args.use_test_size)
+        for size, suffix in suffixes.items()
+        for name, model in models.items()
+        if name.endswith(suffix)
+    }
+    results: dict[str, dict[str, Any]] = {name: {} for name in models}  # in the order of the command line
     predictions: dict[str, Predictions] = {}
-    bad = BadImages()
-    for size in args.img_size or [None]:
-        # An ensemble of one is the model, made from whatever names a teacher.
-        models = {str(spec): create_ensemble(spec, img_sizes=[size] if size else None, **options) for spec in specs}
-        models, images, classes = _with_the_same_classes(models, data, args.imagenet_v2)
-        if args.teachers and not ensemble:
-            ensemble = {ENSEMBLE: build_ensemble(args, class_names=classes, device=device)}
-        models |= ensemble
-        names = {name: f'{name}@{size}' if len(args.img_size or ()) > 1 else name for name in models}
-        results |= {name: {} for name in names.values()}  # in the order of the command line
-        configs = {
-            name: resolve_pixels({'img_size': size}, model.pretrained_cfg, model.in_chans, args.use_test_size)
-            for name, model in models.items()
-        }
-        while configs:
-            # Models of the same pixels are evaluated together, each time with the ensemble to compare them with.
-            config = next(iter(configs.values()))
-            group = [name for name in configs if configs[name] == config]
-            together = {name: models[name] for name in (*group, *ensemble)}
-            rows, top = _evaluate(config, together, images, args, device, bad)
-            for name in group:
-                del configs[name]
-                parameters = sum(parameter.numel() for parameter in models[name].parameters())
-                results[names[name]] = {**rows[name], 'parameters': parameters, 'data_config': config}
-                predictions |= {names[name]: top[name]} if top else {}
+    bad, left = BadImages(), list(models)
+    while left:
+        # Models of the same pixels are evaluated together, each time with the ensemble to compare them with.
+        config = configs[left[0]]
+        group = {name: models[name] for name in left if configs[name] == config}
+        left = [name for name in left if name not in group]
+        together, reference = group, None
+        if ensemble is not None:
+            reference = next((name for name, model in group.items() if model is ensemble), 'ensemble')
+            together = {**group, reference: ensemble}
+        rows, top = _evaluate(config, together, reference, images, args, device, bad)
+        for name, model in group.items():
+            parameters = sum(parameter.numel() for parameter in model.parameters())
+            results[name] = {**rows[name], 'parameters': parameters, 'data_config': config}
+            predictions |= {name: top[name]} if top else {}
 
     print(as_text(metric_table(results)))
     if bad.found:
@@ -186,6 +185,7 @@ def _with_the_same_classes(
 def _evaluate(
     config: dict[str, Any],
     models: Mapping[str, EnsembleTeacher],
+    reference: str | None,
     data: Any,
     args: argparse.Namespace,
     device: torch.device,
@@ -208,7 +208,7 @@ def _evaluate(
         models,
         tqdm(loader, desc='evaluating', leave=False, disable=None),
         device=device,
-        reference=ENSEMBLE if ENSEMBLE in models else None,
+        reference=reference,
         data_config=config,
         calibration=args.calibration,
         on_output=keep,
@@ -217,7 +217,7 @@ def _evaluate(
         raise UserError('--real-labels needs every image of the validation set, but some cannot be read: see above.')
     for name, labels in real_labels.items():
         results[name].update({f'real_top{k}': accuracy for k, accuracy in labels.get_accuracy().items()})
-    return results, top.predictions(models, ENSEMBLE)
+    return results, top.predictions(models, reference)
 
 
 def _real_labels(path: str, data: Any) -> RealLabelsImagenet:

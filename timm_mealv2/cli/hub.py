@@ -7,15 +7,9 @@ from collections.abc import Sequence
 
 from timm_mealv2.command_line import PIXELS, OneLineParser, Option, add_options, flag, run_cli
 from timm_mealv2.hub.card import CardOptions
-from timm_mealv2.hub.export import (
-    ENSEMBLE,
-    PAPER_ACCURACY,
-    convert_released,
-    export_ensemble,
-    export_model,
-    read_config,
-)
+from timm_mealv2.hub.export import PAPER_ACCURACY, convert_released, export_ensemble, export_model, read_config
 from timm_mealv2.hub.hub_api import pull_model, push_model
+from timm_mealv2.models.checkpoint import is_ensemble
 
 _logger = logging.getLogger(__name__)
 
@@ -32,7 +26,6 @@ _EXPORT = (
     _LICENSE,
     flag('--no-ema', 'the weights themselves, not their average (--model-ema) where there is one'),
     Option('--dataset-id', None, "the Hub's name of the data set, for the card"),
-    Option('--examples', None, 'images for the card', [], nargs='+', metavar='IMAGE'),
     Option('--test-size', PIXELS, "image size for tests, written into the config (default: the model's)"),
     flag('--onnx', 'write model.onnx too, compared with the model on the validation images'),
     flag('--int8', 'write model_int8.onnx too (static quantization, calibrated on training images); implies --onnx'),
@@ -109,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             folder = export_ensemble(card=card, **options)
         else:
             folder = convert_released(card=card, **options)
-    first = 'import timm_mealv2 and ' if read_config(folder)['architecture'] == ENSEMBLE else ''
+    first = 'import timm_mealv2 and ' if is_ensemble(read_config(folder)['architecture']) else ''
     print(f"{folder}: {first}load it with timm.create_model('local-dir:{folder}', pretrained=True)")
 
 

@@ -5,22 +5,45 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+import torch
+from torch.utils.data import Dataset
+from tqdm import tqdm
 
 from timm_mealv2.arguments import choose_device
 from timm_mealv2.command_line import COUNT, DECODE, DEVICE, OneLineParser, Option, add_options, run_cli
 from timm_mealv2.data.decode import is_image_file
+from timm_mealv2.data.loader import eval_loader
+from timm_mealv2.data.normalize import resolve_pixels
 from timm_mealv2.data.unreadable import BadImages
 from timm_mealv2.errors import UserError
 from timm_mealv2.files import replacing
 from timm_mealv2.models.factory import TeacherSpec, create_ensemble
-from timm_mealv2.predictions import predict_files, write_predictions
+from timm_mealv2.predictions import TopClasses, write_predictions
 
 _PREDICT = (
     Option('--topk', COUNT, 'classes of each image', 5),
     Option('--csv', Path, 'write them there as CSV', metavar='FILE'),
     Option('--json', Path, 'write them there as JSON: path and predictions of each image', metavar='FILE'),
 )
+
+
+class _ImageFiles(Dataset):
+    """Pictures by their paths, without labels."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[BinaryIO, int]:
+        return self.paths[index].open('rb'), -1
+
+    def filename(self, index: int, **kwargs: Any) -> str:
+        """Return the path of an image, for messages."""
+        return str(self.paths[index])
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
@@ -61,24 +84,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     spec = TeacherSpec.parse(args.model)
     spec.check()
     paths = find_images(args.images)
-    model = create_ensemble(spec, device=device)
+    model = create_ensemble(spec).to(device)
     bad = BadImages(limit=len(paths))
+    config = resolve_pixels({}, model.pretrained_cfg, model.in_chans)
     options = {'decode': args.decode, 'device': device, 'num_workers': args.workers}
-    found = predict_files(model, paths, bad, args.topk, args.batch_size, **options)
-    readable = bad.readable(len(paths))
+    loader = eval_loader(_ImageFiles(paths), config, batch_size=args.batch_size, bad=bad, **options)
+    top = TopClasses(args.topk)
+    with torch.inference_mode():
+        for images, target in tqdm(loader, desc='predicting', leave=False, disable=None):
+            top.add(args.model, model(images), target)
+    found = top.predictions({args.model: model})
+    readable = bad.readable(len(paths)) if found else []
     entries: list[dict[str, Any]] = [{'path': str(path), 'predictions': []} for path in paths]
-    for number, index in enumerate(readable if found else ()):
-        assert found is not None
-        entries[index]['predictions'] = [
-            {'name': found.names[which], 'probability': p} for which, p in found.top(number)
-        ]
+    for predictions in found.values():
+        for number, index in enumerate(readable):
+            entries[index]['predictions'] = [{'name': name, 'probability': p} for _, name, p in predictions.top(number)]
     for entry in entries:
         shown = [f'{row["name"]} {100 * row["probability"]:.2f} %' for row in entry['predictions']]
         print(f'{entry["path"]}: {", ".join(shown) or "cannot be read"}')
     for line in bad.tell_ignored():
         print(line, file=sys.stderr)
-    if args.csv is not None and found is not None:
-        write_predictions(args.csv, {args.model: found}, [str(paths[index]) for index in readable])
+    if args.csv is not None and found:
+        write_predictions(args.csv, found, [str(paths[index]) for index in readable])
     if args.json is not None:
         with replacing(args.json) as path:
             path.write_text(json.dumps(entries, indent=2) + '\n', encoding='utf-8')

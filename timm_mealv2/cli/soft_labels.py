@@ -3,7 +3,7 @@
 import argparse
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,8 @@ from timm_mealv2.command_line import (
     TEACHERS,
     TRAIN_SPLIT,
     UNLABELED,
+    VAL_SPLIT,
     OneLineParser,
-    Option,
     add_options,
     flag,
     model_text,
@@ -42,6 +42,7 @@ from timm_mealv2.data.loader import eval_loader
 from timm_mealv2.data.normalize import resolve_pixels
 from timm_mealv2.errors import UserError
 from timm_mealv2.evaluation import evaluate
+from timm_mealv2.figures import as_text, metric_table
 from timm_mealv2.models.checkpoint import making
 from timm_mealv2.models.ensemble import EnsembleTeacher
 from timm_mealv2.models.factory import TeacherSpec
@@ -49,7 +50,7 @@ from timm_mealv2.soft_labels.describe import describe
 from timm_mealv2.soft_labels.record import measure_rate, record
 from timm_mealv2.soft_labels.replay import StoredSamples
 from timm_mealv2.soft_labels.store import SoftLabelStore, StoreMeta, shown
-from timm_mealv2.soft_labels.verify import changed_teachers, compare, create_teachers, draw_samples, read_all
+from timm_mealv2.soft_labels.verify import compare, create_teachers, read_all
 from timm_mealv2.training.build_data import build_augmentation
 from timm_mealv2.training.checks import check_image_settings
 from timm_mealv2.training.settings import parse_with_files
@@ -91,7 +92,8 @@ def build_parser() -> argparse.ArgumentParser:
         command.set_defaults(run=function, parser=command, device=None)
         if function is not _record:
             command.add_argument('store', type=Path, metavar='DIR', help='the store')
-        add_options(command.add_argument_group('data set'), (*DATA, TRAIN_SPLIT))
+        if function is not _show:
+            add_options(command.add_argument_group('data set'), (*DATA, TRAIN_SPLIT))
         return command
 
     text = 'Record the predictions for every sample, or go on where a recording stopped.'
@@ -106,8 +108,7 @@ def build_parser() -> argparse.ArgumentParser:
     student = 'student, whose image size, mean and std count; else those of the first teacher'
     add('--model', type=model_text, metavar='NAME', help=student)
     dry_run = flag('--dry-run', 'measure the rate for half a minute, tell samples, bytes and hours, and write nothing')
-    val_split = Option('--val-split', None, 'validation split, where the teachers are measured', 'validation')
-    add_options(command, [dry_run, val_split, UNLABELED])
+    add_options(command, [dry_run, VAL_SPLIT, UNLABELED])
     groups = {
         'teachers': (*TEACHERS, PER_SAMPLE),
         'images': INPUT,
@@ -116,6 +117,7 @@ def build_parser() -> argparse.ArgumentParser:
     }
     for name, options in groups.items():
         add_options(command.add_argument_group(name), options)
+    command.set_defaults(mixup_mode='pair')
 
     text = 'Read a store to its end, and let the teachers predict some samples again.'
     command = add_command('verify', _verify, text)
@@ -125,11 +127,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument('--tolerance', type=POSITIVE, default=0.01, metavar='P', help=text)
     add_options(command.add_argument_group('device'), DEVICE[:1])
 
-    text = 'Show what a store holds, or draw the samples of an image, each beside the classes that it was given.'
-    command = add_command('show', _show, text, aliases=['info'])
-    command.add_argument('image', nargs='?', metavar='IMAGE', help='its name in the data set, or its number')
-    command.add_argument('--out', type=Path, default=Path('samples.png'), metavar='FILE', help='the picture')
-    command.add_argument('--samples', type=COUNT, default=8, metavar='N', help='samples to draw')
+    add_command('show', _show, 'Show what a store holds.', aliases=['info'])
     return parser
 
 
@@ -138,9 +136,7 @@ def _record(args: argparse.Namespace) -> None:
     if rank:
         logging.getLogger().setLevel(logging.WARNING)
     device = choose_device(args.device, local_rank)
-    if 'mixup_mode' not in args.given:
-        args.mixup_mode = 'pair'
-    elif args.mixup_mode != 'pair' and (args.mixup or args.cutmix or args.cutmix_minmax):
+    if args.mixup_mode != 'pair' and (args.mixup or args.cutmix or args.cutmix_minmax):
         fault = 'a sample would depend on its batch; pair is what can be recorded'
         raise UserError(f'--mixup-mode {args.mixup_mode}: {fault}.')
     check_image_settings(args)
@@ -152,7 +148,7 @@ def _record(args: argparse.Namespace) -> None:
     if folders and len(folders) == 1:  # a place for all images, and no class
         folders = None
     in_chans = args.in_chans or (args.input_size[0] if args.input_size else None)
-    teachers = build_ensemble(args, num_classes=args.num_classes, in_chans=in_chans, class_names=folders, device=device)
+    teachers = build_ensemble(args, device, num_classes=args.num_classes, in_chans=in_chans, class_names=folders)
     cfg = teachers.pretrained_cfg
     if args.model:
         with making(f'--model {args.model}'):
@@ -192,18 +188,9 @@ def _measure(
     options = {'batch_size': args.batch_size, 'num_workers': args.workers, 'device': device}
     loader = eval_loader(validation, config, img_mode=args.input_img_mode, decode=args.decode, **options)
     models = {'ensemble': teachers}
-    rows = evaluate(models, loader, device=device, reference='ensemble', members=True, data_config=config)
-    figures = {name.replace('ensemble/', 'teacher '): metrics for name, metrics in rows.items()}
-    for line in _figures(figures):
-        _logger.info(line)
+    figures = evaluate(models, loader, device=device, reference='ensemble', members=True, data_config=config)
+    _logger.info(as_text(metric_table(figures)))
     return figures
-
-
-def _figures(figures: Mapping[str, Mapping[str, float]]) -> list[str]:
-    return [
-        f'{name}: top-1 {metrics["top1"]:.2f} % of {metrics["samples"]:,.0f} validation images'
-        for name, metrics in figures.items()
-    ]
 
 
 def _verify(args: argparse.Namespace) -> None:
@@ -213,45 +200,24 @@ def _verify(args: argparse.Namespace) -> None:
     print(f'read                 {total:,} records, {unreadable:,} of them of images that could not be read')
     samples = StoredSamples(store, _open_images(args))
     names = [str(spec) for spec in TeacherSpec.parse_all(args.teachers or [])]
-    teachers = create_teachers(store.meta, names, choose_device(args.device))
-    found = compare(samples, teachers, args.samples)
-    print(f'compared             {found["samples"]} samples; their pixels are the recorded ones')
-    print(f'largest difference   {found["largest difference"]:.2e} of a probability')
-    print(f'mean difference      {found["mean difference"]:.2e}')
-    print(f'same top-1           {100 * found["same top-1"]:.2f}%')
-    faults = [f'{name} had other weights (name it with --teachers)' for name in changed_teachers(store.meta, teachers)]
-    if found['largest difference'] > args.tolerance:
-        faults.append(f'a probability differs by {found["largest difference"]:.2e} (--tolerance {args.tolerance:g})')
-    if faults:
-        raise UserError(f'the predictions do not match: {"; ".join(faults)}.')
+    teachers = create_teachers(store.meta, names).to(choose_device(args.device))
+    compared, largest = compare(samples, teachers, args.samples)
+    print(f'compared             {compared} samples; their pixels are the recorded ones')
+    print(f'largest difference   {largest:.2e} of a probability')
+    if largest > args.tolerance:
+        raise UserError(f'the teachers predict something else: a probability differs by {largest:.2e} (--tolerance).')
 
 
 def _show(args: argparse.Namespace) -> None:
     store = SoftLabelStore(args.store)
-    if args.image is None:
-        _show_contents(store)
-        return
-    names = store.names()
-    image = names.index(args.image) if args.image in names else int(args.image) if args.image.isdecimal() else -1
-    if not 0 <= image < len(names):
-        raise UserError(f'{args.store} has no image {args.image}, but {names[0]} for one (or its number, 0).')
-    samples = StoredSamples(store, _open_images(args))
-    classes = store.meta.class_names or class_names_of(samples.dataset)
-    if classes is not None and len(classes) != store.meta.num_classes:
-        classes = None
-    draw_samples(samples, image, classes, args.samples).savefig(args.out)
-    print(f'{args.out}: {names[image]}')
-
-
-def _show_contents(store: SoftLabelStore) -> None:
     meta = store.meta
     for teacher in meta.teachers:
         known = {**teacher, 'sha256': teacher['sha256'][:12], 'weight': f'{teacher["weight"]:.3g}'}
         print('teacher  ', shown({name: value for name, value in known.items() if value is not None}))
     if meta.teachers_per_sample:
         print(f'drawn     {meta.teachers_per_sample} of the teachers for each sample')
-    for line in _figures(meta.figures):
-        print(f'measured  {line}')
+    if meta.figures:
+        print(as_text(metric_table(meta.figures), 'measured'))
     default = vars(Augmentation(meta.augmentation.input_size)) | {'input_size': None}
     changed = {name: value for name, value in vars(meta.augmentation).items() if value != default[name]}
     print(f'samples   {shown(changed)}, seed {meta.seed}')

@@ -77,13 +77,13 @@ def write_card(
         config: What the folder's config.json holds.
         tags: Tags beside those of every card.
         header: Further entries of the YAML header; None leaves one out.
-        **variables: Variables of the template; the others are empty.
+        **variables: Variables of the template.
 
     Raises:
         UserError: If `options.template` is no template of a card.
     """
     from huggingface_hub import ModelCard, ModelCardData  # these are loaded where a card is written
-    from jinja2 import StrictUndefined, TemplateError, meta
+    from jinja2 import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     data = ModelCardData(
@@ -93,20 +93,18 @@ def write_card(
         tags=['image-classification', 'timm', *tags],
         **{'datasets': [options.dataset_id] if options.dataset_id else None, **(header or {})},
     )
-    own = files('timm_mealv2') / 'hub' / 'card.md'
-    environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
-    empty = dict.fromkeys(meta.find_undeclared_variables(environment.parse(own.read_text(encoding='utf-8'))), '')
+    template = Path(options.template) if options.template else files('timm_mealv2') / 'hub' / 'card.md'
     try:
-        template = Path(options.template) if options.template else own
-        text = environment.from_string(template.read_text(encoding='utf-8')).render(
-            {
-                **empty,
-                'card_data': data.to_yaml(),
-                'name': _model_name(options, name),
-                'source': f'hf-hub:{options.repo_id}' if options.repo_id else f'local-dir:{name}',
-                'config': config,
+        text = (
+            ImmutableSandboxedEnvironment()
+            .from_string(template.read_text(encoding='utf-8'))
+            .render(
+                card_data=data.to_yaml(),
+                name=_model_name(options, name),
+                source=f'hf-hub:{options.repo_id}' if options.repo_id else f'local-dir:{name}',
+                config=config,
                 **variables,
-            }
+            )
         )
     except (OSError, TemplateError) as error:
         raise UserError(f'{options.template} is no template of a model card: {one_line(error)}') from error
@@ -135,7 +133,7 @@ def write_trained_card(
         checkpoint: The training checkpoint; `summary.csv` and `args.yaml` lie beside it if its folder is a run's.
         model: Its model, as exported.
         averaged: The average (EMA) was exported.
-        **variables: Further variables of the template: 'examples', 'onnx'.
+        **variables: Further variables of the template: 'onnx'.
     """
     args = checkpoint.args
     run = _draw_run(checkpoint.path.resolve().parent, name, folder / CURVES_FILE)
@@ -258,19 +256,21 @@ def _measured(checkpoint: TrainingCheckpoint, run: Run, averaged: bool) -> dict[
 
 def _teachers(args: Mapping[str, Any], run: Run | None) -> list[dict[str, Any]]:
     """The teachers as rows of the card's table; their weights sum to 1."""
-    of_timm = args.get('kd_model_name')  # of timm's train.py
-    names = list(args.get('teachers') or ([of_timm] if of_timm else []))
-    weights, dtypes = args.get('teacher_weights') or [1.0] * len(names), [args.get('teacher_dtype')] * len(names)
     if args.get('soft_labels'):
         try:
             recorded = StoreMeta.read(Path(args['soft_labels'])).teachers
         except UserError:  # the store is not on this machine
             return []
-        keys = ('name', 'weight', 'autocast_dtype')
-        names, weights, dtypes = ([teacher[key] for teacher in recorded] for key in keys)
-    rows = [weights_row(name, weight / sum(weights)) for name, weight in zip(names, weights, strict=True)]
-    measured = (run.before(f'teacher {name}', 'top1') if run else None for name in names)
-    return [{**row, 'dtype': d, 'top1': top1} for row, d, top1 in zip(rows, dtypes, measured, strict=True)]
+        known = [(teacher['name'], teacher['weight'], teacher['autocast_dtype']) for teacher in recorded]
+    else:
+        names = args.get('teachers') or list(filter(None, [args.get('kd_model_name')]))  # the one of timm's train.py
+        weights = args.get('teacher_weights') or [1.0] * len(names)
+        known = [(name, weight, args.get('teacher_dtype')) for name, weight in zip(names, weights, strict=True)]
+    total = sum(weight for _, weight, _ in known)
+    return [
+        {**weights_row(name, weight / total), 'dtype': dtype, 'top1': run and run.before(f'teacher {name}', 'top1')}
+        for name, weight, dtype in known
+    ]
 
 
 def _dataset_names(args: Mapping[str, Any]) -> tuple[str | None, str]:

@@ -9,7 +9,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +22,6 @@ from timm.models import get_pretrained_cfg, save_for_hf
 from torch import nn
 
 from timm_mealv2.data.class_names import class_names_of
-from timm_mealv2.data.unreadable import BadImages
 from timm_mealv2.errors import UserError
 from timm_mealv2.hub.card import (
     CARD_FILE,
@@ -35,19 +33,15 @@ from timm_mealv2.hub.card import (
     write_trained_card,
 )
 from timm_mealv2.hub.onnx_export import INT8_FILE, ONNX_FILE, add_onnx
-from timm_mealv2.models.checkpoint import architecture_arguments
+from timm_mealv2.models.checkpoint import architecture_arguments, is_ensemble
 from timm_mealv2.models.factory import TeacherSpec, create_ensemble
 from timm_mealv2.models.mealv2_students import VANILLA_ARCHITECTURE
-from timm_mealv2.predictions import predict_files
 
 _logger = logging.getLogger(__name__)
 
-WEIGHTS_FILE, CONFIG_FILE, EXAMPLES_FOLDER = 'model.safetensors', 'config.json', 'examples'
-FILES = [WEIGHTS_FILE, CONFIG_FILE, CARD_FILE, CURVES_FILE, ONNX_FILE, INT8_FILE, f'{EXAMPLES_FOLDER}/*']
-"""The files of an export, as patterns."""
-
-ENSEMBLE = 'mealv2_ensemble'
-"""Architecture of an ensemble's folder, which names teachers and has no weights."""
+WEIGHTS_FILE, CONFIG_FILE = 'model.safetensors', 'config.json'
+FILES = [WEIGHTS_FILE, CONFIG_FILE, CARD_FILE, CURVES_FILE, ONNX_FILE, INT8_FILE]
+"""The files of an export."""
 
 # What an architecture's config says about the architecture; its other entries are about weights that are not these.
 _ARCHITECTURE_KEYS = ('architecture', 'first_conv', 'classifier', 'fixed_input_size', 'min_input_size')
@@ -75,7 +69,6 @@ def export_model(
     *,
     use_ema: bool = True,
     card: CardOptions | None = None,
-    examples: Sequence[str | os.PathLike[str]] = (),
     onnx: bool = False,
     int8: bool = False,
     data_dir: str | None = None,
@@ -91,7 +84,6 @@ def export_model(
         checkpoint: A run folder (its best checkpoint), a `.pth.tar` of one, or one of timm's train.py.
         out: The folder to make, which is returned.
         use_ema: Take the averaged weights where the checkpoint has them.
-        examples: Images for the card.
         onnx: Write `model.onnx` as well, compared with the model on the validation images; see `add_onnx`.
         int8: Write `model_int8.onnx` too, which implies `onnx`.
         data_dir: The data set for that comparison; the run's if None.
@@ -125,7 +117,6 @@ def export_model(
             checkpoint=trained,
             model=model,
             averaged=averaged,
-            examples=_add_examples(folder, examples, model, labels),
             onnx=measured,
         )
     kind = 'the weights, not their moving average' if has_average else 'the weights'
@@ -159,7 +150,7 @@ def export_ensemble(
     ensemble = create_ensemble(**arguments, num_classes=num_classes)
     data_config = resolve_model_data_config(ensemble)
     config = {
-        'architecture': ENSEMBLE,
+        'architecture': 'mealv2_ensemble',
         'num_classes': ensemble.num_classes,
         'model_args': arguments,
         'pretrained_cfg': data_config,
@@ -231,7 +222,7 @@ def read_config(folder: Path, source: str | None = None) -> dict[str, Any]:
     """
     path = folder / CONFIG_FILE
     config: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    if not config or not ((folder / WEIGHTS_FILE).is_file() or config['architecture'] == ENSEMBLE):
+    if not config or not ((folder / WEIGHTS_FILE).is_file() or is_ensemble(config['architecture'])):
         raise UserError(
             f'{source or folder} is no exported model, with a {CONFIG_FILE} and weights: `mealv2-hub export` makes one.'
         )
@@ -253,8 +244,7 @@ def replacing_export(path: Path) -> Iterator[Path]:
     """
     if path.exists():
         names = {entry.name for entry in path.iterdir()} if path.is_dir() else {''}
-        others = names - {Path(pattern).parts[0] for pattern in FILES}
-        if others or (names and CONFIG_FILE not in names):
+        if names - set(FILES) or (names and CONFIG_FILE not in names):
             raise UserError(f'{path} holds something else than an earlier export: name another folder.')
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f'.{path.name}-', dir=path.parent) as temporary:
@@ -300,26 +290,3 @@ def _check_equal(model: nn.Module, data_config: Mapping[str, Any], loaded: nn.Mo
     expected = json.dumps({key: data_config[key] for key in resolve_model_data_config(loaded)})
     if expected != received:
         raise RuntimeError(f'the data configuration was {expected} and is {received} after loading the export')
-
-
-def _add_examples(
-    folder: Path, images: Sequence[str | os.PathLike[str]], model: nn.Module, labels: Mapping[str, Any]
-) -> list[dict[str, Any]]:
-    """Copy images into the folder; return each one's file name there and its three most likely classes."""
-    bad, paths = BadImages(), list(map(Path, images))
-    found = predict_files(create_ensemble(model), paths, bad, count=3) if paths else None
-    readable = bad.readable(len(paths))
-    for number, path in enumerate(paths):
-        if number not in readable:
-            raise UserError(f'{path} is no readable image.')
-    descriptions = labels.get('label_descriptions', {})
-    examples: list[dict[str, Any]] = []
-    for number, path in enumerate(paths):
-        assert found is not None
-        (folder / EXAMPLES_FOLDER).mkdir(exist_ok=True)
-        file = f'{EXAMPLES_FOLDER}/{number + 1:02}{path.suffix.lower()}'
-        shutil.copyfile(path, folder / file)
-        names = labels.get('label_names') or found.names
-        classes = [(descriptions.get(names[index], names[index]), p) for index, p in found.top(number)]
-        examples.append({'file': file, 'classes': classes})
-    return examples

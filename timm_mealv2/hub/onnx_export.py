@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from timm_mealv2.arguments import open_split
+from timm_mealv2.command_line import DATA, TRAIN_SPLIT, UNLABELED, VAL_SPLIT, add_options
 from timm_mealv2.data.class_names import class_names_of, index_map, relabeled, unlabeled
-from timm_mealv2.data.dataset import image_mode
 from timm_mealv2.data.loader import eval_loader
 from timm_mealv2.errors import UserError
 from timm_mealv2.evaluation import evaluate
@@ -25,11 +25,6 @@ ONNX_FILE, INT8_FILE = 'model.onnx', 'model_int8.onnx'
 
 LARGEST_DIFFERENCE = 1e-4
 """Of a probability between model.onnx and the model, on any image; beyond it the export is refused."""
-
-_DEFAULTS: dict[str, Any] = dict.fromkeys(('data_dir', 'input_img_mode', 'input_key', 'target_key'))
-_DEFAULTS |= {'dataset': '', 'class_map': '', 'decode': 'timm', 'val_split': 'validation', 'train_split': 'train'}
-_DEFAULTS |= {'unlabeled': False, 'val_share': 0.0}
-"""Options of the data set, for a file that knows nothing of them."""
 
 _CALIBRATION_IMAGES = 256
 _ENOUGH_IMAGES = 200
@@ -65,9 +60,8 @@ def add_onnx(
     """
     args = _data_arguments(checkpoint, data_dir)
     config = resolve_model_data_config(model)
-    mode = image_mode(args.input_img_mode, config['input_size'][0])
-    options: dict[str, Any] = {'img_mode': mode, 'decode': args.decode, 'batch_size': 64, 'num_workers': 0}
-    options['device'] = torch.device('cpu')
+    options: dict[str, Any] = {'img_mode': args.input_img_mode, 'decode': args.decode, 'batch_size': 64}
+    options |= {'num_workers': 0, 'device': torch.device('cpu')}
     validation = open_split(args, '--val-split', or_all=True)
     folders = class_names_of(validation)
     if args.unlabeled and len(folders or ()) != model.num_classes:
@@ -110,7 +104,9 @@ def add_onnx(
 
 def _data_arguments(checkpoint: TrainingCheckpoint, data_dir: str | None) -> argparse.Namespace:
     """The options of the run's data set. On a file's word a folder or tar is opened, and nothing fetched or run."""
-    args = argparse.Namespace(**{**_DEFAULTS, **checkpoint.args})
+    parser = argparse.ArgumentParser()
+    add_options(parser, (*DATA, TRAIN_SPLIT, VAL_SPLIT, UNLABELED))
+    args = argparse.Namespace(**{**vars(parser.parse_args([])), **checkpoint.args})
     if data_dir is None and args.dataset:
         raise UserError(f'--onnx compares on images: give a folder or tar of {args.dataset} with --data-dir.')
     args.data_dir = data_dir or args.data_dir or getattr(args, 'data', None)

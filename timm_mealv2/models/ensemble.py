@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from itertools import chain, combinations
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
 from timm.models import PretrainedCfg, filter_pretrained_cfg, get_model_input_config
@@ -50,16 +50,6 @@ class ClassSubset(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits of the classes taken, [B, num_classes]."""
         return self.model(x).index_select(1, self.get_buffer('indices'))
-
-
-class Member(NamedTuple):
-    """One teacher of an ensemble; see the attributes of `EnsembleTeacher`."""
-
-    teacher: nn.Module
-    weight: float
-    name: str
-    img_size: Size
-    autocast_dtype: torch.dtype | None
 
 
 class EnsembleTeacher(nn.Module):
@@ -115,14 +105,19 @@ class EnsembleTeacher(nn.Module):
             raise UserError('An ensemble needs at least one teacher: name a timm model, folder or checkpoint.')
         names = [teacher_name(teacher) for teacher in teachers] if names is None else names
         wanted = [None] * count if img_sizes is None else img_sizes
-        members: list[Member] = []
-        for given in zip(teachers, _normalized(weights, count), names, wanted, strict=True):
-            members += _flat(Member(*given, autocast_dtype))
-        self.teachers = nn.ModuleList(member.teacher for member in members)
-        self.weights: tuple[float, ...] = tuple(member.weight for member in members)
-        self.names: tuple[str, ...] = tuple(member.name for member in members)
-        self.img_sizes = tuple(_seen_size(member) for member in members)
-        self.autocast_dtypes = tuple(member.autocast_dtype for member in members)
+        members: list[tuple[Any, ...]] = []
+        for teacher, weight, name, size in zip(teachers, _normalized(weights, count), names, wanted, strict=True):
+            inner = unwrap_model(teacher)
+            if isinstance(inner, EnsembleTeacher):  # its members, so that mean logits are those of all teachers
+                members += [(t, weight * w, n, s or size, d or autocast_dtype) for t, w, n, s, d in inner.members]
+            else:
+                members.append((teacher, weight, name, size, autocast_dtype))
+        modules, own_weights, own_names, own_sizes, own_dtypes = zip(*members, strict=True)
+        self.teachers = nn.ModuleList(modules)
+        self.weights: tuple[float, ...] = own_weights
+        self.names: tuple[str, ...] = own_names
+        self.img_sizes = tuple(map(_seen_size, modules, own_names, own_sizes))
+        self.autocast_dtypes: tuple[torch.dtype | None, ...] = own_dtypes
         widths = [getattr(unwrap_model(teacher), 'num_classes', 0) for teacher in self.teachers]
         self.num_classes = self._common('num_classes', widths)
         sizes = [get_model_input_config(source_model(teacher))['input_size'] for teacher in self.teachers]
@@ -137,10 +132,9 @@ class EnsembleTeacher(nn.Module):
         self.requires_grad_(False).train()
 
     @property
-    def members(self) -> list[Member]:
-        """The teachers with what belongs to each."""
-        values = zip(self.teachers, self.weights, self.names, self.img_sizes, self.autocast_dtypes, strict=True)
-        return [Member(*each) for each in values]
+    def members(self) -> list[tuple[nn.Module, float, str, tuple[int, int] | None, torch.dtype | None]]:
+        """Each teacher with its weight, name, image size and dtype of autocast."""
+        return list(zip(self.teachers, self.weights, self.names, self.img_sizes, self.autocast_dtypes, strict=True))
 
     @property
     def running(self) -> list[nn.Module]:
@@ -352,21 +346,6 @@ def _cfg_of(teacher: nn.Module) -> dict[str, Any]:
     return getattr(source_model(teacher), 'pretrained_cfg', None) or {}
 
 
-def _flat(member: Member) -> list[Member]:
-    """The member; of an ensemble, its members, so that mean logits are those of all teachers."""
-    ensemble = unwrap_model(member.teacher)
-    if not isinstance(ensemble, EnsembleTeacher):
-        return [member]
-    return [
-        inner._replace(
-            weight=member.weight * inner.weight,
-            img_size=inner.img_size or member.img_size,
-            autocast_dtype=inner.autocast_dtype or member.autocast_dtype,
-        )
-        for inner in ensemble.members
-    ]
-
-
 def _normalized(weights: Sequence[float] | None, count: int) -> list[float]:
     weights = [1.0] * count if weights is None else weights
     total = sum(weights)
@@ -375,9 +354,9 @@ def _normalized(weights: Sequence[float] | None, count: int) -> list[float]:
     return [weight / total for weight in weights]
 
 
-def _seen_size(member: Member) -> tuple[int, int] | None:
-    """The one size (H, W) that the teacher is to see; None if it takes any and none is asked for."""
-    model = source_model(member.teacher)
+def _seen_size(teacher: nn.Module, name: str, asked: Size) -> tuple[int, int] | None:
+    """The one size (H, W) that a teacher is to see; None if it takes any and none is asked for."""
+    model = source_model(teacher)
     config = get_model_input_config(model)
     patch_embed: Any = getattr(model, 'patch_embed', None)
     fixed: tuple[int, int] | None = None
@@ -385,9 +364,9 @@ def _seen_size(member: Member) -> tuple[int, int] | None:
         fixed = tuple(patch_embed.img_size)
     elif config['fixed_input_size']:
         fixed = tuple(config['input_size'][-2:])
-    size = (member.img_size, member.img_size) if isinstance(member.img_size, int) else member.img_size
+    size = (asked, asked) if isinstance(asked, int) else asked
     if fixed and size and size != fixed:
-        raise UserError(f'Teacher {member.name} takes images of {fixed} only, got {size}: leave its image size out.')
+        raise UserError(f'Teacher {name} takes images of {fixed} only, got {size}: leave its image size out.')
     return size or fixed
 
 

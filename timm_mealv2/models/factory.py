@@ -157,29 +157,22 @@ class TeacherSpec:
         if self.kind == 'onnx':
             return OnnxModel(self.path or '')
         with making(str(self), remedy=' (a download needs the network; a file of yours is NAME=PATH)'):
-            if self.kind == 'python':
-                return self._call_function()
-            arguments = self._model_arguments(num_classes, in_chans, img_size, pretrained, cache_dir)
-            model: nn.Module = create_model(pretrained=pretrained, **arguments)
-        return model
+            return self._make(num_classes, in_chans, img_size, pretrained, cache_dir)
 
-    def read_checkpoint(self) -> TrainingCheckpoint:
-        """Return the model's weights, and what is known of it, as of a checkpoint."""
-        if self.kind == 'checkpoint':
-            return TrainingCheckpoint.read(self.path or '', self.name or None)
-        model: Any = self.build()
-        contents = {'state_dict': model.state_dict(), 'class_names': class_names_of(model)}
-        return TrainingCheckpoint(Path(str(self)), contents)
-
-    def _model_arguments(
+    def _make(
         self,
         num_classes: int | None,
         in_chans: int | None,
         img_size: int | None,
         pretrained: bool,
         cache_dir: str | Path | None,
-    ) -> dict[str, Any]:
-        """Arguments for `timm.create_model`: a model with its own class count (`num_classes` without its weights)."""
+    ) -> nn.Module:
+        if self.kind == 'python':
+            module_name, _, function = self.name.partition(':')
+            if os.getcwd() not in sys.path:  # an installed program has its own folder there in its place
+                sys.path.insert(0, os.getcwd())
+            model: nn.Module = getattr(importlib.import_module(module_name), function)()
+            return model
         architecture = name = _known(self.name) if self.kind == 'timm' else str(self)
         if self.kind == 'local-dir':  # timm's reader takes no config.json of an ensemble without 'pretrained_cfg'
             config = Path(self.path or '', 'config.json')
@@ -187,8 +180,8 @@ class TeacherSpec:
         elif self.kind == 'hf-hub':
             architecture = str(load_model_config_from_hf(self.name, cache_dir)[1])
         if is_ensemble(architecture):  # its arguments are those of `create_ensemble`
-            count = None if pretrained else num_classes
-            return {'model_name': name, 'num_classes': count, 'in_chans': in_chans, 'cache_dir': cache_dir}
+            sizes = {'num_classes': None if pretrained else num_classes, 'in_chans': in_chans}
+            return create_model(name, pretrained, cache_dir=cache_dir, **sizes)
         resolved = resolve_model_input_args(name, {'img_size': img_size}, cache_dir=cache_dir)
         cfg, kwargs = resolved['pretrained_cfg'], architecture_arguments(resolved)
         if pretrained:
@@ -201,14 +194,15 @@ class TeacherSpec:
         if in_chans not in (None, own_chans):
             kwargs['in_chans'] = in_chans
             _logger.info(f'{self}: the first convolution is adapted from {own_chans} to {in_chans} input channels.')
-        return {**kwargs, 'model_name': resolved['model_name'], 'pretrained_cfg': cfg, 'cache_dir': cache_dir}
+        return create_model(resolved['model_name'], pretrained, cfg, cache_dir=cache_dir, **kwargs)
 
-    def _call_function(self) -> nn.Module:
-        module_name, _, function = self.name.partition(':')
-        if os.getcwd() not in sys.path:  # an installed program has its own folder there, `python -m` the working one
-            sys.path.insert(0, os.getcwd())
-        model: nn.Module = getattr(importlib.import_module(module_name), function)()
-        return model
+    def read_checkpoint(self) -> TrainingCheckpoint:
+        """Return the model's weights, and what is known of it, as of a checkpoint."""
+        if self.kind == 'checkpoint':
+            return TrainingCheckpoint.read(self.path or '', self.name or None)
+        model: Any = self.build()
+        contents = {'state_dict': model.state_dict(), 'class_names': class_names_of(model)}
+        return TrainingCheckpoint(Path(str(self)), contents)
 
 
 def read_classes(texts: Sequence[str]) -> dict[str, list[int]]:
@@ -234,14 +228,12 @@ def create_ensemble(
     num_classes: int | None = None,
     in_chans: int | None = None,
     weights: Sequence[float] | None = None,
-    img_sizes: Sequence[int] | None = None,
+    img_sizes: Sequence[int | None] | None = None,
     classes: Mapping[str, Sequence[int]] | None = None,
     class_names: Sequence[str] | None = None,
     autocast_dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
     pretrained: bool = True,
     cache_dir: str | Path | None = None,
-    optimize: bool = False,
 ) -> EnsembleTeacher:
     """Make an ensemble from modules and from texts that name teachers (see the head of this file).
 
@@ -259,11 +251,9 @@ def create_ensemble(
             renormalized over these.
         class_names: The classes of the ensemble by name; None takes those of the teacher that knows the fewest.
         autocast_dtype: Dtype of the teachers' autocast; None for none.
-        device: Where the teachers are put.
         pretrained: False gives named models random weights and `num_classes` classes, for tests; checkpoints
             (`NAME=PATH`) are loaded all the same.
         cache_dir: Where downloads are kept; timm's place if None.
-        optimize: Call `EnsembleTeacher.optimize_for_inference`.
 
     Raises:
         UserError: If a teacher is unknown, cannot be loaded, or does not fit the others.
@@ -289,9 +279,8 @@ def create_ensemble(
         module = spec.build(
             num_classes=count, in_chans=in_chans, img_size=size, pretrained=pretrained, cache_dir=cache_dir
         )
-        modules.append(_subset(module, name, classes[name], num_classes) if name in classes else module)
-    known = [class_names_of(module) for module in modules]
-    class_names = class_names or min(filter(None, known), key=len, default=None)
+        modules.append(_subset(module, name, classes[name]) if name in classes else module)
+    class_names = class_names or min(filter(None, map(class_names_of, modules)), key=len, default=None)
     modules = [
         module if name in classes else for_classes(module, class_names, name)
         for module, name in zip(modules, names, strict=True)
@@ -301,9 +290,7 @@ def create_ensemble(
         ensemble.pretrained_cfg['label_names'] = list(class_names)
     _check_count(ensemble.names[0], 'classes', ensemble.num_classes, num_classes)
     _check_count(ensemble.names[0], 'input channels', ensemble.in_chans, in_chans)
-    if optimize:
-        ensemble.optimize_for_inference()
-    return ensemble if device is None else ensemble.to(device)
+    return ensemble
 
 
 def for_classes(model: nn.Module, class_names: Sequence[str] | None, name: str) -> nn.Module:
@@ -315,17 +302,15 @@ def for_classes(model: nn.Module, class_names: Sequence[str] | None, name: str) 
         UserError: If the model has other classes.
     """
     classes = index_map(class_names_of(model), class_names, name)
-    return model if classes is None else _subset(model, name, classes, None)
+    return model if classes is None else _subset(model, name, classes)
 
 
-def _subset(teacher: nn.Module, name: str, classes: Sequence[int], num_classes: int | None) -> nn.Module:
+def _subset(teacher: nn.Module, name: str, classes: Sequence[int]) -> nn.Module:
     """The teacher, or each member of an ensemble, with these of its classes alone."""
     inner = unwrap_model(teacher)
-    width = inner.num_classes
-    if len(classes) != (num_classes or len(classes)) or len(set(classes) & set(range(width))) != len(classes):
-        each = f'for each of the {num_classes}' if num_classes else 'for each'
-        got = f'got {len(classes)}: {str(list(classes))[:60]}'
-        raise UserError(f'Teacher {name} must have a class of its own, from 0 to {width - 1}, {each}, {got}')
+    if len({*classes} & {*range(inner.num_classes)}) != len(classes):
+        expected = f'different classes from 0 to {inner.num_classes - 1}'
+        raise UserError(f'--teacher-classes of {name}: expected {expected}, got {str(list(classes))[:60]}.')
     if not isinstance(inner, EnsembleTeacher):
         return ClassSubset(teacher, classes)
     members = [ClassSubset(member, classes) for member in inner.teachers]
@@ -340,9 +325,7 @@ def _known(name: str) -> str:
     """Return timm's present name for a model name, deprecated or not."""
     name = get_deprecated_models().get(name) or name
     if any(char in name for char in '/\\:') or not is_model(name):
-        close = difflib.get_close_matches(name, list_models(), 3) or difflib.get_close_matches(
-            get_arch_name(name), list_models(), 3, 0.4
-        )
+        close = difflib.get_close_matches(get_arch_name(name), list_models(), 3, 0.4)
         raise UserError(
             f'{name!r} is no timm model (nearest: {", ".join(close) or "none"}); '
             'a model is NAME.TAG, a checkpoint or run folder, NAME=PATH, hf-hub:USER/REPO, local-dir:FOLDER or '

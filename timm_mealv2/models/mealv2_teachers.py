@@ -1,6 +1,5 @@
 """The registered ensembles of teachers. timm groups models by the file that registers them, hence this file's name."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -42,21 +41,21 @@ default_cfgs = generate_default_cfgs(
 
 
 # What a config.json may set of `create_ensemble`: what the ensemble is, not what is downloaded or where it runs.
-_OF_A_FILE = ('teachers', 'weights', 'img_sizes', 'classes', 'num_classes', 'in_chans')
+_OF_A_FILE = ('teachers', 'weights', 'img_sizes', 'num_classes', 'in_chans')
 
 
 def _create(
     name: str,
     pretrained: bool,
-    teachers: str | nn.Module | Sequence[str | TeacherSpec | nn.Module] | None = None,
     pretrained_cfg: Any = None,
     pretrained_cfg_overlay: dict[str, Any] | None = None,
+    device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     **kwargs: Any,
 ) -> EnsembleTeacher:
     """Create a registered ensemble from what `timm.create_model` hands over; `kwargs` are `create_ensemble`'s.
 
-    `dtype` is that of the weights, as for every timm model, and `img_size` the size that all teachers are to see.
+    `device` and `dtype` are those of the weights, as for every timm model; `img_size` is what all teachers are to see.
     """
     given = pretrained_cfg.to_dict() if isinstance(pretrained_cfg, PretrainedCfg) else pretrained_cfg
     given = {**given} if isinstance(given, dict) else {}
@@ -65,9 +64,8 @@ def _create(
     model_args = {**(kwargs.pop('pretrained_model_args', None) or {}), **(given.pop('model_args', None) or {})}
     if from_file and (unknown := [key for key in model_args if key not in _OF_A_FILE]):
         raise UserError(f'model_args of a config.json of {name} must be of {", ".join(_OF_A_FILE)}, got {unknown}.')
-    named = model_args.pop('teachers', ())
-    teachers = named if teachers is None else teachers
     kwargs = {**model_args, **kwargs}
+    teachers = kwargs.pop('teachers', ())
     if (img_size := kwargs.pop('img_size', None)) is not None:
         kwargs.setdefault('img_sizes', [img_size])
     specs = TeacherSpec.parse_all([teachers] if isinstance(teachers, str | nn.Module) else teachers)
@@ -76,10 +74,7 @@ def _create(
     if name != 'mealv2_ensemble' or pretrained_cfg:
         given = given or resolve_pretrained_cfg(name, pretrained_cfg).to_dict()
     if given.get('source') == 'local-dir':  # the paths that a config.json names are taken from its folder
-        folder = given['file']
-        specs = [spec.under(folder) for spec in specs]
-        classes = kwargs.get('classes') or {}
-        kwargs['classes'] = {str(TeacherSpec.parse(text).under(folder)): indices for text, indices in classes.items()}
+        specs = [spec.under(given['file']) for spec in specs]
     for spec in specs:
         if from_file and spec.kind == 'python':
             raise UserError(f'{spec} is refused in a config.json: code is run only where you name it yourself.')
@@ -90,7 +85,7 @@ def _create(
     ensemble.pretrained_cfg.update(filter_pretrained_cfg(changes, remove_source=True))
     ensemble.pretrained_cfg.update(architecture=name, num_classes=ensemble.num_classes)
     ensemble.pretrained_cfg['input_size'] = (ensemble.in_chans, *ensemble.pretrained_cfg['input_size'][-2:])
-    return ensemble.to(dtype=dtype) if dtype is not None else ensemble
+    return ensemble.to(device=device, dtype=dtype)
 
 
 @register_model

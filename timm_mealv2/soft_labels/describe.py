@@ -65,16 +65,14 @@ def describe_teachers(ensemble: EnsembleTeacher) -> list[dict[str, Any]]:
     """Return what `StoreMeta.teachers` says of an ensemble."""
     return [
         {
-            'name': member.name,
-            'sha256': _weights_sha256(member.teacher),
-            'weight': member.weight,
-            'img_size': list(member.img_size) if member.img_size else None,  # type: ignore[arg-type]  # of a member: (h, w)
-            'classes': member.teacher.get_buffer('indices').tolist()
-            if isinstance(member.teacher, ClassSubset)
-            else None,
-            'autocast_dtype': str(member.autocast_dtype).removeprefix('torch.') if member.autocast_dtype else None,
+            'name': name,
+            'sha256': _weights_sha256(teacher),
+            'weight': weight,
+            'img_size': list(size) if size else None,
+            'classes': teacher.get_buffer('indices').tolist() if isinstance(teacher, ClassSubset) else None,
+            'autocast_dtype': str(dtype).removeprefix('torch.') if dtype else None,
         }
-        for member in ensemble.members
+        for teacher, weight, name, size, dtype in ensemble.members
     ]
 
 

@@ -219,7 +219,7 @@ def part_batches(
         yield keys[start : start + size]
 
 
-class _SampleBatches(Dataset):
+class SampleBatches(Dataset):
     """Makes batches of samples, in a worker process or in this one."""
 
     def __init__(self, samples: Samples) -> None:
@@ -255,7 +255,7 @@ def draw_places(seed: int, samples: Iterable[tuple[int, int]]) -> Tensor:
 
 def _sample_loader(samples: Samples, batches: Iterable[list[Key]], workers: int, device: torch.device) -> DataLoader:
     return DataLoader(
-        _SampleBatches(samples),
+        SampleBatches(samples),
         batch_size=None,
         sampler=batches,
         num_workers=workers,

@@ -43,10 +43,10 @@ def build_teachers(
     """Build the live teachers, which run in mixed precision of `dtype`; None is float32."""
     return build_ensemble(
         args,
+        device,
         num_classes=pixels.num_classes,
         in_chans=pixels.channels,
         class_names=class_names,
-        device=device,
         autocast_dtype=dtype and getattr(torch, dtype),
     )
 

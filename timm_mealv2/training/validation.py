@@ -55,7 +55,6 @@ class Validator:
         else:
             return {}
         self.guard.bad.check()
-        rows = {name.replace('ensemble/', 'teacher '): row for name, row in rows.items()}
         _logger.info(f'Before the first step, on {rows["ensemble"]["samples"]:.0f} images:')
         for line in as_text(metric_table(rows)).splitlines():
             _logger.info(f'  {line}')
