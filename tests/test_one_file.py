@@ -47,7 +47,7 @@ def differing(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
 def start(small_sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A student that a few steps of cross-entropy have trained."""
     folder = tmp_path_factory.mktemp('runs')
-    return train_by_package(small_sample, folder / 'start', '--epochs', '4', '--lr', '0.1')
+    return train_by_package(small_sample, folder / 'start', '--epochs', '2', '--lr', '0.1')
 
 
 @pytest.fixture(scope='module')

@@ -21,8 +21,10 @@ from timm_mealv2.command_line import (
     TEACHERS,
     UNLABELED,
     OneLineParser,
+    Option,
     add_options,
     file_text,
+    flag,
     run_cli,
 )
 from timm_mealv2.data.class_names import class_names_of, has_labels, index_map, relabeled, unlabeled
@@ -39,6 +41,29 @@ from timm_mealv2.models.ensemble import EnsembleTeacher
 from timm_mealv2.models.factory import TeacherSpec, create_ensemble, for_classes
 from timm_mealv2.predictions import Predictions, TopClasses, write_predictions
 
+_DATA = (
+    *DATA,
+    Option('--split', None, 'default: validation, or the whole folder where there is none', metavar='NAME'),
+    flag('--imagenet-v2', 'the folder names 0..999 are the class indices; no --class-map'),
+    UNLABELED,
+    Option(
+        '--real-labels',
+        file_text,
+        "ImageNet-ReaL too; timm's own labels if no FILE",
+        nargs='?',
+        const='',
+        metavar='FILE',
+    ),
+    Option('--img-size', PIXELS, "image size, or several to compare; the model's own if not given", nargs='+'),
+    flag('--use-test-size', "the test size and crop of the model's config, where it has them"),
+)
+_RESULTS = (
+    flag('--calibration', 'negative log-likelihood and expected calibration error too'),
+    Option('--report', Path, 'write evaluation.html there: confusion, calibration, images that differ', metavar='DIR'),
+    Option('--predictions', Path, 'write the most likely classes of each image there, as CSV', metavar='FILE'),
+    Option('--json', Path, 'write the results there as well', metavar='FILE'),
+)
+
 
 def build_parser() -> argparse.ArgumentParser:
     """Return a fresh parser of the program's command line."""
@@ -48,30 +73,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument('models', nargs='+', metavar='MODEL', help='as --teachers; a model.onnx too')
     group = parser.add_argument_group('teachers', 'Report agreement and KL divergence with the ensemble of these.')
     add_options(group, TEACHERS)
-
-    group = parser.add_argument_group('data')
-    add_options(group, DATA)
-    add = group.add_argument
-    add('--split', metavar='NAME', help='default: validation, or the whole folder where there is none')
-    add('--imagenet-v2', action='store_true', help='the folder names 0..999 are the class indices; no --class-map')
-    add_options(group, [UNLABELED])
-    text = "ImageNet-ReaL too; timm's own labels if no FILE"
-    add('--real-labels', nargs='?', const='', type=file_text, metavar='FILE', help=text)
-    text = "image size, or several to compare; the model's own if not given"
-    add('--img-size', type=PIXELS, nargs='+', metavar='PIXELS', help=text)
-    add('--use-test-size', action='store_true', help="the test size and crop of the model's config, where it has them")
-
-    group = parser.add_argument_group('running')
-    add_options(group, (*DEVICE, *AMP))
+    for name, options in (('data', _DATA), ('running', (*DEVICE, *AMP)), ('results', _RESULTS)):
+        add_options(parser.add_argument_group(name), options)
     # torch warns of more workers than there are cores.
     parser.set_defaults(device=None, workers=min(4, os.cpu_count() or 1))
-
-    add = parser.add_argument_group('results').add_argument
-    add('--calibration', action='store_true', help='negative log-likelihood and expected calibration error too')
-    text = 'write evaluation.html there: confusion, calibration, images that differ'
-    add('--report', type=Path, metavar='DIR', help=text)
-    add('--predictions', type=Path, metavar='FILE', help='write the most likely classes of each image there, as CSV')
-    add('--json', type=Path, metavar='FILE', help='write the results there as well')
     return parser
 
 

@@ -5,9 +5,11 @@ import logging
 import sys
 from collections.abc import Sequence
 
+import timm
+
 from timm_mealv2.command_line import PIXELS, OneLineParser, Option, add_options, flag, run_cli
 from timm_mealv2.hub.card import CardOptions
-from timm_mealv2.hub.export import PAPER_ACCURACY, convert_released, export_ensemble, export_model, read_config
+from timm_mealv2.hub.export import convert_released, export_ensemble, export_model, read_config
 from timm_mealv2.hub.hub_api import pull_model, push_model
 from timm_mealv2.models.checkpoint import is_ensemble
 
@@ -41,7 +43,7 @@ _ENSEMBLE = (
 )
 _CONVERT = (
     Option('file', None, 'the released file, as in MEALV2_ResNet50_224.pth'),
-    Option('--student', None, ', '.join(PAPER_ACCURACY), required=True, metavar='NAME.TAG'),
+    Option('--student', None, ', '.join(timm.list_pretrained('mealv*')), required=True, metavar='NAME.TAG'),
     *_FOLDER,
 )
 _PUSH = (

@@ -31,6 +31,7 @@ from timm_mealv2.command_line import (
     UNLABELED,
     VAL_SPLIT,
     OneLineParser,
+    Option,
     add_options,
     flag,
     model_text,
@@ -56,6 +57,24 @@ from timm_mealv2.training.checks import check_image_settings
 from timm_mealv2.training.settings import parse_with_files
 
 _logger = logging.getLogger(__name__)
+
+_RECORD = (
+    Option('--out', Path, 'folder of the store', required=True, metavar='DIR'),
+    Option('--recipe', None, 'settings of a published training as defaults', metavar='NAME'),
+    Option('-c --config', None, 'YAML file of settings as defaults, such as the args.yaml of a run', metavar='FILE'),
+    Option('--epochs', COUNT, 'epochs to record, those that are there included', metavar='M'),
+    Option('--top-k', COUNT, 'most probable classes to keep, or all of fewer', 10),
+    Option('--seed', SEED, "the training's seed: that of crops, augmentation and order", 42),
+    Option('--model', model_text, 'student, whose image size, mean and std count; else those of the first teacher'),
+    flag('--dry-run', 'measure the rate for half a minute, tell samples, bytes and hours, and write nothing'),
+    VAL_SPLIT,
+    UNLABELED,
+)
+_VERIFY = (
+    Option('--teachers', None, 'what to load in place of the recorded names', nargs='+', metavar='TEACHER'),
+    Option('--samples', COUNT, 'samples to predict again', 256, metavar='N'),
+    Option('--tolerance', POSITIVE, 'largest difference of a probability', 0.01, metavar='P'),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -98,18 +117,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     text = 'Record the predictions for every sample, or go on where a recording stopped.'
     command = add_command('record', _record, text)
-    add = command.add_argument_group('recording').add_argument
-    add('--out', type=Path, required=True, metavar='DIR', help='folder of the store')
-    add('--recipe', metavar='NAME', help='settings of a published training as defaults')
-    add('-c', '--config', metavar='FILE', help='YAML file of settings as defaults, such as the args.yaml of a run')
-    add('--epochs', type=COUNT, metavar='M', help='epochs to record, those that are there included')
-    add('--top-k', type=COUNT, default=10, metavar='K', help='most probable classes to keep, or all of fewer')
-    add('--seed', type=SEED, default=42, help="the training's seed: that of crops, augmentation and order")
-    student = 'student, whose image size, mean and std count; else those of the first teacher'
-    add('--model', type=model_text, metavar='NAME', help=student)
-    dry_run = flag('--dry-run', 'measure the rate for half a minute, tell samples, bytes and hours, and write nothing')
-    add_options(command, [dry_run, VAL_SPLIT, UNLABELED])
     groups = {
+        'recording': _RECORD,
         'teachers': (*TEACHERS, PER_SAMPLE),
         'images': INPUT,
         'augmentation': AUGMENTATION,
@@ -118,15 +127,8 @@ def build_parser() -> argparse.ArgumentParser:
     for name, options in groups.items():
         add_options(command.add_argument_group(name), options)
     command.set_defaults(mixup_mode='pair')
-
     text = 'Read a store to its end, and let the teachers predict some samples again.'
-    command = add_command('verify', _verify, text)
-    command.add_argument('--teachers', nargs='+', metavar='TEACHER', help='what to load in place of the recorded names')
-    command.add_argument('--samples', type=COUNT, default=256, metavar='N', help='samples to predict again')
-    text = 'largest difference of a probability'
-    command.add_argument('--tolerance', type=POSITIVE, default=0.01, metavar='P', help=text)
-    add_options(command.add_argument_group('device'), DEVICE[:1])
-
+    add_options(add_command('verify', _verify, text), (*_VERIFY, DEVICE[0]))
     add_command('show', _show, 'Show what a store holds.', aliases=['info'])
     return parser
 

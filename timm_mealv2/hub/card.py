@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -66,7 +67,7 @@ def write_card(
     name: str,
     config: Mapping[str, Any],
     tags: Sequence[str] = (),
-    header: Mapping[str, Any] | None = None,
+    header: Mapping[str, Any] = MappingProxyType({}),
     **variables: Any,
 ) -> None:
     """Write the card of an exported folder.
@@ -76,7 +77,7 @@ def write_card(
         name: Name of the model where `options` names no repository.
         config: What the folder's config.json holds.
         tags: Tags beside those of every card.
-        header: Further entries of the YAML header; None leaves one out.
+        header: Further entries of the YAML header.
         **variables: Variables of the template.
 
     Raises:
@@ -91,7 +92,7 @@ def write_card(
         library_name='timm',
         pipeline_tag='image-classification',
         tags=['image-classification', 'timm', *tags],
-        **{'datasets': [options.dataset_id] if options.dataset_id else None, **(header or {})},
+        **header,
     )
     template = Path(options.template) if options.template else files('timm_mealv2') / 'hub' / 'card.md'
     try:
@@ -135,6 +136,8 @@ def write_trained_card(
         averaged: The average (EMA) was exported.
         **variables: Further variables of the template: 'onnx'.
     """
+    from huggingface_hub import EvalResult
+
     args = checkpoint.args
     run = _draw_run(checkpoint.path.resolve().parent, name, folder / CURVES_FILE)
     measured = _measured(checkpoint, run, averaged) if run else {}
@@ -144,16 +147,28 @@ def write_trained_card(
     method = args.get('kd_distill_type') or 'logit' if teachers or args.get('soft_labels') else ''
     hub_dataset, own_name = _dataset_names(args)
     dataset_id = options.dataset_id or hub_dataset
+    split = args.get('val_split') if 'top1' in measured else ''
     own_weights = args.get('initial_checkpoint') or args.get('pretrained_path')
     start = weights_row(args['model']) if args.get('pretrained') and not own_weights else None
-    accuracies = _accuracies(measured, dataset_id, own_name, args.get('val_split'))
-    header = {
-        'model_name': _model_name(options, name) if accuracies else None,
-        'datasets': [dataset_id] if dataset_id else None,
-        'metrics': ['accuracy'] if accuracies else None,
-        'eval_results': accuracies or None,
-        'base_model': start['hub_id'] or None if start else None,
-    }
+    accuracies = [  # as the Hub reads them
+        EvalResult(
+            task_type='image-classification',
+            task_name='Image Classification',
+            dataset_type=dataset_id or 'imagefolder',
+            dataset_name=dataset_id or own_name or 'imagefolder',
+            dataset_split=split,
+            metric_type='accuracy',
+            metric_name=METRICS[key],
+            metric_value=measured[key],
+        )
+        for key in ('top1', 'top5')
+        if key in measured
+    ]
+    header: dict[str, Any] = {'base_model': start['hub_id'] or None if start else None}
+    if dataset_id:
+        header['datasets'] = [dataset_id]
+    if accuracies:
+        header |= {'model_name': _model_name(options, name), 'metrics': ['accuracy'], 'eval_results': accuracies}
     write_card(
         folder,
         options,
@@ -165,7 +180,7 @@ def write_trained_card(
         args=args,
         method=method,
         dataset=dataset_id or own_name,
-        split=args.get('val_split') if 'top1' in measured else '',
+        split=split,
         epochs=(checkpoint.contents.get('epoch') or 0) + 1,
         averaged=averaged,
         start=start,
@@ -178,26 +193,6 @@ def write_trained_card(
         measured_on=int((run and run.before('ensemble', 'samples')) or 0),
         **variables,
     )
-
-
-def _accuracies(measured: Mapping[str, float], dataset_id: str | None, dataset: str, split: str | None) -> list[Any]:
-    """The accuracies as the Hub reads them from a card's header."""
-    from huggingface_hub import EvalResult
-
-    return [
-        EvalResult(
-            task_type='image-classification',
-            task_name='Image Classification',
-            dataset_type=dataset_id or 'imagefolder',
-            dataset_name=dataset_id or dataset or 'imagefolder',
-            dataset_split=split,
-            metric_type='accuracy',
-            metric_name=METRICS[key],
-            metric_value=measured[key],
-        )
-        for key in ('top1', 'top5')
-        if key in measured
-    ]
 
 
 def weights_row(text: str, weight: float = 1.0) -> dict[str, Any]:

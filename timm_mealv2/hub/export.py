@@ -26,7 +26,6 @@ from timm_mealv2.errors import UserError
 from timm_mealv2.hub.card import (
     CARD_FILE,
     CURVES_FILE,
-    METRICS,
     CardOptions,
     weights_row,
     write_card,
@@ -49,18 +48,6 @@ _TEST_KEYS = ('test_input_size', 'test_crop_pct')
 
 NO_LICENSE = 'unknown'
 """License in the config.json of weights that were given none; timm keeps it there when it loads and saves them."""
-
-PAPER_ACCURACY: dict[str, tuple[float, float]] = {
-    'mealv1_resnet50.in1k': (78.21, 94.01),
-    'mealv2_resnet50.in1k': (80.67, 95.09),
-    'mealv2_resnet50.in1k_380': (81.72, 95.81),
-    'mealv2_resnet50.cutmix_in1k': (80.98, 95.35),
-    'mealv2_mobilenetv3_small_075.in1k': (67.60, 87.23),
-    'mealv2_mobilenetv3_small_100.in1k': (69.65, 88.71),
-    'mealv2_mobilenetv3_large_100.in1k': (76.92, 93.32),
-    'mealv2_efficientnet_b0.in1k': (78.29, 93.95),
-}
-"""Top-1 and top-5 in percent that the authors state for each file that they released; not measured by us."""
 
 
 def export_model(
@@ -183,8 +170,8 @@ def convert_released(
     """
     file, out = Path(file), Path(out)
     tagged = student if '.' in student else f'{student}.in1k'  # the default tag of every student
-    if tagged not in PAPER_ACCURACY:
-        raise UserError(f'no weights were released for {student}: name one of {", ".join(PAPER_ACCURACY)}.')
+    if tagged not in (released := timm.list_pretrained('mealv*')):
+        raise UserError(f'no weights were released for {student}: name one of {", ".join(released)}.')
     cfg = get_pretrained_cfg(tagged)
     model = timm.create_model(tagged, pretrained=True, pretrained_cfg_overlay={'file': str(file)})
     data_config = resolve_model_data_config(model)
@@ -192,7 +179,6 @@ def convert_released(
     _describe(model, data_config, license=NO_LICENSE, **about)
     with file.open('rb') as opened:
         digest = hashlib.file_digest(opened, 'sha256').hexdigest()
-    claims = zip(('top1', 'top5'), PAPER_ACCURACY[tagged], strict=True)
     with replacing_export(out) as folder:
         config = _save(model, folder, _labels(ImageNetInfo().label_names()), data_config)
         write_card(
@@ -204,7 +190,6 @@ def convert_released(
             kind='released',
             student=tagged,
             sha256=digest,
-            claims=[{'metric': METRICS[key], 'value': value} for key, value in claims],
         )
     _logger.warning('The authors gave this file no license: to push the folder needs their permission.')
     return out

@@ -94,10 +94,15 @@ def add_onnx(
         )
     if images < _ENOUGH_IMAGES:
         _logger.warning(f'{ONNX_FILE} was compared with the model on {images} images alone.')
-    sizes = {name: (folder / name).stat().st_size / 1e6 for name in forms if name}
     files = [
-        {'file': name, 'megabytes': size, 'top1': top1[name], 'difference': differences[name]}
-        for name, size in sizes.items()
+        {
+            'file': name,
+            'megabytes': (folder / name).stat().st_size / 1e6,
+            'top1': top1[name],
+            'difference': differences[name],
+        }
+        for name in forms
+        if name
     ]
     return {'images': images, 'top1': top1[''], 'files': files}
 
