@@ -1,11 +1,16 @@
 """The quick start's sample, and its experiment from the images to a student that plain timm loads."""
 
+import contextlib
 import gzip
 import importlib.util
+import io
 import json
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -152,6 +157,17 @@ def test_the_experiment_runs_from_images_to_an_exported_student(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    def run_here(command: list[str], **_: Any) -> subprocess.CompletedProcess:
+        """What a process would do that knows nothing of the package, without the seconds until it has loaded torch."""
+        printed = io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+            for name in [name for name in sys.modules if name.startswith('timm_mealv2')]:
+                patch.delitem(sys.modules, name)
+            patch.setattr(sys, 'argv', command[2:])
+            exec(command[2], {})
+        return subprocess.CompletedProcess(command, 0, printed.getvalue())
+
+    monkeypatch.setattr(quickstart.subprocess, 'run', run_here)
     monkeypatch.setattr(quickstart, 'DATA', small_sample)
     out = tmp_path / 'out'
     (out / 'start').mkdir(parents=True)

@@ -136,7 +136,7 @@ def test_agreement_is_one_for_the_teacher_itself() -> None:
     assert result['kl'].item() == pytest.approx(0, abs=1e-6)
 
 
-@pytest.mark.parametrize('num_classes', [2, 21841])
+@pytest.mark.parametrize('num_classes', [2, 5000])
 @pytest.mark.parametrize('mode', MODES)
 def test_two_and_many_classes_train(num_classes: int, mode: str) -> None:
     task = make_task(cnn(num_classes), discriminator_mode=mode)

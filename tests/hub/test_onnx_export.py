@@ -14,7 +14,7 @@ from timm_mealv2.cli.hub import main as hub
 from timm_mealv2.data.class_names import class_names_of
 from timm_mealv2.errors import UserError
 from timm_mealv2.hub import onnx_export
-from timm_mealv2.models.onnx_model import OnnxModel, write_onnx
+from timm_mealv2.models.onnx_model import OnnxModel
 from timm_mealv2.training.run import main as train
 
 
@@ -31,9 +31,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / 'run'
 
 
-def test_the_files_predict_what_the_model_predicts(run: Path, tmp_path: Path) -> None:
-    hub(['export', str(run / 'last.pth.tar'), '--out', str(tmp_path / 'out'), '--int8'])
-    folder = tmp_path / 'out'
+@pytest.fixture(scope='module')
+def folder(run: Path) -> Path:
+    """The export of the run, with both files."""
+    hub(['export', str(run / 'last.pth.tar'), '--out', str(run.parent / 'export'), '--int8'])
+    return run.parent / 'export'
+
+
+def test_the_files_predict_what_the_model_predicts(folder: Path) -> None:
     model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
     exact, quantized = (OnnxModel(folder / name) for name in ('model.onnx', 'model_int8.onnx'))
     config = json.loads((folder / 'config.json').read_text())
@@ -69,11 +74,10 @@ def test_the_card_counts_classes_by_their_names(run: Path, tmp_path: Path) -> No
 
 
 def test_a_file_that_predicts_something_else_is_refused(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def spoil(model: torch.nn.Module, path: Path, names: list[str] | None) -> None:
-        write_onnx(model, path, names)
-        file = onnx.load(path)
+        file = onnx.load(folder / 'model.onnx')
         (weight,) = (tensor for tensor in file.graph.initializer if tensor.dims == [3])  # the classifier's bias
         values = onnx.numpy_helper.to_array(weight).copy()
         values[0] += 0.01

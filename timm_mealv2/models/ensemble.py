@@ -23,9 +23,6 @@ _logger = logging.getLogger(__name__)
 
 Size = int | tuple[int, int] | None
 
-LARGE_ROUNDING = 2.0**-6
-"""Difference of a mean probability from float32 above which a type is warned of."""
-
 
 class ClassSubset(nn.Module):
     """A model's predictions for some of its classes: the softmax of these logits is its probability, renormalized.
@@ -255,7 +252,7 @@ class EnsembleTeacher(nn.Module):
         of_mean = torch.einsum('n,nbc->bc', own.new_tensor(self.weights), own - exact).abs().max().item()
         text = f'Teachers in {" and ".join(names)}: on the first batch their mean probability differs from float32 by'
         _logger.info(f'{text} {of_mean:.1e} at most.')
-        if not of_mean <= LARGE_ROUNDING:
+        if not of_mean <= 2**-6:
             worst = int(of_each.argmax())
             _logger.warning(
                 f'Teacher {self.names[worst]} differs by {of_each[worst]:.1e} in a probability: --teacher-dtype '

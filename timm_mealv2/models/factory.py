@@ -157,44 +157,34 @@ class TeacherSpec:
         if self.kind == 'onnx':
             return OnnxModel(self.path or '')
         with making(str(self), remedy=' (a download needs the network; a file of yours is NAME=PATH)'):
-            return self._make(num_classes, in_chans, img_size, pretrained, cache_dir)
-
-    def _make(
-        self,
-        num_classes: int | None,
-        in_chans: int | None,
-        img_size: int | None,
-        pretrained: bool,
-        cache_dir: str | Path | None,
-    ) -> nn.Module:
-        if self.kind == 'python':
-            module_name, _, function = self.name.partition(':')
-            if os.getcwd() not in sys.path:  # an installed program has its own folder there in its place
-                sys.path.insert(0, os.getcwd())
-            model: nn.Module = getattr(importlib.import_module(module_name), function)()
-            return model
-        architecture = name = _known(self.name) if self.kind == 'timm' else str(self)
-        if self.kind == 'local-dir':  # timm's reader takes no config.json of an ensemble without 'pretrained_cfg'
-            config = Path(self.path or '', 'config.json')
-            architecture = str(json.loads(config.read_text(encoding='utf-8'))['architecture'])
-        elif self.kind == 'hf-hub':
-            architecture = str(load_model_config_from_hf(self.name, cache_dir)[1])
-        if is_ensemble(architecture):  # its arguments are those of `create_ensemble`
-            sizes = {'num_classes': None if pretrained else num_classes, 'in_chans': in_chans}
-            return create_model(name, pretrained, cache_dir=cache_dir, **sizes)
-        resolved = resolve_model_input_args(name, {'img_size': img_size}, cache_dir=cache_dir)
-        cfg, kwargs = resolved['pretrained_cfg'], architecture_arguments(resolved)
-        if pretrained:
-            kwargs['num_classes'] = cfg['num_classes']  # another count would be timm's new head, of random weights
-            if not cfg.get('label_names'):  # classes with names are counted when they have been mapped
-                _check_count(str(self), 'classes', cfg['num_classes'], num_classes)
-        elif num_classes is not None:
-            kwargs['num_classes'] = num_classes
-        own_chans = kwargs.get('in_chans', cfg['input_size'][0])
-        if in_chans not in (None, own_chans):
-            kwargs['in_chans'] = in_chans
-            _logger.info(f'{self}: the first convolution is adapted from {own_chans} to {in_chans} input channels.')
-        return create_model(resolved['model_name'], pretrained, cfg, cache_dir=cache_dir, **kwargs)
+            if self.kind == 'python':
+                module_name, _, function = self.name.partition(':')
+                if os.getcwd() not in sys.path:  # an installed program has its own folder there in its place
+                    sys.path.insert(0, os.getcwd())
+                model: nn.Module = getattr(importlib.import_module(module_name), function)()
+                return model
+            architecture = name = _known(self.name) if self.kind == 'timm' else str(self)
+            if self.kind == 'local-dir':  # timm's reader takes no config.json of an ensemble without 'pretrained_cfg'
+                config = Path(self.path or '', 'config.json')
+                architecture = str(json.loads(config.read_text(encoding='utf-8'))['architecture'])
+            elif self.kind == 'hf-hub':
+                architecture = str(load_model_config_from_hf(self.name, cache_dir)[1])
+            if is_ensemble(architecture):  # its arguments are those of `create_ensemble`
+                sizes = {'num_classes': None if pretrained else num_classes, 'in_chans': in_chans}
+                return create_model(name, pretrained, cache_dir=cache_dir, **sizes)
+            resolved = resolve_model_input_args(name, {'img_size': img_size}, cache_dir=cache_dir)
+            cfg, kwargs = resolved['pretrained_cfg'], architecture_arguments(resolved)
+            if pretrained:
+                kwargs['num_classes'] = cfg['num_classes']  # another count would be timm's new head, of random weights
+                if not cfg.get('label_names'):  # classes with names are counted when they have been mapped
+                    _check_count(str(self), 'classes', cfg['num_classes'], num_classes)
+            elif num_classes is not None:
+                kwargs['num_classes'] = num_classes
+            own_chans = kwargs.get('in_chans', cfg['input_size'][0])
+            if in_chans not in (None, own_chans):
+                kwargs['in_chans'] = in_chans
+                _logger.info(f'{self}: the first convolution is adapted from {own_chans} to {in_chans} input channels.')
+            return create_model(resolved['model_name'], pretrained, cfg, cache_dir=cache_dir, **kwargs)
 
     def read_checkpoint(self) -> TrainingCheckpoint:
         """Return the model's weights, and what is known of it, as of a checkpoint."""

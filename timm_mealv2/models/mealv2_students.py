@@ -70,15 +70,17 @@ default_cfgs = generate_default_cfgs(
     }
 )
 
-VANILLA_ARCHITECTURE: dict[str, str] = {
-    'mealv1_resnet50': 'resnet50',
-    'mealv2_resnet18': 'resnet18',
-    'mealv2_resnet50': 'resnet50',
-    'mealv2_mobilenetv3_small_075': 'tf_mobilenetv3_small_075',
-    'mealv2_mobilenetv3_small_100': 'tf_mobilenetv3_small_100',
-    'mealv2_mobilenetv3_large_100': 'tf_mobilenetv3_large_100',
-    'mealv2_efficientnet_b0': 'tf_efficientnet_b0',
+_ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
+    'mealv1_resnet50': resnet50,
+    'mealv2_resnet18': resnet18,
+    'mealv2_resnet50': resnet50,
+    'mealv2_mobilenetv3_small_075': tf_mobilenetv3_small_075,
+    'mealv2_mobilenetv3_small_100': tf_mobilenetv3_small_100,
+    'mealv2_mobilenetv3_large_100': tf_mobilenetv3_large_100,
+    'mealv2_efficientnet_b0': tf_efficientnet_b0,
 }
+
+VANILLA_ARCHITECTURE = {name: architecture.__name__ for name, architecture in _ARCHITECTURES.items()}
 """timm's own name of each student's architecture: what an exported `config.json` names, so that plain timm loads it."""
 
 
@@ -119,43 +121,17 @@ def _complete(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tens
     return state_dict
 
 
-@register_model
-def mealv1_resnet50(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """MEAL V1 ResNet-50."""
-    return _create('mealv1_resnet50', resnet50, pretrained, **kwargs)
+def _register(name: str, architecture: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """Register a student with timm; return the function that creates it."""
+
+    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return _create(name, architecture, pretrained, **kwargs)
+
+    create.__name__, create.__doc__ = (
+        name,
+        f'{architecture.__name__} as MEAL trained it; the tags are in `default_cfgs`.',
+    )
+    return register_model(create)
 
 
-@register_model
-def mealv2_resnet18(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """MEAL V2 ResNet-18; no weights were released."""
-    return _create('mealv2_resnet18', resnet18, pretrained, **kwargs)
-
-
-@register_model
-def mealv2_resnet50(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """MEAL V2 ResNet-50; tags in1k (224), in1k_380 and cutmix_in1k."""
-    return _create('mealv2_resnet50', resnet50, pretrained, **kwargs)
-
-
-@register_model
-def mealv2_mobilenetv3_small_075(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """MEAL V2 MobileNetV3-Small 0.75."""
-    return _create('mealv2_mobilenetv3_small_075', tf_mobilenetv3_small_075, pretrained, **kwargs)
-
-
-@register_model
-def mealv2_mobilenetv3_small_100(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """MEAL V2 MobileNetV3-Small 1.0."""
-    return _create('mealv2_mobilenetv3_small_100', tf_mobilenetv3_small_100, pretrained, **kwargs)
-
-
-@register_model
-def mealv2_mobilenetv3_large_100(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """MEAL V2 MobileNetV3-Large 1.0."""
-    return _create('mealv2_mobilenetv3_large_100', tf_mobilenetv3_large_100, pretrained, **kwargs)
-
-
-@register_model
-def mealv2_efficientnet_b0(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """MEAL V2 EfficientNet-B0."""
-    return _create('mealv2_efficientnet_b0', tf_efficientnet_b0, pretrained, **kwargs)
+globals().update({name: _register(name, architecture) for name, architecture in _ARCHITECTURES.items()})
