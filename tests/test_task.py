@@ -697,8 +697,14 @@ def test_mixed_precision_steps_with_loss_scaling_train_both(dtype: torch.dtype) 
         assert not torch.equal(after[name], before[name])
 
 
-@pytest.mark.parametrize('backend', ['aot_eager', pytest.param('inductor', marks=pytest.mark.slow)])
-@pytest.mark.parametrize('mode', MODES)
+@pytest.mark.parametrize(
+    ('backend', 'mode'),
+    [
+        ('aot_eager', 'adversarial'),  # has an autograd function of its own
+        pytest.param('aot_eager', 'official', marks=pytest.mark.slow),
+        *(pytest.param('inductor', mode, marks=pytest.mark.slow) for mode in MODES),
+    ],
+)
 def test_a_compiled_task_gives_the_same_step_and_the_same_checkpoint(backend: str, mode: str) -> None:
     torch.compiler.reset()
     task = live_discriminator(make_task(discriminator_mode=mode))
