@@ -58,6 +58,7 @@ def files(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
         (f'{TRAIN} --epochs 0', 'must be 1 or more, got 0'),
         (f'{TRAIN} --jsd-loss --bce-loss', '--jsd-loss: needs --aug-splits'),
         (f'{TRAIN} --model resnet5o', 'the nearest is resnet50'),
+        (f'{TRAIN} --model output/teacher', 'weights are for --initial-checkpoint'),
         (f'{TRAIN} --teachers resnet18.nonsense', 'no tag of resnet18'),
         (f'{TRAIN} --teachers test_resnet={{text.pth}}', 'not a readable checkpoint'),
         (f'{TRAIN} --teachers test_resnet={{cut.pth}}', 'not a readable checkpoint'),
@@ -69,7 +70,7 @@ def files(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
         (f'{TRAIN} --num-classes 4', 'the training split has 3 classes, the model 4'),
         (f'{TRAIN} --num-classes 4 --class-map {{key.yaml}} --teachers test_resnet={{whole.pth}}', 'class'),
         (f'{TRAIN} --data-dir absent', 'no data set at'),
-        (f'{TRAIN} --val-split absent', 'absent'),
+        (f'{TRAIN} --val-split absent', "no split 'absent' in {data}, but train, validation: name"),
         (f'{TRAIN} --recipe mealv2_resnet5', 'the nearest is mealv2_resnet50_'),
         (f'{TRAIN} -c absent.yaml', 'cannot read absent.yaml'),
         (f'{TRAIN} -c {{key.yaml}}', "key.yaml: there is no option 'epoch', the nearest is 'epochs'"),
@@ -96,7 +97,7 @@ def test_an_everyday_mistake_is_one_line(
     line: str, text: str, files: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     for name, path in files.items():
-        line = line.replace(f'{{{name}}}', str(path))
+        line, text = (words.replace(f'{{{name}}}', str(path)) for words in (line, text))
     program, *argv = line.replace('{o}', str(tmp_path / 'out')).split()
     with pytest.raises(SystemExit) as exit:
         run_cli(PROGRAMS[program], argv)

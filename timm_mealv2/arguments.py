@@ -1,6 +1,7 @@
 """From the arguments that several programs share to what they name: the device, a data set, the ensemble."""
 
 import argparse
+import os
 from typing import Any
 
 import torch
@@ -58,8 +59,9 @@ def open_split(args: argparse.Namespace, option: str, *, or_all: bool = False, *
     dataset = open_images(args.dataset, args.data_dir, split, **options | kwargs)
     if not (or_all or args.val_share) and split_is_missing(dataset, args.data_dir, split):
         share = '' if option == '--train-split' else ', or hold images out with --val-share 0.1'
-        there = f'name a folder or .tar that is there with {option}{share}'
-        raise UserError(f'no split {split!r} in {args.data_dir}: {there}.')
+        root = args.data_dir
+        there = f', but {", ".join(sorted(os.listdir(root))[:5])}' if root and os.path.isdir(root) else ''
+        raise UserError(f'no split {split!r} in {root}{there}: name a folder or .tar with {option}{share}.')
     return dataset
 
 

@@ -166,9 +166,10 @@ def one_of(*allowed: str) -> Callable[[str], str]:
 
 @_checked
 def model_text(text: str) -> str | None:
-    if ':' in text:
+    if ':' in text or os.sep in text:
         known = text.startswith(('hf-hub:', 'local-dir:'))
-        return None if known else 'must be a name of timm, hf-hub:USER/REPO or local-dir:FOLDER'
+        kinds = 'must be a name of timm, hf-hub:USER/REPO or local-dir:FOLDER; weights are for --initial-checkpoint'
+        return None if known else kinds
     architecture, tag = split_model_name_tag(text)
     if not timm.is_model(architecture):
         return f'timm has no such model, the nearest is {difflib.get_close_matches(text, timm.list_models(), 1, 0)[0]}'

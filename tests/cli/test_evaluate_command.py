@@ -320,7 +320,7 @@ def test_mistakes_are_one_line(tmp_path, image_folder, capsys):
     data = ['--data-dir', image_folder, '-j', 0]
     assert "'resnet5o' is no timm model" in refused(capsys, 'resnet5o', *data)
     assert 'no such file' in refused(capsys, f'test_resnet={tmp_path}/none.pth', *data)
-    assert 'no data set at None' in refused(capsys, good)
+    assert 'no data set is named' in refused(capsys, good)
     assert 'no data set at' in refused(capsys, good, '--data-dir', tmp_path / 'none')
     assert 'holds no images' in refused(capsys, good, *data, '--imagenet-v2')
     assert 'Cannot locate specified class map' in refused(capsys, good, *data, '--class-map', 'none.txt')

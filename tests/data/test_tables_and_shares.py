@@ -29,9 +29,11 @@ def write_table(path: Path, images: Path, header: str = 'path,label,split', sepa
     return path
 
 
-@pytest.mark.parametrize('separator', [',', ';', '\t'])
-def test_a_table_is_read_as_the_folder_that_it_lists(image_folder: Path, spoilt: Path, separator: str) -> None:
-    table = write_table(spoilt / 'labels.csv', spoilt, 'File, Class ,split', separator)
+@pytest.mark.parametrize(('separator', 'ending'), [(',', 'csv'), (';', 'csv'), ('|', 'csv'), ('\t', 'tsv')])
+def test_a_table_is_read_as_the_folder_that_it_lists(
+    image_folder: Path, spoilt: Path, separator: str, ending: str
+) -> None:
+    table = write_table(spoilt / f'labels.{ending}', spoilt, 'File, Class ,split', separator)
     for split, count in (('train', 21), ('training', 21), ('val', 12), ('validation', 12)):
         dataset: Any = open_images('', str(table), split)
         folder: Any = open_images('', str(image_folder), split.removesuffix('ing'))
@@ -46,6 +48,8 @@ def test_a_table_is_read_as_the_folder_that_it_lists(image_folder: Path, spoilt:
 
 def test_labels_are_numbered_as_folders_of_these_names_or_by_a_class_map(tmp_path: Path) -> None:
     table = tmp_path / 'labels.csv'
+    for name in ('a.png', '10'):
+        (tmp_path / name).touch()
     table.write_text('image,target\na.png,10\nb.png,9\nc.png,1\n')
     assert class_names_of(open_images('', str(table), 'train')) == ['1', '9', '10']
     (tmp_path / 'classes.txt').write_text('9\n10\n')
@@ -61,11 +65,13 @@ def test_labels_are_numbered_as_folders_of_these_names_or_by_a_class_map(tmp_pat
         ('picture,label\na.png,cat\n', "no column 'path' but picture, label: name the right one with --input-key"),
         ('path,kind\na.png,cat\n', "no column 'label' but path, kind: name the right one with --target-key"),
         ('path,label\na.png,cat\nb.png,\n', 'row 3: there is no label'),
+        ('path,label\nphotos/a.png,cat\n', 'row 2: there is no file photos/a.png in .* from where paths count'),
         ('path,label\n', 'no rows'),
     ],
 )
 def test_what_a_table_lacks_is_told(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / 'labels.csv').write_text(text)
+    (tmp_path / 'a.png').touch()
     with pytest.raises(UserError, match=message):
         open_images('', str(tmp_path / 'labels.csv'), 'train')
 

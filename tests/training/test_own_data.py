@@ -164,7 +164,7 @@ def test_a_table_of_paths_and_labels_is_trained_evaluated_and_recorded(tmp_path:
 def test_a_share_is_held_out_by_all_programs_alike(tmp_path: Path) -> None:
     source = ('--data-dir', table(tmp_path / 'labels.csv', splits=False))
     model = save_model(tmp_path / 'knowing.pth')
-    with pytest.raises(UserError, match=r"no split 'validation' .* --val-share 0.1"):
+    with pytest.raises(UserError, match=r"no split 'validation' .*--val-share 0.1"):
         train(tmp_path / 'run', *source, '--teachers', model)
     share = (*source, '--val-share', 0.3)  # 2 of 7 images
     for seed in (1, 2):

@@ -37,7 +37,8 @@ def open_dataset(name: str, root: str | None, split: str, class_map: Any = None,
     # timm's readers name a path that is not there with a bare assertion.
     local = '/' not in name or name.lower().startswith(('torch/image_folder', 'torch/folder'))
     if local and not (root and Path(root).exists()):
-        raise UserError(f'no data set at {root!r}: give a folder or a .tar file with --data-dir.')
+        lacking = f'no data set at {root!r}' if root else 'no data set is named'
+        raise UserError(f'{lacking}: give a folder, a .tar file or a .csv table with --data-dir.')
     kind = name.lower().split('/')
     find_all_images()
     if kind[0] == 'wds' and not kwargs.get('input_key'):

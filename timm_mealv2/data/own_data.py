@@ -30,9 +30,9 @@ _LABELS = ('label', 'class', 'class_name', 'target', 'category')
 def open_images(name: str, root: str | None, split: str, *, val_share: float = 0.0, **kwargs: Any) -> Dataset:
     """Open a split: `open_dataset`, and what one's own data needs beside it.
 
-    A `root` that ends in .csv is a table. A `test` split stands in for a validation split that is not there. With
-    `val_share`, the validation split is so much of each class of the training split, or of a folder without splits,
-    and the training split is the rest.
+    A `root` that ends in .csv or .tsv is a table. A `test` split stands in for a validation split that is not there.
+    With `val_share`, the validation split is so much of each class of the training split, or of a folder without
+    splits, and the training split is the rest.
 
     Raises:
         UserError: See `open_dataset`; where the table lacks a column or the split; where there is nothing to share.
@@ -40,7 +40,7 @@ def open_images(name: str, root: str | None, split: str, *, val_share: float = 0
     if val_share:
         training = open_images(name, root, 'train', **kwargs)
         return hold_out(training, val_share, held_out=split not in _TRAINING)
-    if root is not None and not name and root.lower().endswith('.csv') and Path(root).is_file():
+    if root is not None and not name and root.lower().endswith(('.csv', '.tsv')) and Path(root).is_file():
         columns = {key: kwargs.get(key) for key in ('input_key', 'target_key', 'class_map')}
         return open_table(Path(root), split, **columns)
     if split == 'validation' and root is not None and Path(root, 'test').is_dir():
@@ -97,7 +97,7 @@ def open_table(
         with file.open(newline='', encoding='utf-8-sig') as text:  # Excel writes the mark
             header = text.readline()
             text.seek(0)
-            reader = csv.DictReader(text, delimiter=max(',;\t', key=header.count), skipinitialspace=True)
+            reader = csv.DictReader(text, delimiter=max(',;\t|', key=header.count), skipinitialspace=True)
             rows = [{str(key).strip().lower(): value for key, value in row.items()} for row in reader]
         classes = read_class_map(class_map, str(file.parent)) if class_map else None
     except (AssertionError, OSError, ValueError, csv.Error) as error:
@@ -107,8 +107,13 @@ def open_table(
     image = _column(file, rows[0], '--input-key', input_key, _IMAGES)
     label = _column(file, rows[0], '--target-key', target_key, _LABELS)
     for number, row in enumerate(rows, 2):
-        if not row[image] or not row[label]:
-            raise UserError(f'{file}, row {number}: there is no {label if row[image] else image}.')
+        lacking = '' if row[image] and row[label] else label if row[image] else image
+        if number == 2 and not (
+            lacking or (file.parent / row[image]).exists()
+        ):  # one is enough to see where paths begin
+            lacking = f'file {row[image]} in {file.parent.absolute()}, from where paths count'
+        if lacking:
+            raise UserError(f'{file}, row {number}: there is no {lacking}.')
     if classes is None:
         names = sorted({row[label] for row in rows}, key=natural_key)
         classes = {name: index for index, name in enumerate(names)}
