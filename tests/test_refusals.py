@@ -187,7 +187,8 @@ def folders(programs: Programs, tmp_path_factory: pytest.TempPathFactory) -> Pat
         former.mkdir(parents=True)
         assert programs.start(kind, former / 'it', more=False) == 0, programs.log.read_text()
         shutil.copytree(former, whole)
-        assert programs.start(kind, whole / 'it') == 0, programs.log.read_text()
+        if kind != 'export':  # the second is the same
+            assert programs.start(kind, whole / 'it') == 0, programs.log.read_text()
     return root
 
 
