@@ -9,8 +9,6 @@ import importlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from timm_mealv2.training.settings import build_recipes_parser
-
 ROOT = Path(__file__).resolve().parents[1]
 
 HEAD = """\
@@ -36,8 +34,7 @@ def parsers() -> dict[str, argparse.ArgumentParser]:
     """Return command -> parser, for each console command."""
     modules = {command: target.partition(':')[0] for command, target in entry_points().items()}
     modules['mealv2-train'] = 'timm_mealv2.training.options'
-    parsers = {command: importlib.import_module(module).build_parser() for command, module in modules.items()}
-    return parsers | {'mealv2-train recipes': build_recipes_parser()}
+    return {command: importlib.import_module(module).build_parser() for command, module in modules.items()}
 
 
 def sections(title: str, parser: argparse.ArgumentParser, level: int, text: str = '') -> Iterator[str]:

@@ -3,6 +3,7 @@
 So a test does not wait for Python's imports, and can have processes killed at a point that it names. Run as a program,
 this file is the one that is forked. It reads one JSON object a line: 'argv' of the program, the number of its
 'processes', the file of its 'log', 'code' that each runs first, and a 'point' [kind, number, rank] to die at, or null.
+With 'restarts', a number, torchrun's agent starts the processes, and starts them again as often when one has died.
 It prints the number of a process that has begun a session, forks those of the job, and writes to 'log'.json the exit
 code of the first that did not end well (negative for a signal), and how often rank 0 passed each kind of point.
 
@@ -90,12 +91,14 @@ class Forked:
         code: str = '',
         point: tuple[str, int] | None = None,
         rank: int = 0,
+        restarts: int | None = None,
     ) -> Job:
         """Start the program with the options `argv` and `--output`."""
         output.mkdir(exist_ok=True, parents=True)
         job = Job(0, output / f'log-{time.monotonic_ns()}.txt')
         words = [str(word) for word in (*argv, '--output', output)]
         values = {'argv': words, 'processes': processes, 'code': code, 'point': point and [*point, rank]}
+        values['restarts'] = restarts
         assert self.server.stdin is not None
         assert self.server.stdout is not None
         self.server.stdin.write(f'{json.dumps({**values, "log": str(job.log)})}\n')
@@ -187,6 +190,9 @@ def child(job: dict[str, Any], rank: int, port: int, answer: int) -> None:
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if job['restarts'] is not None:
+            launch(job)
+            os._exit(0)
         if job['processes'] > 1:
             places = {'RANK': rank, 'LOCAL_RANK': rank, 'WORLD_SIZE': job['processes']}
             places |= {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port}
@@ -211,6 +217,33 @@ def child(job: dict[str, Any], rank: int, port: int, answer: int) -> None:
         os._exit(code)
 
 
+def attempt(job: dict[str, Any]) -> None:
+    """Run the program in this process, which torchrun's agent has started."""
+    from timm_mealv2.training import run
+
+    exec(job['code'], {'__name__': '__main__', 'rank': int(os.environ['RANK'])})
+    sys.argv = ['mealv2-train', *job['argv']]
+    run.cli()
+
+
+def launch(job: dict[str, Any]) -> None:
+    """Do in this process what torchrun does, but fork the program's processes."""
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=job['processes'],
+        run_id=job['log'],
+        rdzv_backend='c10d',
+        rdzv_endpoint='localhost:0',
+        max_restarts=job['restarts'],
+        monitor_interval=0.1,
+        start_method='fork',
+    )
+    elastic_launch(config, attempt)(job)
+
+
 def work(job: dict[str, Any]) -> list[Any]:
     """Run one job; return what its file says."""
     with socket.socket() as listening:
@@ -218,7 +251,7 @@ def work(job: dict[str, Any]) -> list[Any]:
         port = listening.getsockname()[1]
     read, write = os.pipe()
     pids = []
-    for rank in range(job['processes']):
+    for rank in range(job['processes'] if job['restarts'] is None else 1):
         pid = os.fork()
         if pid == 0:
             os.close(read)

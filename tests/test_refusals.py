@@ -56,7 +56,7 @@ def files(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     [
         (f'{TRAIN} --epoch 3', 'the nearest option is --epochs'),
         (f'{TRAIN} --epochs 0', 'must be 1 or more, got 0'),
-        (f'{TRAIN} --jsd-loss --bce-loss', '--jsd-loss: needs --aug-splits'),
+        (f'{TRAIN} --jsd-loss --bce-loss', '--jsd-loss: refused'),
         (f'{TRAIN} --model resnet5o', 'the nearest is resnet50'),
         (f'{TRAIN} --model output/teacher', 'weights are for --initial-checkpoint'),
         (f'{TRAIN} --teachers resnet18.nonsense', 'no tag of resnet18'),

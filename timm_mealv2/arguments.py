@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import Dataset
 
 from timm_mealv2.data.dataset import split_is_missing
-from timm_mealv2.data.own_data import open_images
+from timm_mealv2.data.own_data import TRAINING, hold_out, open_images
 from timm_mealv2.errors import UserError, one_line
 from timm_mealv2.models.ensemble import EnsembleTeacher
 from timm_mealv2.models.factory import create_ensemble, read_classes
@@ -48,21 +48,35 @@ def open_split(args: argparse.Namespace, option: str, *, or_all: bool = False, *
     """
     named: str | None = getattr(args, option.strip('-').replace('-', '_'))
     split = 'validation' if named is None else named
+    if args.val_share:
+        return open_shares(args)[split not in TRAINING]
+    dataset = _open(args, split, **kwargs)
+    if not or_all and split_is_missing(dataset, args.data_dir, split):
+        share = '' if option == '--train-split' else ', or hold images out with --val-share 0.1'
+        root = args.data_dir
+        there = f', but {", ".join(sorted(os.listdir(root))[:5])}' if root and os.path.isdir(root) else ''
+        raise UserError(f'no split {split!r} in {root}{there}: name a folder or .tar with {option}{share}.')
+    return dataset
+
+
+def open_shares(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
+    """Open the images to train on, and those that `--val-share` takes out of them for validation.
+
+    Raises:
+        UserError: If the training split cannot be opened or shared.
+    """
+    return hold_out(_open(args, 'train'), args.val_share)
+
+
+def _open(args: argparse.Namespace, split: str, **kwargs: Any) -> Dataset:
     options = {
         'class_map': args.class_map,
         'download': args.dataset_download,
         'input_key': args.input_key,
         'target_key': args.target_key,
         'trust_remote_code': args.dataset_trust_remote_code,
-        'val_share': args.val_share,
     }
-    dataset = open_images(args.dataset, args.data_dir, split, **options | kwargs)
-    if not (or_all or args.val_share) and split_is_missing(dataset, args.data_dir, split):
-        share = '' if option == '--train-split' else ', or hold images out with --val-share 0.1'
-        root = args.data_dir
-        there = f', but {", ".join(sorted(os.listdir(root))[:5])}' if root and os.path.isdir(root) else ''
-        raise UserError(f'no split {split!r} in {root}{there}: name a folder or .tar with {option}{share}.')
-    return dataset
+    return open_images(args.dataset, args.data_dir, split, **options | kwargs)
 
 
 def teacher_dtype(args: argparse.Namespace) -> str | None:
@@ -77,16 +91,15 @@ def build_ensemble(args: argparse.Namespace, device: torch.device, **kwargs: Any
     Args:
         args: Has these options; `teachers` may be parsed already.
         device: Where the teachers are put.
-        **kwargs: Further arguments of `create_ensemble`. The teachers' autocast is `--teacher-dtype` or that of `--amp`
-            unless `autocast_dtype` is given.
+        **kwargs: Further arguments of `create_ensemble`.
     """
     dtype = teacher_dtype(args)
-    kwargs.setdefault('autocast_dtype', dtype and getattr(torch, dtype))
     ensemble = create_ensemble(
         args.teachers,
         weights=args.teacher_weights,
         img_sizes=args.teacher_img_size,
         classes=read_classes(args.teacher_classes or ()),
+        autocast_dtype=getattr(torch, dtype) if dtype else None,
         **kwargs,
     )
     if args.teacher_optimize == 'on':

@@ -107,43 +107,29 @@ def _one_line(message: str) -> str:
 # Types of options
 
 
-class Range:
-    """An argparse type: a finite int or float within bounds, `above` and `below` excluded, `low` and `high` not."""
+def number(kind: type, text: str, allowed: Callable[[Any], bool]) -> Callable[[str], Any]:
+    """Return the type of a finite int or float that has to be `allowed`; `text` says what is."""
 
-    def __init__(
-        self,
-        kind: type,
-        low: float = -math.inf,
-        high: float = math.inf,
-        *,
-        above: float | None = None,
-        below: float | None = None,
-    ) -> None:
-        self.__name__ = kind.__name__  # argparse names it: invalid int value
-        self.kind = kind
-        self.low = low if above is None else math.nextafter(above, math.inf)
-        self.high = high if below is None else math.nextafter(below, -math.inf)
-        lower = f'{low} or more' if above is None else f'above {above}'
-        upper = f'at most {high}' if below is None else f'below {below}'
-        self.text = lower if self.high == math.inf else f'{lower} and {upper}'
-
-    def __call__(self, text: str) -> Any:
-        """Convert `text`; argparse shows what is raised."""
-        value = self.kind(text)
+    def convert(word: str) -> Any:
+        value = kind(word)
         if not math.isfinite(value):
-            raise argparse.ArgumentTypeError(f'must be a finite number, got {text}')
-        if not self.low <= value <= self.high:
-            raise argparse.ArgumentTypeError(f'must be {self.text}, got {text}')
+            raise argparse.ArgumentTypeError(f'must be a finite number, got {word}')
+        if not allowed(value):
+            raise argparse.ArgumentTypeError(f'must be {text}, got {word}')
         return value
 
+    convert.__name__ = kind.__name__  # argparse names it: invalid int value
+    return convert
 
-COUNT = Range(int, 1)
-COUNT_OR_0 = Range(int, 0)
-PIXELS = Range(int, 1, 2**16 - 1)
-POSITIVE = Range(float, above=0)
-NOT_NEGATIVE = Range(float, 0)
-PROBABILITY = Range(float, 0, 1)
-SEED = Range(int, 0, 2**32 - 1)
+
+COUNT = number(int, '1 or more', lambda value: value >= 1)
+COUNT_OR_0 = number(int, '0 or more', lambda value: value >= 0)
+PIXELS = number(int, '1 to 65535', lambda value: 1 <= value < 2**16)
+POSITIVE = number(float, 'above 0', lambda value: value > 0)
+NOT_NEGATIVE = number(float, '0 or more', lambda value: value >= 0)
+PROBABILITY = number(float, '0 to 1', lambda value: 0 <= value <= 1)
+BELOW_1 = number(float, '0 or more and below 1', lambda value: 0 <= value < 1)
+SEED = number(int, '0 to 4294967295', lambda value: 0 <= value < 2**32)
 
 
 def _checked(check: Callable[[str], str | None]) -> Callable[[str], str]:
@@ -300,7 +286,7 @@ DATA = (
     Option('--dataset', None, 'kind and name: torch/cifar10, hfds/NAME, ...; else a folder', ''),
     Option(
         '--val-share',
-        Range(float, 0, below=1),
+        BELOW_1,
         'share of each class of the training images to hold out for validation',
         0.0,
     ),

@@ -207,7 +207,7 @@ def _checkpoint_figures(folder: Path) -> tuple[float | None, float | None, int |
     except UserError:
         return None, None, None
     args, batches = checkpoint.args, checkpoint.contents.get('batches')
-    known = batches is not None and 'world_size' in args and not args.get('train_img_sizes')
+    known = batches is not None and 'world_size' in args
     return *model_cost(model), batches * args['batch_size'] * args['world_size'] if known else None
 
 

@@ -44,17 +44,6 @@ def test_erasing_has_the_distribution_of_timm(mode: str) -> None:
         assert np.allclose(figures[0][5:8], mean, atol=0.003)
 
 
-def test_resplit_without_copies_erases_half_as_many() -> None:
-    counts = []
-    for resplit in (False, True):
-        erasing = Erasing(Augmentation((3, 8, 8), reprob=0.8, resplit=resplit), seed=0)
-        images = np.full((500, 3, 8, 8), 7, dtype=np.uint8)
-        for index, image in enumerate(images):
-            erasing(image, 0, index)
-        counts.append(float((images != 7).any(axis=(1, 2, 3)).mean()))
-    assert counts == pytest.approx([0.8, 0.4], abs=0.05)
-
-
 def test_an_augmentation_survives_json() -> None:
     augmentation = Augmentation((3, 16, 20), scale=(0.3, 1.0), cutmix_minmax=(0.2, 0.8), train_crop_mode='rkrc')
     assert Augmentation(**json.loads(json.dumps(dataclasses.asdict(augmentation)))) == augmentation

@@ -11,7 +11,7 @@ import pytest
 from timm_mealv2 import UserError
 from timm_mealv2.data.class_names import class_names_of
 from timm_mealv2.data.dataset import image_names, read_image
-from timm_mealv2.data.own_data import open_images
+from timm_mealv2.data.own_data import hold_out, open_images
 
 
 def labels_of(dataset: Any) -> list[int]:
@@ -91,7 +91,7 @@ def test_a_share_of_each_class_is_held_out(kind: str, spoilt: Path, tmp_path: Pa
     else:
         shutil.rmtree(spoilt / 'validation')
         root = write_table(spoilt / 'labels.csv', spoilt, 'path,label,part')
-    train, held = (open_images('', str(root), split, val_share=0.3) for split in ('train', 'validation'))
+    train, held = hold_out(open_images('', str(root), 'train'), 0.3)
     assert Counter(labels_of(held)) == {0: 2, 1: 2, 2: 2}  # of 7
     assert Counter(labels_of(train)) == {0: 5, 1: 5, 2: 5}
     assert not set(image_names(train)) & set(image_names(held))
@@ -99,10 +99,10 @@ def test_a_share_of_each_class_is_held_out(kind: str, spoilt: Path, tmp_path: Pa
 
 
 def test_what_is_held_out_stays_held_out_where_images_are_added(spoilt: Path) -> None:
-    before = image_names(open_images('', str(spoilt), 'validation', val_share=0.3))
+    before = image_names(hold_out(open_images('', str(spoilt), 'train'), 0.3)[1])
     for number in range(7):
         shutil.copy(spoilt / 'train/cold/000.png', spoilt / f'train/cold/more{number}.png')
-    after = image_names(open_images('', str(spoilt), 'validation', val_share=0.3))
+    after = image_names(hold_out(open_images('', str(spoilt), 'train'), 0.3)[1])
     assert set(before) - set(after) == {name for name in before if 'cold' in name} - set(after)
     assert len(after) == 4 + 4
     assert sum('more' not in name for name in after) >= 6 - 2
@@ -111,5 +111,5 @@ def test_what_is_held_out_stays_held_out_where_images_are_added(spoilt: Path) ->
 def test_a_class_of_one_image_is_trained_on(spoilt: Path) -> None:
     for number in range(1, 7):
         (spoilt / f'train/cold/00{number}.png').unlink()
-    train, held = (open_images('', str(spoilt), split, val_share=0.01) for split in ('train', 'validation'))
+    train, held = hold_out(open_images('', str(spoilt), 'train'), 0.01)
     assert (Counter(labels_of(train)), Counter(labels_of(held))) == ({0: 1, 1: 6, 2: 6}, {1: 1, 2: 1})

@@ -77,9 +77,7 @@ def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def parse(command: str, argv: list[str]) -> None:
     """Parse a command's arguments as the command does."""
-    if argv[:1] == ['recipes']:
-        PARSERS['mealv2-train recipes'].parse_args(argv[1:])
-    elif command == 'mealv2-train':
+    if command == 'mealv2-train':
         parse_args(argv)  # reads recipe and configuration file, and checks what does not go together
     elif command in PARSERS:
         PARSERS[command].parse_args(argv)

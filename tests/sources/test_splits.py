@@ -122,13 +122,9 @@ def test_mixing_of_a_stream_ends_where_it_is_told(kind: str, source: Source, kno
     assert second < 1e-3  # each image is one color again
 
 
-@pytest.mark.parametrize('option', ['--train-img-sizes 32 64', '--samples-per-decode 2', '--aug-repeats 3'])
-def test_what_needs_numbered_images_is_refused_on_a_stream(
-    option: str, source: Source, knowing: Path, tmp_path: Path
-) -> None:
-    name, *_ = option.split()
-    with pytest.raises(UserError, match=name):
-        train(tmp_path / 'run', *source('wds'), '--initial-checkpoint', knowing, *option.split())
+def test_what_needs_numbered_images_is_refused_on_a_stream(source: Source, knowing: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match='--samples-per-decode'):
+        train(tmp_path / 'run', *source('wds'), '--initial-checkpoint', knowing, '--samples-per-decode', 2)
     assert not (tmp_path / 'run').exists()
 
 

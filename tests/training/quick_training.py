@@ -11,7 +11,6 @@ import torch
 from timm_mealv2.models.checkpoint import TrainingCheckpoint
 from timm_mealv2.training.run_folder import RunFolder
 
-REPOSITORY = Path(__file__).parents[2]
 SMALL = (
     '--model test_resnet --num-classes 3 --img-size 16 --batch-size 4 --workers 0 --lr 0.05 --epochs 2 '
     '--warmup-epochs 0 --log-interval 2 --device cpu --color-jitter 0 --smoothing 0 --weight-decay 0 '

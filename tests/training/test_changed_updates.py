@@ -92,8 +92,6 @@ def test_the_middle_of_an_epoch_is_entered_where_nothing_has_changed(
         '--mixup 0.5',
         '--mixup 0.5 --mixup-mode pair',
         '--samples-per-decode 2',
-        '--aug-repeats 3',
-        '--train-img-sizes 32 --train-batches-per-epoch 4',
     ],
 )
 def test_an_epoch_begins_anew_where_an_update_has_become_something_else(

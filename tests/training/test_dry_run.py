@@ -5,11 +5,14 @@ import re
 import pytest
 from quick_training import Train
 
+from timm_mealv2.training import dry_run
+
 
 def test_a_dry_run_measures_the_whole_loop(
-    train: Train, teachers: list[str], capsys: pytest.CaptureFixture[str]
+    train: Train, teachers: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = ('--teachers', *teachers, '--dry-run', '--dry-run-seconds', 1, '--grad-accum-steps', 2, '--workers', 1)
+    monkeypatch.setattr(dry_run, 'SECONDS', 1)
+    options = ('--teachers', *teachers, '--dry-run', '--grad-accum-steps', 2, '--workers', 1)
     folder = train('dry', *options)
     assert not folder.exists()
     text = capsys.readouterr().out

@@ -5,9 +5,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +22,6 @@ from timm_mealv2.command_line import run_cli
 from timm_mealv2.errors import TrainingFailedError, UserError
 from timm_mealv2.training.loop import LossScaler, Stepper
 from timm_mealv2.training.run import main
-
-REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -50,17 +45,6 @@ SMALL = (
 
 def options(data: Path, *more: Any) -> list[Any]:
     return [*SMALL, '--data-dir', data, '--experiment', 'run', *more]
-
-
-def torchrun(output: Path, *arguments: Any) -> tuple[subprocess.Popen, Path]:
-    """Start two processes as a user does; return the launcher, and the file that it prints to."""
-    log = output / 'log.txt'
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', *arguments]
-    with open(log, 'w') as file:
-        process = subprocess.Popen(
-            [*map(str, command), '--output', str(output)], stderr=file, stdout=file, start_new_session=True
-        )
-    return process, log
 
 
 def trained_weights(folder: Path) -> dict[str, Tensor]:
@@ -128,22 +112,15 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(
     assert 'Connection closed' not in job.text
 
 
-def test_torchrun_hands_a_signal_to_all_processes(image_folder: Path, tmp_path: Path) -> None:
-    arguments = options(image_folder, '--workers', 1, '--epochs', 100)
-    process, log = torchrun(tmp_path, REPOSITORY / 'train_distill.py', *arguments)
-    end = time.monotonic() + 90
-    while 'epoch 2 [1/3]' not in log.read_text():
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() < end, log.read_text()
-        time.sleep(0.01)
-    process.send_signal(
-        signal.SIGTERM
-    )  # which it sends to the process groups of all, their loaders' workers among them
-    assert process.wait(timeout=90) != 0
-    text = log.read_text()
-    assert text.count('Stopped by SIGTERM') == 1, text
+def test_torchrun_hands_a_signal_to_all_processes(image_folder: Path, tmp_path: Path, program: Forked) -> None:
+    words = options(image_folder, '--workers', 1, '--epochs', 100)
+    job = program.start(tmp_path, *words, processes=2, restarts=0)
+    job.wait_for('epoch 2 [1/3]')
+    os.killpg(job.session, signal.SIGTERM)  # the launcher sends it to the processes a second time
+    assert job.finish() != 0
+    assert job.text.count('Stopped by SIGTERM') == 1, job.text
     assert list((tmp_path / 'run').glob('recovery-*.pth.tar'))
-    assert 'Connection closed' not in text
+    assert 'Connection closed' not in job.text
 
 
 # Numbers
@@ -347,25 +324,28 @@ def test_a_full_disk_leaves_the_former_checkpoint(image_folder: Path, tmp_path: 
 # Processes
 
 
-def test_a_failing_process_ends_the_others_and_its_error_is_shown(image_folder: Path, tmp_path: Path) -> None:
-    script = tmp_path / 'failing.py'
-    script.write_text(
-        'import os\n'
-        'from timm_mealv2.errors import UserError\n'
-        'from timm_mealv2.training import loop, run\n'
-        'step = loop.Stepper.step\n'
-        'def failing(self, *args, update, **kwargs):\n'
-        '    if update == 2 and os.environ["RANK"] == "1":\n'
-        '        raise UserError("this process has no more luck")\n'
-        '    return step(self, *args, update=update, **kwargs)\n'
-        'loop.Stepper.step = failing\n'
-        'run.cli()\n'
-    )
-    process, log = torchrun(tmp_path, script, *options(image_folder, '--workers', 1))
-    assert process.wait(timeout=90) != 0
-    text = log.read_text()
-    assert 'UserError: this process has no more luck' in text.split('Root Cause')[1]
-    assert text.count('error: this process has no more luck\n') == 1
+FAILING = """
+import timm_mealv2.training.loop as loop
+from timm_mealv2.errors import UserError
+step = loop.Stepper.step
+
+def failing(self, *args, update, **kwargs):
+    if update == 2 and rank == 1:
+        raise UserError('this process has no more luck')
+    return step(self, *args, update=update, **kwargs)
+
+loop.Stepper.step = failing
+"""
+
+
+def test_a_failing_process_ends_the_others_and_its_error_is_shown(
+    image_folder: Path, tmp_path: Path, program: Forked
+) -> None:
+    words = options(image_folder, '--workers', 1)
+    job = program.start(tmp_path, *words, processes=2, code=FAILING, restarts=0)
+    assert job.finish() != 0
+    assert 'UserError: this process has no more luck' in job.text.split('Root Cause')[1]
+    assert job.text.count('error: this process has no more luck\n') == 1
 
 
 # The Hub at the end of a run

@@ -4,44 +4,50 @@ import fcntl
 import os
 import pty
 import re
+import select
 import struct
-import subprocess
-import sys
 import termios
 from pathlib import Path
 
 import pytest
-from quick_training import REPOSITORY, SMALL, Train
+from forked import Forked
+from quick_training import SMALL, Train
 
 from timm_mealv2.errors import UserError
 from timm_mealv2.training.logs import RunLog, logging_of_run, write_log
 from timm_mealv2.training.run_folder import Position
 
+# Run before the program: what it prints goes to a terminal.
+MOVED = """
+import os
 
-def run_in_terminal(columns: int, command: list[str]) -> str:
-    """Everything that a command writes to a terminal."""
+os.environ.pop('COLUMNS', None)
+terminal = os.open({!r}, os.O_WRONLY | os.O_NOCTTY)
+for stream in (1, 2):
+    os.dup2(terminal, stream)
+"""
+
+
+def run_in_terminal(columns: int, program: Forked, output: Path, *options: object) -> str:
+    """Everything that the program writes to a terminal."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack('HHHH', 24, columns, 0, 0))
-    environment = {name: value for name, value in os.environ.items() if name != 'COLUMNS'}
-    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment) as process:
-        os.close(theirs)
-        written = b''
-        while True:
-            try:
-                written += os.read(ours, 4096)
-            except OSError:  # the program has closed it
-                break
+    job = program.start(output, *options, code=MOVED.format(os.ttyname(theirs)))
+    written = b''
+    while select.select([ours], [], [], 0.1)[0] or not job.result.is_file():
+        if select.select([ours], [], [], 0)[0]:
+            written += os.read(ours, 4096)
+    os.close(theirs)
     os.close(ours)
-    assert process.returncode == 0, written.decode()
+    assert job.finish() == 0, written.decode()
     return written.decode().replace('\x1b[A', '')
 
 
 def test_on_a_terminal_an_epoch_is_a_bar_that_fits_and_then_one_line(
-    teachers: list[str], image_folder: Path, tmp_path: Path
+    teachers: list[str], image_folder: Path, tmp_path: Path, program: Forked
 ) -> None:
-    options = ['--data-dir', image_folder, '--output', tmp_path, '--experiment', 'run', '--teachers', *teachers]
-    script = [sys.executable, REPOSITORY / 'train_distill.py', *SMALL, *options, '--warmup-epochs', 1]
-    written = run_in_terminal(80, list(map(str, script)))
+    options = ['--data-dir', image_folder, '--experiment', 'run', '--teachers', *teachers, '--warmup-epochs', 1]
+    written = run_in_terminal(80, program, tmp_path, *SMALL, *options)
     # What is overwritten, and what stays.
     bars = [text for text in re.split(r'[\r\n]+', written) if text.startswith('epoch ')]
     lines = [line.split('\r')[-1] for line in written.replace('\r\n', '\n').split('\n')]

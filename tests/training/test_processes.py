@@ -4,7 +4,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +18,6 @@ from torch.distributed.rendezvous import rendezvous
 
 from timm_mealv2.training.distributed import ATTEMPT
 
-PROGRAM = str(Path(__file__).parents[2] / 'train_distill.py')
 OPTIONS = (
     '--model test_resnet --num-classes 3 --img-size 16 --batch-size 3 --workers 0 --epochs 3 --lr 0.02 --device cpu '
     '--warmup-epochs 0 --log-interval 100 --no-preflight --model-ema --mixup 0.2 --drop 0.1 --recovery-interval 1 '
@@ -43,6 +41,17 @@ loop.Stepper.step = counted
 """
 
 
+# Run by each process before the program: it moves to a host of its own.
+MOVED = """
+import ctypes, os
+
+hosts, links = {}, {}
+with open(f'/run/netns/{{hosts[rank]}}') as host:
+    assert ctypes.CDLL(None).setns(host.fileno(), 0x40000000) == 0  # CLONE_NEWNET
+os.environ.update(GLOO_SOCKET_IFNAME=links[rank], MASTER_ADDR='10.77.0.1', MASTER_PORT='29500', LOCAL_RANK='0')
+"""
+
+
 @pytest.fixture(scope='module')
 def options(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     path = tmp_path_factory.mktemp('teacher') / 'teacher.pth'
@@ -60,17 +69,13 @@ def whole(program: Forked, options: list[str], tmp_path_factory: pytest.TempPath
 
 
 def test_a_group_that_loses_a_process_restarts_from_its_newest_checkpoint(
-    options: list[str], whole: Path, tmp_path: Path
+    program: Forked, options: list[str], whole: Path, tmp_path: Path
 ) -> None:
-    script = tmp_path / 'struck.py'
     once = "os.environ['RANK'] == '1' and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'"
-    script.write_text(f'{STRUCK.format(once, "SIGKILL")}\nfrom timm_mealv2.training import run\nrun.cli()\n')
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
-    command += ['--max-restarts', '1', str(script), *options, '--output', str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    assert 'The process group was restarted' in result.stderr
-    assert f'Continuing from {tmp_path / "run" / "recovery-1-"}' in result.stderr.replace('.pth.tar', '')
+    code = STRUCK.format(once, 'SIGKILL')
+    text = program.run(tmp_path, *options, processes=2, code=code, restarts=1).text
+    assert 'The process group was restarted' in text
+    assert f'Continuing from {tmp_path / "run" / "recovery-1-"}' in text.replace('.pth.tar', '')
     assert differences(whole, tmp_path / 'run') == []
 
 
@@ -123,19 +128,15 @@ def hosts() -> Iterator[list[str]]:
 
 
 def test_two_hosts_train_as_two_processes_on_one(
-    options: list[str], whole: Path, tmp_path: Path, hosts: list[str]
+    program: Forked, options: list[str], whole: Path, tmp_path: Path, hosts: list[str]
 ) -> None:
-    processes = []
-    for number, name in enumerate(hosts):
+    links = []
+    for name in hosts:
         link = subprocess.run(
             ['ip', '-n', name, '-brief', 'link', 'show', 'type', 'veth'], capture_output=True, text=True, check=True
         ).stdout.split('@')[0]
-        command = ['ip', 'netns', 'exec', name, sys.executable, PROGRAM, *options, '--output', str(tmp_path)]
-        linked = os.environ | {'GLOO_SOCKET_IFNAME': link, 'MASTER_ADDR': '10.77.0.1', 'MASTER_PORT': '29500'}
-        linked |= {'RANK': str(number), 'LOCAL_RANK': '0', 'WORLD_SIZE': '2'}
-        processes.append(subprocess.Popen(command, env=linked, stderr=subprocess.PIPE, text=True))
-    errors = [process.communicate(timeout=300)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
+        links.append(link)
+    program.run(tmp_path, *options, processes=2, code=MOVED.format(hosts, links))
     assert differences(whole, tmp_path / 'run') == []
 
 

@@ -34,11 +34,19 @@ def train(image_folder: Path, tmp_path: Path) -> Callable[..., Path]:
     return run
 
 
+@pytest.fixture(scope='module')
+def whole(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nothing has happened to."""
+    output = tmp_path_factory.mktemp('whole')
+    argv = ['--data-dir', str(image_folder), '--output', str(output), '--resume', 'auto', '--checkpoint-hist', '2']
+    main([*PLAIN, *argv])
+    return output / 'run'
+
+
 @pytest.mark.parametrize('damage', ['cut off', 'zeros', 'empty'])
 def test_a_torn_checkpoint_is_passed_over_and_mended(
-    train: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
+    train: Callable[..., Path], whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:
-    whole = train('--resume', 'auto', '--checkpoint-hist', 2)
     torn = Path(shutil.copytree(whole, tmp_path / 'torn' / 'run'))
     data = (whole / 'last.pth.tar').read_bytes()
     half = len(data) // 2
@@ -143,10 +151,34 @@ class StoppedError(Exception):
     """In place of a kill."""
 
 
+MIDDLE = ('--sched-on-updates', '--batch-size', 4, '--epochs', 2, '--recovery-interval', 4, '--resume', 'auto')
+
+
+@pytest.fixture(scope='module')
+def stopped(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Folders of runs that ended before update 5 or 9, of 5 an epoch."""
+    folders = {}
+    step = loop.Stepper.step
+    for last in (5, 9):
+
+        def counted(stepper: loop.Stepper, *args: Any, update: int, last: int = last, **kwargs: Any) -> Any:
+            if update == last:
+                raise StoppedError
+            return step(stepper, *args, update=update, **kwargs)
+
+        folders[last] = tmp_path_factory.mktemp('stopped') / 'run'
+        words = (*PLAIN, '--data-dir', image_folder, '--output', folders[last].parent, *MIDDLE)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loop.Stepper, 'step', counted)
+            with pytest.raises(StoppedError):
+                main([str(word) for word in words])
+    return folders
+
+
 @pytest.mark.parametrize(
     ('steps', 'options', 'position', 'left'),
     [
-        (9, (), 'batch 3, update 8', 0.2),  # of 5 updates an epoch
+        (9, (), 'batch 3, update 8', 0.2),
         (9, ('--batch-size', 2), 'batch 0, update 10', 0.5),
         (9, ('--grad-accum-steps', 2), 'batch 0, update 3', 0.5),
         (9, ('--mixup', 0.2), 'batch 0, update 5', 0.5),
@@ -155,27 +187,17 @@ class StoppedError(Exception):
 )
 def test_the_middle_of_an_epoch_is_entered_only_where_an_update_is_still_the_same(
     train: Callable[..., Path],
-    monkeypatch: pytest.MonkeyPatch,
+    stopped: dict[int, Path],
+    tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
     steps: int,
     options: tuple[Any, ...],
     position: str,
     left: float,
 ) -> None:
-    argv = ('--sched-on-updates', '--batch-size', 4, '--epochs', 2, '--recovery-interval', 4, '--resume', 'auto')
-    step = loop.Stepper.step
-
-    def counted(stepper: loop.Stepper, *args: Any, update: int, **kwargs: Any) -> Any:
-        if update == steps:
-            raise StoppedError
-        return step(stepper, *args, update=update, **kwargs)
-
-    monkeypatch.setattr(loop.Stepper, 'step', counted)
-    with pytest.raises(StoppedError):
-        train(*argv)
-    monkeypatch.undo()
+    shutil.copytree(stopped[steps], tmp_path / 'runs' / 'run')
     with caplog.at_level('INFO'):
-        folder = train(*argv, *options)
+        folder = train(*MIDDLE, *options)
     assert f': epoch 2, {position}.' in caplog.text
     with open(folder / 'summary.csv', newline='') as file:
         row = list(csv.DictReader(file))[1]

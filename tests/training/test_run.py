@@ -12,7 +12,6 @@ import timm
 import torch
 from images import write_images
 from quick_training import (
-    REPOSITORY,
     SMALL,
     Train,
     assert_equal_weights,
@@ -152,14 +151,6 @@ def test_frozen_batch_norm_keeps_its_statistics_while_the_weights_train(train: T
     assert not any(torch.equal(value, before[name]) for name, value in longer.items())
 
 
-@pytest.mark.parametrize('kind', ['logit', 'feature'])
-def test_timms_own_distillation_tasks_run(train: Train, kind: str, tmp_path: Path) -> None:
-    teacher = timm.create_model('test_efficientnet', num_classes=3)
-    timm.models.save_for_hf(teacher, tmp_path / 'teacher', safe_serialization=True)
-    folder = train(kind, '--kd-distill-type', kind, '--kd-model-name', f'local-dir:{tmp_path / "teacher"}')
-    assert {'train_task_loss', 'train_kd_loss'} <= set(summary(folder)[0])
-
-
 def test_unlabelled_images_are_enough(train: Train, teachers: list[str], image_folder: Path, tmp_path: Path) -> None:
     flat = tmp_path / 'flat'
     flat.mkdir()
@@ -207,14 +198,6 @@ def test_mistakes_are_told_before_anything_is_written(
             train(*args)
         assert '\n' not in str(error.value)
     assert {path.name for path in tmp_path.iterdir() if path.is_dir()} <= {'taken', 'hf_home', 'torch_home'}
-
-
-def test_the_program_ends_with_one_line_and_exit_code_2() -> None:
-    command = [sys.executable, str(REPOSITORY / 'train_distill.py'), '--data-dir', '/absent', '--device', 'cpu']
-    result = subprocess.run([*command, '--model', 'test_resnet'], capture_output=True, text=True)
-    assert result.returncode == 2
-    assert result.stderr.strip().splitlines()[-1].startswith('error: no data set at')
-    assert 'Traceback' not in result.stderr
 
 
 # A refactoring that changes one of the curves has changed the training. Erasing's noise makes more of the rounding,

@@ -12,7 +12,6 @@ from timm.scheduler.scheduler_factory import scheduler_kwargs
 import timm_mealv2
 from timm_mealv2.command_line import OneLineParser, Option, add_options
 from timm_mealv2.errors import UserError
-from timm_mealv2.training.run import main
 from timm_mealv2.training.settings import (
     list_recipes,
     paper_differences,
@@ -189,32 +188,6 @@ def test_every_header_has_the_command() -> None:
     for name in list_recipes():
         head = (Path(timm_mealv2.__file__).parent / 'recipes' / f'{name}.yaml').read_text().split('recipe:')[0]
         assert f'--recipe {name}' in head or name == 'quickstart'
-
-
-def test_a_recipe_can_be_read_copied_changed_and_checked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    main(['recipes'])
-    table = capsys.readouterr().out
-    assert all(name in table for name in PUBLISHED)
-    main(['recipes', 'show', 'mealv2_resnet50_224'])
-    shown = capsys.readouterr().out
-    main(['recipes', 'cp', 'mealv2_resnet50_224', 'mine.yaml'])
-    mine = tmp_path / 'mine.yaml'
-    assert mine.read_text() == shown
-    assert vars(parse_args(['-c', 'mine.yaml'])).items() >= {'epochs': 180, 'weight_decay': 0}.items()
-    main(['recipes', 'check', 'mine.yaml'])
-    assert capsys.readouterr().out.endswith('mine.yaml: every entry is possible\n')
-    mine.write_text(shown.replace('epochs: 180', 'epoch: 180'))
-    for words, message in (
-        ('check mine.yaml', "no option 'epoch', the nearest is 'epochs'"),
-        ('check absent.yaml', 'cannot read absent.yaml'),
-        ('cp mealv2_resnet50_224 mine.yaml', 'cannot write mine.yaml: File exists'),
-        ('show mealv2_resnet5', 'the nearest is mealv2_resnet50_'),
-    ):
-        with pytest.raises(UserError, match=message):
-            main(['recipes', *words.split()])
 
 
 def test_on_and_off_need_no_quotes_in_a_file(tmp_path: Path) -> None:

@@ -180,7 +180,6 @@ def test_epochs_that_come_again_are_announced(train: Train, caplog: pytest.LogCa
         (['--in-chans', '1'], '--in-chans was 3'),
         (['--num-classes', '4'], '--num-classes was 3'),
         (['--teachers', 'test_vit.r160_in1k'], '--teachers was test_resnet='),
-        (['--aug-repeats', '3'], '--aug-repeats'),
         (['--teacher-dtype', 'float16'], '--teacher-dtype float16: the predictions are stored'),
         (['--kd-distill-type', 'logit'], '--soft-labels'),
         (['--soft-labels', '/nowhere'], '/nowhere holds no soft labels: there is no such folder'),

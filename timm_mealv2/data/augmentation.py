@@ -32,8 +32,6 @@ class Augmentation:
         train_interpolation: An interpolation, or 'random'.
         mean: Gray of what geometric augmentation uncovers and erasing fills in, one number (0..1) per channel.
         std: Unit of the noise that erasing fills in.
-        aug_splits: Copies of each image, of which the first is clean (AugMix); 0 for one augmented image.
-        resplit: Do not erase the clean copy; without copies, halve the probability of erasing.
     """
 
     input_size: tuple[int, int, int]
@@ -56,8 +54,6 @@ class Augmentation:
     reprob: float = 0.0
     remode: str = 'pixel'
     recount: int = 1
-    aug_splits: int = 0
-    resplit: bool = False
     mixup: float = 0.0
     cutmix: float = 0.0
     cutmix_minmax: tuple[float, float] | None = None
@@ -82,12 +78,10 @@ class Augmentation:
         jitter = self.color_jitter or None  # a jitter of 0 only takes time
         return {**options, 'color_jitter': jitter, 'auto_augment': self.aa, 'interpolation': self.train_interpolation}
 
-    def transform(self, input_size: tuple[int, int, int] | None = None) -> Any:
-        """Return timm's transform from an image to pixels, uint8 [C, H, W]; three in turn with `aug_splits`."""
-        options = self.transform_options() | ({'input_size': input_size} if input_size else {})
-        transform = create_transform(**options, is_training=True, use_prefetcher=True, separate=self.aug_splits > 0)
-        last = transform[-1] if self.aug_splits else transform
-        last.transforms[-1] = pixels_of
+    def transform(self) -> Any:
+        """Return timm's transform from an image to pixels, uint8 [C, H, W]."""
+        transform = create_transform(**self.transform_options(), is_training=True, use_prefetcher=True)
+        transform.transforms[-1] = pixels_of
         return transform
 
 
@@ -107,20 +101,16 @@ class Erasing:
     def __init__(self, augmentation: Augmentation, seed: int) -> None:
         self.seed = seed
         self.probability = 0.0 if augmentation.no_aug else augmentation.reprob
-        self.first = 1 if augmentation.resplit and augmentation.aug_splits else 0
-        if augmentation.resplit and not augmentation.aug_splits:
-            self.probability /= 2  # timm spares one half of each batch; a sample knows of no batch
         self.erasing = RandomErasing(1.0, mode=augmentation.remode, max_count=augmentation.recount, device='cpu')
         self.mean = 255 * np.array(augmentation.mean, dtype=np.float32)[:, None, None]
         self.std = 255 * np.array(augmentation.std, dtype=np.float32)[:, None, None]
 
     def __call__(self, pixels: np.ndarray, *counters: int) -> None:
-        """Erase parts of a sample [C, H, W] or [splits, C, H, W] in place, drawn by (seed, *counters)."""
+        """Erase parts of a sample [C, H, W] in place, drawn by (seed, *counters)."""
         if not self.probability:
             return
         seed_cpu(counted_seed(Stream.ERASING, self.seed, *counters))
-        for image in pixels[self.first :] if pixels.ndim == 4 else [pixels]:
-            if random.random() < self.probability:
-                fill = self.erasing(torch.full(image.shape, torch.nan)).numpy()
-                erased = np.where(np.isnan(fill), image, np.rint(fill * self.std + self.mean).clip(0, 255))
-                image[:] = erased
+        if random.random() < self.probability:
+            fill = self.erasing(torch.full(pixels.shape, torch.nan)).numpy()
+            erased = np.where(np.isnan(fill), pixels, np.rint(fill * self.std + self.mean).clip(0, 255))
+            pixels[:] = erased

@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Sequence
+from copy import copy
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -14,7 +15,7 @@ from timm.data import ImageDataset, create_dataset
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from timm.data.readers.targets import get_field, has_field
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset, Subset
 from torchvision.datasets import ImageFolder
 
 from timm_mealv2.data.class_names import number_classes, read_class_map, unlabeled
@@ -130,8 +131,6 @@ class PathsAndTargets(Sequence[tuple[str, int]]):
         return len(self.targets)
 
     def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[number] for number in range(len(self))[index]]
         if isinstance(index, list):
             return PathsAndTargets([self[number] for number in index])
         number = range(len(self))[index]  # also counts from the end, and raises IndexError
@@ -144,6 +143,20 @@ class PathsAndTargets(Sequence[tuple[str, int]]):
         data, begin = self.letters.numpy().tobytes(), len(os.fsencode(root)) + 1
         names = b'\0'.join(data[start + begin : end] for start, end in pairwise([0, *self.ends.tolist()]))
         return os.fsdecode(names).split('\0')
+
+
+def select(dataset: Any, indices: Sequence[int]) -> Dataset:
+    """Return the images of some indices, as a data set of the same kind where it is timm's."""
+    if not isinstance(dataset, ImageDataset):
+        return Subset(dataset, indices)
+    chosen: Any = copy(dataset)
+    chosen.reader = reader = copy(dataset.reader)
+    for name in ('samples', 'targets'):  # of folders and tables, and both of tars
+        if hasattr(reader, name):
+            setattr(reader, name, getattr(reader, name)[indices])
+    if hasattr(reader, 'dataset'):  # of hfds/
+        reader.dataset = reader.dataset.select(indices)
+    return chosen
 
 
 def split_is_missing(dataset: Dataset, data_dir: str | None, split: str) -> bool:

@@ -8,6 +8,7 @@ in its place and tell nobody. Which images are left out is a function of the dat
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,8 @@ from timm.data.mixup import one_hot
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from timm_mealv2.data.augmentation import Erasing, pixels_of
-from timm_mealv2.data.dataset import image_mode, read_image
+from timm_mealv2.data.augmentation import Augmentation, Erasing, pixels_of
+from timm_mealv2.data.dataset import image_mode
 from timm_mealv2.data.normalize import Stats
 from timm_mealv2.data.samples import EpochSampler, Key, KeyBatch, Sample, Samples, mix_batch
 from timm_mealv2.data.seed import Stream, counted_seed, preserved_generators, seed_cpu
@@ -36,20 +37,13 @@ Collate = Callable[[KeyBatch, list[Sample]], Batch]
 
 
 def stack_pixels(samples: list[Sample]) -> Tensor:
-    """Return the pixels of samples as one batch uint8 [B, C, H, W]; with clean copies [splits * B, C, H, W]."""
-    first = samples[0].pixels
-    copies = first.shape[:-3]
-    batch = np.empty((*copies, len(samples), *first.shape[-3:]), dtype=np.uint8)
-    for number, sample in enumerate(samples):
-        batch[..., number, :, :, :] = sample.pixels
-    return torch.from_numpy(batch.reshape(-1, *first.shape[-3:]))
+    """Return the pixels of samples as one batch uint8 [B, C, H, W]."""
+    return torch.from_numpy(np.stack([sample.pixels for sample in samples]))
 
 
 def collate_labels(batch: KeyBatch, samples: list[Sample]) -> Batch:
-    """Collate samples with their labels int64 [B], or [splits * B] as `stack_pixels`."""
-    images = stack_pixels(samples)
-    labels = torch.tensor([sample.target for sample in samples])
-    return images, labels.repeat(len(images) // len(samples))
+    """Collate samples with their labels int64 [B]."""
+    return stack_pixels(samples), torch.tensor([sample.target for sample in samples])
 
 
 class CollatePairs:
@@ -96,7 +90,7 @@ class CollateMixed:
         labeled = [(sample.pixels, max(sample.target, 0)) for sample in samples]
         images, target = mix_batch(self.mixing, labeled)
         for key, image in zip(batch.keys, images.numpy(), strict=True):
-            self.erasing(image, key.epoch, key.index, *key.repeat)
+            self.erasing(image, key.epoch, key.index)
         if all(sample.target < 0 for sample in samples):
             target = torch.full((len(samples),), -1)
         return images, target
@@ -112,19 +106,23 @@ class _ReadableBatches(Dataset):
             search to its end.
     """
 
-    def __init__(self, samples: 'Samples | _EvalSamples', collate: Collate, *, limit: int, fill: bool = False) -> None:
+    def __init__(self, samples: Samples, collate: Collate, *, limit: int, fill: bool = False) -> None:
         self.samples, self.collate, self.fill, self.limit = samples, collate, fill, limit
 
     def __getitem__(self, batch: KeyBatch) -> Fetched | UserError:
         read: list[tuple[Key, Sample]] = []
         unreadable: dict[int | str, str] = {}
+        asked = len(batch.keys)
         try:
             with preserved_generators():
-                for key in batch.keys:
-                    if len(unreadable) <= self.limit:
-                        self._add(key, read, unreadable)
-                if self.fill and len(read) < min(2, len(batch.keys)):
-                    self._fill_up(batch.keys, read, unreadable)
+                for number, key in enumerate(chain(batch.keys, self._next(batch.keys) if self.fill else ()), 1):
+                    try:
+                        read.append((key, self.samples[key]))
+                    except UnreadableImage as error:
+                        if error.index is not None:  # else the sampler has told that there is no record
+                            unreadable[error.index] = str(error)
+                    if len(unreadable) > self.limit or (number >= asked and len(read) >= min(2, asked)):
+                        break
                 if not read:
                     return Fetched(None, unreadable)
                 keys, samples = zip(*read, strict=True)
@@ -133,21 +131,13 @@ class _ReadableBatches(Dataset):
         except UserError as error:  # returned, not raised: DataLoader would add the worker's traceback to its text
             return error
 
-    def _add(self, key: Key, read: list[tuple[Key, Sample]], unreadable: dict[int | str, str]) -> None:
-        try:
-            read.append((key, self.samples[key]))
-        except UnreadableImage as error:
-            if error.index is not None:  # else the sampler has told that there is no record
-                unreadable[error.index] = str(error)
-
-    def _fill_up(self, keys: list[Key], read: list[tuple[Key, Sample]], unreadable: dict[int | str, str]) -> None:
-        asked = {key.index for key in keys}
+    def _next(self, keys: list[Key]) -> Iterator[Key]:
+        """Yield the images of the data set that come after a batch's last, but for those of the batch."""
+        asked, last = {key.index for key in keys}, keys[-1]
         for step in range(1, len(self.samples)):
-            index = (keys[-1].index + step) % len(self.samples)
+            index = (last.index + step) % len(self.samples)
             if index not in asked:
-                self._add(keys[-1]._replace(index=index, pair=None, label=None), read, unreadable)
-            if len(read) >= min(2, len(keys)) or len(unreadable) > self.limit:
-                return
+                yield last._replace(index=index, pair=None, label=None)
 
 
 def unchanged(fetched: Any) -> Any:
@@ -220,9 +210,9 @@ class TrainLoader:
         """Batches an epoch on every process."""
         return len(self.sampler)
 
-    def batch_sizes(self, epoch: int) -> list[int]:
+    def batch_sizes(self) -> list[int]:
         """Return the number of images of each batch of an epoch, where all of them can be read."""
-        return self.sampler.batch_sizes(epoch)
+        return self.sampler.batch_sizes()
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield (images [B, chans, H, W] normalized, targets) of `epoch` from batch `start` on."""
@@ -267,7 +257,8 @@ def eval_loader(
     dtype = kwargs.pop('img_dtype', torch.float32)
     transform = create_transform(**config, is_training=False, use_prefetcher=True)
     transform.transforms[-1] = pixels_of
-    samples = _EvalSamples(dataset, transform, img_mode, decode)
+    augmentation = Augmentation(config['input_size'], img_mode, decode, no_aug=True)
+    samples = Samples(dataset, augmentation, seed=0, transform=transform)
     rank, processes = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
     keys = [Key(0, index) for index in range(rank, len(samples), processes)]
     starts = range(0, len(keys), batch_size)
@@ -276,16 +267,3 @@ def eval_loader(
     normalization = tuple(config['mean']), tuple(config['std'])
     where = device if prefetch else torch.device('cpu')
     return _load_batches(batches, sampler, bad, 'validation', normalization, where, dtype, **kwargs)
-
-
-class _EvalSamples:
-    def __init__(self, dataset: Dataset, transform: Any, img_mode: str, decode: str) -> None:
-        self.dataset, self.transform, self.img_mode, self.decode = dataset, transform, img_mode, decode
-
-    def __len__(self) -> int:
-        return len(self.dataset)  # type: ignore[arg-type]
-
-    def __getitem__(self, key: Key) -> Sample:
-        image, target, ignored = read_image(self.dataset, key.index, self.img_mode, self.decode)
-        notes = tuple((key.index, what) for what in ignored)
-        return Sample(self.transform(image), target, target, ignored=notes)

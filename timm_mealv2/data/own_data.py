@@ -5,7 +5,6 @@ import hashlib
 import logging
 import os
 from collections import defaultdict
-from copy import copy
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,31 +14,26 @@ from timm.utils.misc import natural_key
 from torch.utils.data import Dataset
 
 from timm_mealv2.data.class_names import read_class_map, tell_classes
-from timm_mealv2.data.dataset import PathsAndTargets, open_dataset
+from timm_mealv2.data.dataset import PathsAndTargets, open_dataset, select
 from timm_mealv2.errors import UserError
 
 _logger = logging.getLogger(__name__)
 
-_TRAINING = ('train', 'training')
+TRAINING = ('train', 'training')
 _VALIDATION = ('val', 'valid', 'validation', 'eval', 'evaluation')
 
 _IMAGES = ('path', 'file', 'filename', 'file_name', 'filepath', 'image', 'image_path')
 _LABELS = ('label', 'class', 'class_name', 'target', 'category')
 
 
-def open_images(name: str, root: str | None, split: str, *, val_share: float = 0.0, **kwargs: Any) -> Dataset:
+def open_images(name: str, root: str | None, split: str, **kwargs: Any) -> Dataset:
     """Open a split: `open_dataset`, and what one's own data needs beside it.
 
     A `root` that ends in .csv or .tsv is a table. A `test` split stands in for a validation split that is not there.
-    With `val_share`, the validation split is so much of each class of the training split, or of a folder without
-    splits, and the training split is the rest.
 
     Raises:
-        UserError: See `open_dataset`; where the table lacks a column or the split; where there is nothing to share.
+        UserError: See `open_dataset`; where the table lacks a column or the split.
     """
-    if val_share:
-        training = open_images(name, root, 'train', **kwargs)
-        return hold_out(training, val_share, held_out=split not in _TRAINING)
     if root is not None and not name and root.lower().endswith(('.csv', '.tsv')) and Path(root).is_file():
         columns = {key: kwargs.get(key) for key in ('input_key', 'target_key', 'class_map')}
         return open_table(Path(root), split, **columns)
@@ -141,7 +135,7 @@ def _rows_of(file: Path, rows: list[dict[str, str]], split: str) -> list[dict[st
     there: dict[str, list[dict[str, str]]] = defaultdict(list)
     for row in rows:
         there[(row['split'] or '').strip().lower()].append(row)
-    same = next((names for names in (_TRAINING, _VALIDATION) if split in names), (split,))
+    same = next((names for names in (TRAINING, _VALIDATION) if split in names), (split,))
     found = next((name for name in (split, *same) if name in there), None)
     if found is None and split == 'validation' and 'test' in there:
         found = _stand_in(file)
@@ -153,8 +147,8 @@ def _rows_of(file: Path, rows: list[dict[str, str]], split: str) -> list[dict[st
 # Validation images of a training set
 
 
-def hold_out(dataset: Any, share: float, *, held_out: bool) -> Dataset:
-    """Return the images of each class that are held out for validation, or the others.
+def hold_out(dataset: Any, share: float) -> tuple[Dataset, Dataset]:
+    """Return a data set without the images of each class that are held out for validation, and these.
 
     Which ones is a function of their names alone: not of a seed, so that no teacher has been trained on what a student
     is validated with, and mostly the same where images are added.
@@ -162,7 +156,6 @@ def hold_out(dataset: Any, share: float, *, held_out: bool) -> Dataset:
     Args:
         dataset: A folder, a tar or a table of images.
         share: Share of each class that is held out, but at least one image, and none of a single one.
-        held_out: Whether to return these or the others.
 
     Raises:
         UserError: If it is another kind of data set.
@@ -175,22 +168,10 @@ def hold_out(dataset: Any, share: float, *, held_out: bool) -> Dataset:
     for index, target in enumerate((samples.targets if targets is None else targets).tolist()):
         classes[target].append(index)
     held: set[int] = set()
+    hashes = [hashlib.sha256(os.fsencode(dataset.filename(index))).digest() for index in range(len(samples))]
     for members in classes.values():
         count = max(1, round(share * len(members))) if len(members) > 1 else 0
-        held.update(sorted(members, key=lambda index: _hash(dataset.filename(index)))[:count])
-    if held_out:
-        _logger.info(f'Validation: {len(held):,} of the {len(samples):,} training images, {share:g} of each class.')
-    return _select(dataset, [index for index in range(len(samples)) if (index in held) == held_out])
-
-
-def _hash(name: str) -> bytes:
-    return hashlib.sha256(os.fsencode(name)).digest()
-
-
-def _select(dataset: Any, indices: list[int]) -> Dataset:
-    chosen = copy(dataset)
-    chosen.reader = reader = copy(dataset.reader)
-    reader.samples = reader.samples[indices]
-    if hasattr(reader, 'targets'):
-        reader.targets = reader.targets[indices]
-    return chosen
+        held.update(sorted(members, key=hashes.__getitem__)[:count])
+    _logger.info(f'Validation: {len(held):,} of the {len(samples):,} training images, {share:g} of each class.')
+    rest = [index for index in range(len(samples)) if index not in held]
+    return select(dataset, rest), select(dataset, sorted(held))

@@ -8,16 +8,13 @@ later.
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from timm.data import FastCollateMixup
-from timm.data.distributed_sampler import RepeatAugSampler
-from timm.data.scheduled_sampler import ScheduledBatchSampler
 from torch.utils.data import Dataset, Sampler
 
 from timm_mealv2.data.augmentation import Augmentation, Erasing
@@ -31,7 +28,7 @@ class Sample(NamedTuple):
     """One training sample.
 
     Attributes:
-        pixels: uint8 [C, H, W], contiguous; [splits, C, H, W] with `aug_splits`.
+        pixels: uint8 [C, H, W], contiguous.
         target: Label of its image, -1 if unknown.
         mixed_target: Label of the image that is mixed in; its own where nothing is.
         lam: Mixup/CutMix lambda of the sample's own label.
@@ -57,16 +54,12 @@ class Key(NamedTuple):
     """What a worker is asked for: one sample.
 
     Attributes:
-        repeat: With repeated augmentation, further counters that tell the repeats of an image apart.
-        size: Number of the image size, with sizes that change from batch to batch.
         pair: The image's pair in this epoch; looked up if None.
         label: A stored record.
     """
 
     epoch: int
     index: int  # type: ignore[assignment]  # hides the method of tuples, which nobody calls
-    repeat: tuple[int, ...] = ()
-    size: int = 0
     pair: Pair | None = None
     label: bytes | None = None
 
@@ -107,8 +100,8 @@ class Samples:
     Args:
         dataset: Images with random access (`open_dataset` makes it), without a transform.
         labels: The possible labels; None takes all.
-        input_sizes: (channels, height, width) of each size, for sizes that change from batch to batch.
         positions: Place in the data set of each image, where the images are numbered otherwise.
+        transform: Makes uint8 pixels of an image, in place of the augmentation's.
     """
 
     def __init__(
@@ -118,12 +111,12 @@ class Samples:
         seed: int,
         *,
         labels: range | None = None,
-        input_sizes: Sequence[tuple[int, int, int]] | None = None,
         positions: np.ndarray | None = None,
+        transform: Any = None,
     ) -> None:
         self.dataset, self.augmentation, self.seed = dataset, augmentation, seed
         self.labels, self.positions = labels, positions
-        self._transforms = [augmentation.transform(size) for size in input_sizes or [augmentation.input_size]]
+        self._transform = transform or augmentation.transform()
         self._erasing = Erasing(augmentation, seed)
         self._mixing: FastCollateMixup | None = None
         if augmentation.mixes:
@@ -159,7 +152,7 @@ class Samples:
     def __getitem__(self, key: Key) -> Sample:
         """Return the sample of a key; see `sample`."""
         sample = self._before_erasing(key)
-        self._erasing(sample.pixels, key.epoch, key.index, *key.repeat)
+        self._erasing(sample.pixels, key.epoch, key.index)
         return sample
 
     def pair(self, epoch: int, index: int) -> Pair:
@@ -173,15 +166,14 @@ class Samples:
         pair = key.pair or self.pair(key.epoch, key.index)
         if pair.second is None:
             return self._augmented(key)
-        made_from = key.epoch, pair, key.repeat, key.size
-        if self._mixed is None or self._mixed[0] != made_from:
-            self._mixed = made_from, self._mix(self._mixing, key, pair.number, (pair.first, pair.second))
+        if self._mixed is None or self._mixed[0] != (key.epoch, pair):
+            self._mixed = (key.epoch, pair), self._mix(self._mixing, key, pair.number, (pair.first, pair.second))
         sample = self._mixed[1][key.index == pair.second]
         return sample._replace(pixels=sample.pixels.copy()) if self._erasing.probability else sample
 
     def _mix(self, mixing: FastCollateMixup, key: Key, number: int, images: tuple[int, int]) -> list[Sample]:
         first, second = (self._augmented(key._replace(index=index)) for index in images)
-        seed_cpu(counted_seed(Stream.PAIR, self.seed, key.epoch, number, *key.repeat))
+        seed_cpu(counted_seed(Stream.PAIR, self.seed, key.epoch, number))
         # As the labels are two classes, what comes back for the first is lambda and 1 - lambda.
         pixels, targets = mixing([(first.pixels, 0), (second.pixels, 1)])
         lam = float(targets[0, 0])
@@ -193,15 +185,8 @@ class Samples:
     def _augmented(self, key: Key) -> Sample:
         image, target, ignored = self._read(key.index)
         notes = tuple((key.index, what) for what in ignored)
-        seed_cpu(counted_seed(Stream.AUGMENTATION, self.seed, key.epoch, key.index, *key.repeat))
-        transform = self._transforms[key.size]
-        if not self.augmentation.aug_splits:
-            return Sample(transform(image), target, target, ignored=notes)
-        crop, augment, finish = transform
-        image = crop(image)
-        copies = [finish(image)]
-        copies += [finish(augment(image)) for _ in range(self.augmentation.aug_splits - 1)]
-        return Sample(np.stack(copies), target, target, ignored=notes)
+        seed_cpu(counted_seed(Stream.AUGMENTATION, self.seed, key.epoch, key.index))
+        return Sample(self._transform(image), target, target, ignored=notes)
 
     def _read(self, index: int) -> tuple[Image.Image, int, list[str]]:
         position = index if self.positions is None else int(self.positions[index])
@@ -250,8 +235,6 @@ class EpochSampler(Sampler[KeyBatch]):
         batch_size: Samples a batch and process.
         samples_per_decode: R.
         pairs: Keep neighbors of the permutation in one batch, to be mixed with each other.
-        repeats: Repeated augmentation: how often an image comes in turn, 0 for not.
-        sizes: Arguments of timm's `ScheduledBatchSampler`, for batches of changing image size; None for one size.
 
     Raises:
         UserError: If the settings exclude each other.
@@ -267,38 +250,25 @@ class EpochSampler(Sampler[KeyBatch]):
         world_size: int = 1,
         samples_per_decode: int = 1,
         pairs: bool = False,
-        repeats: float = 0,
-        sizes: dict[str, Any] | None = None,
     ) -> None:
-        if samples_per_decode > 1 and (pairs or repeats or sizes):
-            raise UserError(
-                '--samples-per-decode cannot go with --mixup-mode pair, --aug-repeats or --train-img-sizes.'
-            )
+        if samples_per_decode > 1 and pairs:
+            raise UserError('--samples-per-decode cannot go with --mixup-mode pair.')
         self.count, self.batch_size, self.seed = count, batch_size, seed
         self.rank, self.world_size = rank, world_size
         self.samples_per_decode, self.pairs = samples_per_decode, pairs
         self.epoch = self.start = 0
-        self._repeated: RepeatAugSampler | None = None
-        self._scheduled: ScheduledBatchSampler | None = None
         self._length = math.ceil(count / world_size)
-        if repeats:
-            self._repeated = RepeatAugSampler(range(count), num_replicas=world_size, rank=rank, num_repeats=repeats)
-            self._length = len(self._repeated)
-        elif pairs and world_size > 1:
+        if pairs and world_size > 1:
             self._length = 2 * math.ceil(math.ceil(count / 2) / world_size)
-        if sizes:  # drop_last: what is left over would be a small batch in the middle of the epoch
-            self._scheduled = ScheduledBatchSampler(range(self._length), seed=seed, drop_last=True, **sizes)
 
     def __len__(self) -> int:
         """Batches an epoch on every process."""
-        if self._scheduled is not None:
-            return len(self._scheduled)
         whole, rest = divmod(self._length, self.batch_size)
         return whole + (rest > 1 or (rest == 1 and not whole))
 
-    def batch_sizes(self, epoch: int) -> list[int]:
+    def batch_sizes(self) -> list[int]:
         """Return the number of samples of each batch of an epoch, the same on every process."""
-        return [len(batch) for batch, _ in self._batches(epoch)]
+        return [min(self.batch_size, self._length - batch * self.batch_size) for batch in range(len(self))]
 
     def set_position(self, epoch: int, start: int = 0) -> None:
         """Choose the epoch and the first batch of the next iteration; what is skipped is not loaded."""
@@ -306,10 +276,6 @@ class EpochSampler(Sampler[KeyBatch]):
 
     def samples(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Return what this process takes in `epoch`, in turn: epochs of the samples int64 [n], images int64 [n]."""
-        if self._repeated is not None:
-            self._repeated.set_epoch(epoch)
-            images = np.fromiter(self._repeated, dtype=np.int64)
-            return np.full(len(images), epoch), images
         if self.samples_per_decode == 1:
             images = _order_of_epoch(self.count, self.seed, epoch)[self._places()]
             return np.full(len(images), epoch), images
@@ -328,27 +294,12 @@ class EpochSampler(Sampler[KeyBatch]):
             return np.stack([first, first + 1], axis=1).reshape(-1) % self.count
         return np.arange(self.rank, self._length * self.world_size, self.world_size) % self.count
 
-    def _batches(self, epoch: int) -> Iterator[tuple[Sequence[int], int]]:
-        """Which of the process's samples make each batch, and the number of the batch's image size."""
-        if self._scheduled is None:
-            for batch in range(len(self)):
-                yield range(self._length)[batch * self.batch_size : (batch + 1) * self.batch_size], 0
-        else:
-            self._scheduled.set_epoch(epoch)
-            for entries in islice(self._scheduled, len(self)):
-                yield [entry[0] for entry in entries], entries[0][1]
-
     def __iter__(self) -> Iterator[KeyBatch]:
         epochs, images = self.samples(self.epoch)
-        paired = self.pairs and self._repeated is None
-        order, places = _order_of_epoch(self.count, self.seed, self.epoch), self._places() if paired else None
-        taken = 0
-        for number, (batch, size) in enumerate(self._batches(self.epoch)):
-            if number >= self.start:
-                keys = []
-                for turn, at in enumerate(batch, taken):
-                    repeat = () if self._repeated is None else (turn, self.rank)
-                    pair = None if places is None else _pair_at(order, int(places[at]))
-                    keys.append(Key(int(epochs[at]), int(images[at]), repeat, size, pair))
-                yield KeyBatch(self.epoch, number, keys)
-            taken += len(batch)
+        order, places = _order_of_epoch(self.count, self.seed, self.epoch), self._places() if self.pairs else None
+        for number in range(self.start, len(self)):
+            keys = []
+            for at in range(self._length)[number * self.batch_size : (number + 1) * self.batch_size]:
+                pair = None if places is None else _pair_at(order, int(places[at]))
+                keys.append(Key(int(epochs[at]), int(images[at]), pair))
+            yield KeyBatch(self.epoch, number, keys)

@@ -23,7 +23,7 @@ from timm_mealv2.errors import UserError, one_line
 
 
 class StreamedImages(IterableImageDataset):
-    """The images of a streamed data set of timm's, for timm's loader with `CollateStream`.
+    """The images of a streamed data set of timm's, for timm's loader with `collate_stream`.
 
     timm's readers would decode themselves: those of wds/ and hfids/ are made to hand on files.
 
@@ -36,18 +36,15 @@ class StreamedImages(IterableImageDataset):
     def __init__(self, dataset: Any, img_mode: str = 'RGB', how: str = 'timm') -> None:
         super().__init__('', reader=dataset.reader, target_transform=dataset.target_transform)
         self.split, self.img_mode, self.how = dataset.split_name, img_mode, how
-        if _of_shards(self.reader):
-            return
-        self.reader.input_img_mode = None
-        if not hasattr(self.reader.builder, 'as_streaming_dataset'):
-            if how == 'view':
-                raise UserError('--decode view: TensorFlow decodes tfds/ by itself; take another kind of data set.')
-            self.reader.input_img_mode = img_mode
-        elif not isinstance(self.reader.builder, _UndecodedBuilder):
-            self.reader.builder = _UndecodedBuilder(self.reader.builder, self.reader.input_key)
+        kind = type(self.reader).__name__
+        self.decodes = kind == 'ReaderTfds'  # TensorFlow does, by itself
+        if self.decodes and how == 'view':
+            raise UserError('--decode view: TensorFlow decodes tfds/ by itself; take another kind of data set.')
+        if kind != 'ReaderWds':
+            self.reader.input_img_mode = img_mode if self.decodes else None
 
     def __iter__(self) -> Iterator[Sample | UnreadableImage]:
-        if _of_shards(self.reader):
+        if not self.decodes and self.reader.ds is None:
             _keep_undecoded(self.reader)
         for content, target in self.reader:
             name = _name(content)
@@ -61,11 +58,6 @@ class StreamedImages(IterableImageDataset):
             if self.target_transform is not None:
                 target = self.target_transform(target)
             yield Sample(self.transform(image), target, target, ignored=tuple((name, what) for what in ignored))
-
-
-def _of_shards(reader: Any) -> bool:
-    """Whether a reader is timm's of wds/, whose file loads webdataset."""
-    return type(reader).__name__ == 'ReaderWds'
 
 
 def _name(content: Any) -> str:
@@ -88,43 +80,23 @@ def _opened(content: Any) -> BinaryIO | Image.Image:
     return fsspec.open(content['path'], 'rb').open()
 
 
-class _UndecodedBuilder:
-    """A builder of Hugging Face's whose data sets leave the images as they are stored."""
-
-    def __init__(self, builder: Any, column: str) -> None:
-        self.builder, self.column = builder, column
-
-    def __getattr__(self, name: str) -> Any:
-        if name == 'builder':  # of an instance that is being unpickled
-            raise AttributeError(name)
-        return getattr(self.builder, name)
-
-    def as_streaming_dataset(self, split: str) -> Any:
-        return self._undecoded(self.builder.as_streaming_dataset(split=split))
-
-    def as_dataset(self, split: str) -> Any:
-        return self._undecoded(self.builder.as_dataset(split=split))
-
-    def _undecoded(self, dataset: Any) -> Any:
-        from datasets import Image
-
-        return dataset.cast_column(self.column, Image(decode=False))
-
-
 _PIXEL = io.BytesIO()
 Image.new('L', (1, 1)).save(_PIXEL, 'PNG')
 
 
 def _keep_undecoded(reader: Any) -> None:
-    """Make the last step of a reader's pipeline one that leaves the images as they are stored."""
-    if reader.ds is None:
-        import webdataset
+    """Make a reader of wds/ or hfids/ leave the images as they are stored."""
+    reader._lazy_init()  # timm does it in the worker process, when the reader is first iterated over
+    if hasattr(reader, 'builder'):  # hfids/
+        import datasets
 
-        reader._lazy_init()  # timm makes the pipeline in the worker process, when it is first iterated over
-        pipeline: list[Any] = reader.ds.pipeline  # type: ignore[attr-defined]
-        timms = pipeline[-2]
-        contents = partial(_content, timms.args[0], reader.input_key)
-        pipeline[-2:] = [webdataset.map(contents, **timms.kw)]
+        reader.ds = reader.ds.cast_column(reader.input_key, datasets.Image(decode=False))
+        return
+    import webdataset
+
+    pipeline: list[Any] = reader.ds.pipeline
+    timms = pipeline[-2]  # decodes
+    pipeline[-2:] = [webdataset.map(partial(_content, timms.args[0], reader.input_key), **timms.kw)]
 
 
 def _content(decode_sample: Callable, input_key: str, sample: dict[str, Any]) -> dict[str, Any] | None:
@@ -138,33 +110,25 @@ def _content(decode_sample: Callable, input_key: str, sample: dict[str, Any]) ->
     return {'image': (f'{shard} {sample["__key__"]}', data), 'target': decoded['target']}
 
 
-class CollateStream:
-    """Collates what a `StreamedImages` gives; images that cannot be read are left out.
-
-    Args:
-        collate: Makes a batch of pairs (pixels, label).
-    """
-
-    def __init__(self, collate: Callable) -> None:
-        self.collate = collate
-
-    def __call__(self, items: list[Sample | UnreadableImage]) -> Fetched:
-        unreadable = {item.index or '': str(item) for item in items if isinstance(item, UnreadableImage)}
-        samples = [item for item in items if isinstance(item, Sample)]
-        ignored = {entry for sample in samples for entry in sample.ignored}
-        pairs: list[tuple[Any, Any]] = [(sample.pixels, sample.target) for sample in samples]
-        if not pairs:
-            return Fetched(None, unreadable, ignored)
-        if isinstance(self.collate, FastCollateMixup):
-            return Fetched(mix_batch(self.collate, pairs), unreadable, ignored)
-        return Fetched(self.collate(pairs), unreadable, ignored)
+def collate_stream(collate: Callable, items: list[Sample | UnreadableImage]) -> Fetched:
+    """Make a batch of what a `StreamedImages` gives: `collate` takes the pairs (pixels, label) that could be read."""
+    unreadable = {item.index or '': str(item) for item in items if isinstance(item, UnreadableImage)}
+    samples = [item for item in items if isinstance(item, Sample)]
+    ignored = {entry for sample in samples for entry in sample.ignored}
+    pairs: list[tuple[Any, Any]] = [(sample.pixels, sample.target) for sample in samples]
+    if not pairs:
+        return Fetched(None, unreadable, ignored)
+    mixed = isinstance(collate, FastCollateMixup)
+    return Fetched(mix_batch(collate, pairs) if mixed else collate(pairs), unreadable, ignored)
 
 
 def load_stream(dataset: StreamedImages, bad: BadImages, split: str, **options: Any) -> Any:
     """Load a stream with timm's `create_loader`, which has the `options`; what cannot be read is reported."""
     prefetch = options.get('use_prefetcher', True)
     collate = options.pop('collate_fn', None) or (fast_collate if prefetch else default_collate)
-    loader = create_loader(dataset, collate_fn=CollateStream(collate), worker_seeding=seed_of_worker, **options)
+    loader = create_loader(
+        dataset, collate_fn=partial(collate_stream, collate), worker_seeding=seed_of_worker, **options
+    )
     if not prefetch:
         return ReportingLoader(loader, bad, split)
     loader.loader = ReportingLoader(loader.loader, bad, split)
@@ -207,7 +171,7 @@ class StreamLoader:
         """Batches an epoch on every process, by the data set's own count."""
         return len(self.loader)
 
-    def batch_sizes(self, epoch: int) -> list[int]:
+    def batch_sizes(self) -> list[int]:
         """Return the number of images of each batch of an epoch: timm's loader drops what fills no batch."""
         return [self.batch_size] * len(self)
 

@@ -69,9 +69,9 @@ class BadImages:
             self.found.update(found)
         self._unshared.clear()
 
-    def readable(self, images: int, split: str = 'validation') -> list[int]:
-        """Return the numbers of those of a split's `images` images that are not among the unreadable ones."""
-        return [index for index in range(images) if f'{split} #{index}' not in self.found]
+    def readable(self, images: int) -> list[int]:
+        """Return the numbers of those of `images` validation images that are not among the unreadable ones."""
+        return [index for index in range(images) if f'validation #{index}' not in self.found]
 
     def tell_ignored(self, gather: Callable[[Any], list[Any]] = lambda value: [value]) -> list[str]:
         """Return a line for each split and each thing that is ignored of its images, if there is news.

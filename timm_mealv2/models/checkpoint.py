@@ -130,8 +130,7 @@ class TrainingCheckpoint:
         keys = ('state_dict_ema', 'model_ema', 'state_dict', 'model')
         held = [key for key in (keys if ema else keys[2:]) if isinstance(self.contents.get(key), dict)]
         state: dict[str, Any] = clean_state_dict(self.contents[held[0]] if held else self.contents)
-        # Batch norm for augmentation splits (--split-bn) serves training alone; the first split's has the usual names.
-        return {name: value for name, value in state.items() if '.aux_bn.' not in name}
+        return state
 
     @property
     def args(self) -> dict[str, Any]:

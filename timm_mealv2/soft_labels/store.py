@@ -108,7 +108,10 @@ class StoreMeta:
             )
         if damaged:
             raise UserError(f'{folder / META} is damaged: copy the store again, or record it again.')
-        return cls(**{**values, 'augmentation': Augmentation(**values['augmentation'])})
+        settings = values['augmentation']
+        for name in ('aug_splits', 'resplit'):  # of older versions, which could not record with them either
+            settings.pop(name, None)
+        return cls(**{**values, 'augmentation': Augmentation(**settings)})
 
     def write(self, folder: Path) -> None:
         """Write `meta.json`, whole or not at all."""

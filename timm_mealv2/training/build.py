@@ -10,33 +10,31 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from timm.task import (
-    TrainingTask,
-)
+from timm.task import TrainingTask
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 
+from timm_mealv2.arguments import build_ensemble, teacher_dtype
 from timm_mealv2.data.class_names import class_names_of
 from timm_mealv2.data.unreadable import BadImages
 from timm_mealv2.errors import UserError
 from timm_mealv2.models.checkpoint import TrainingCheckpoint
-from timm_mealv2.models.ensemble import EnsembleTeacher
 from timm_mealv2.models.factory import TeacherSpec
 from timm_mealv2.soft_labels.store import SoftLabelStore
 from timm_mealv2.task import MealV2Task
-from timm_mealv2.training.build_data import InputSpec, build_data, check_class_count, open_datasets
+from timm_mealv2.training.build_data import Data, InputSpec, build_data, check_class_count, open_datasets
 from timm_mealv2.training.build_optimizer import build_optimizer, build_schedule, resolve_lr, setup_average
 from timm_mealv2.training.build_student import build_student, settle_class_names
-from timm_mealv2.training.build_task import build_task, build_teachers, choose_teacher_device, resumed_teacher_dtype
+from timm_mealv2.training.build_task import build_task, choose_teacher_device
 from timm_mealv2.training.checks import is_mealv2
 from timm_mealv2.training.distributed import Processes
-from timm_mealv2.training.loop import LossScaler, Stepper
+from timm_mealv2.training.loop import LossScaler, Schedule, Stepper
 from timm_mealv2.training.resume import check_changes, find_checkpoint
 from timm_mealv2.training.run_folder import RunFolder
 from timm_mealv2.training.settings import paper_differences, plain_settings, settings_text
 from timm_mealv2.training.stopping import Guard, Signals
-from timm_mealv2.training.trainer import Components, Plan, Trainer
+from timm_mealv2.training.trainer import Plan, Trainer
 from timm_mealv2.training.validation import Validator
 
 _logger = logging.getLogger(__name__)
@@ -68,9 +66,10 @@ def build(
     settings = plain_settings(args) | resolved
     if 'adahessian' in args.opt and processes.distributed:
         raise UserError(f'--opt {args.opt} takes second derivatives, which DDP does not give: train in one process.')
-    _warn_of_emulation(args, processes.device)
     live = is_mealv2(args) and not args.soft_labels
-    folder, checkpoint = _folder_and_checkpoint(args, processes, settings, live)
+    if live:
+        settings['teacher_dtype'] = teacher_dtype(args)
+    folder, checkpoint = _folder_and_checkpoint(args, processes, settings)
     initial = [TeacherSpec.parse(args.initial_checkpoint)] if args.initial_checkpoint else []
     for model in (*args.teachers, *initial):
         model.check()
@@ -81,39 +80,47 @@ def build(
     num_classes = args.num_classes
     if num_classes is None and student is None and not args.unlabeled:
         datasets = datasets or open_datasets(args, batch_size)
-        num_classes = _count_classes(datasets[0])
+        if names := class_names_of(datasets[0]):
+            num_classes = len(names)
+            _logger.info(f'{num_classes} classes, counted in the training split.')
     student, pixels, model_config = build_student(args, batch_size, num_classes, processes, student)
     settings['num_classes'] = pixels.num_classes
     datasets = datasets or open_datasets(args, batch_size)
     class_names = None if args.unlabeled else class_names_of(datasets[0])
     check_class_count(class_names, pixels.num_classes, one_is_enough=args.bce_loss)
     device = choose_teacher_device(args.teacher_device, processes)
-    teachers = build_teachers(args, settings['teacher_dtype'], class_names, pixels, device) if live else None
-    class_names = settle_class_names(args, student, class_names, datasets[1], teachers, checkpoint)
-    data = build_data(args, *datasets, class_names, pixels, processes, bad, live)
+    teachers = None
+    if live:
+        shape = {'num_classes': pixels.num_classes, 'in_chans': pixels.channels}
+        teachers = build_ensemble(args, **shape, class_names=class_names, device=device)
+    store = SoftLabelStore(args.soft_labels) if args.soft_labels else None
+    class_names = settle_class_names(args, student, class_names, datasets[1], teachers, store, checkpoint)
+    data = build_data(args, *datasets, class_names, pixels, processes, bad, live, store)
     task = build_task(args, student, teachers, class_names, pixels, processes, device)
     optimizer = build_optimizer(args, task, lr)
     setup_average(args, task)
-    eval_metric = data.validation.metric(args.eval_metric) if data.validation is not None else ''
+    eval_metric = data.metric(args.eval_metric)
     schedule = build_schedule(args, optimizer, data, eval_metric)
-    stepper = _build_stepper(args, task, optimizer, pixels, guard)
-    recorded = SoftLabelStore(args.soft_labels).meta.figures if args.soft_labels else {}
-    judged_by = stepper, teachers, pixels.config, guard, not args.model_ema_force_cpu, recorded
-    parts = Components(
+    stepper = _build_stepper(args, task, optimizer, guard)
+    recorded = store.meta.figures if store is not None else {}
+    judged_by = data, stepper, teachers, pixels.config, guard, not args.model_ema_force_cpu, recorded
+    if processes.primary:
+        _announce(args, data, schedule, pixels, live, student, processes, lr)
+    kept = {'model_config': model_config, 'data_config': pixels.config, 'class_names': class_names}
+    return Trainer(
         stepper=stepper,
         schedule=schedule,
         data=data,
-        validator=Validator(data.validation, *judged_by) if data.validation is not None else None,
+        validator=None if data.evaluated is None else Validator(*judged_by),
         wrap=functools.partial(_wrap, args, processes),
+        plan=_plan(args, settings, kept, checkpoint, eval_metric, not trained),
+        guard=guard,
+        folder=folder,
     )
-    if processes.primary:
-        _announce(args, parts, pixels, teachers, student, processes, lr)
-    kept = {'model_config': model_config, 'data_config': pixels.config, 'class_names': class_names}
-    return Trainer(parts, _plan(args, settings, kept, checkpoint, eval_metric, not trained), processes, guard, folder)
 
 
 def _folder_and_checkpoint(
-    args: argparse.Namespace, processes: Processes, settings: dict[str, Any], live: bool
+    args: argparse.Namespace, processes: Processes, settings: dict[str, Any]
 ) -> tuple[RunFolder, TrainingCheckpoint | None]:
     """Choose the run folder and the checkpoint to go on from; what has changed since then is told or refused."""
     folder = RunFolder.choose(args.output, args.experiment, args.model)
@@ -121,19 +128,9 @@ def _folder_and_checkpoint(
     if restarted:
         _logger.info('The process group was restarted: continuing from its newest checkpoint.')
     checkpoint = find_checkpoint(folder, processes, args.resume, restarted, args.dry_run)
-    if live:
-        settings['teacher_dtype'] = resumed_teacher_dtype(args, checkpoint)
     if checkpoint is not None:
         check_changes(checkpoint, settings, args.resume_changed)
     return folder, checkpoint
-
-
-def _count_classes(train: Dataset) -> int | None:
-    names = class_names_of(train)
-    if names is None:
-        return None
-    _logger.info(f'{len(names)} classes, counted in the training split.')
-    return len(names)
 
 
 def _plan(
@@ -154,7 +151,7 @@ def _plan(
         random_weights=random_weights,
         resume_optimizer=not args.no_resume_opt,
         start_epoch=args.start_epoch if begins else None,
-        dry_run_seconds=args.dry_run_seconds if args.dry_run else None,
+        dry_run=args.dry_run,
         preflight=not args.no_preflight,
         eval_metric=eval_metric,
         val_interval=args.val_interval,
@@ -173,9 +170,10 @@ def _plan(
 
 def _announce(
     args: argparse.Namespace,
-    parts: Components,
+    data: Data,
+    schedule: Schedule,
     pixels: InputSpec,
-    teachers: EnsembleTeacher | None,
+    live: bool,
     student: nn.Module,
     processes: Processes,
     lr: float,
@@ -184,26 +182,14 @@ def _announce(
     images = pixels.batch_size * processes.world_size * args.grad_accum_steps
     if args.recipe or args.dry_run:
         _logger.info(f'Non-default settings:\n{settings_text(args, changed=True)}')
-    if teachers is not None:
-        config = pixels.config
-        for name, teacher in zip(teachers.names, teachers.teachers, strict=True):
-            own = getattr(teacher, 'pretrained_cfg', None) or {}
-            differing = [
-                f'{key} {own[key]} (here {config[key]})'
-                for key in ('interpolation', 'crop_pct', 'input_size')
-                if own.get(key) is not None and own[key] != config[key]
-            ]
-            if differing:
-                _logger.info(f'Teacher {name} was evaluated with other images: {", ".join(differing)}.')
-        if differences := paper_differences(args, images, lr):
-            _logger.info(
-                f'Differs from the paper: {", ".join(differences)}. (--recipe NAME sets the published training, '
-                '--list-recipes lists them)'
-            )
+    # The recipes for own data are not the paper's training.
+    of_paper = args.recipe is None or args.recipe.startswith('mealv2_')
+    if live and of_paper and (differences := paper_differences(args, images, lr)):
+        _logger.info(f'Differs from the paper: {", ".join(differences)} (--list-recipes: the published trainings).')
     parameters = sum(p.numel() for p in student.parameters()) / 1e6
     _logger.info(
-        f'{args.model}: {parameters:.2f} M parameters, {len(parts.data.loader)} batches of {pixels.batch_size} '
-        f'an epoch on {processes.world_size} process(es), {parts.schedule.epochs} epochs.'
+        f'{args.model}: {parameters:.2f} M parameters, {len(data.loader)} batches of {pixels.batch_size} '
+        f'an epoch on {processes.world_size} process(es), {schedule.epochs} epochs.'
     )
 
 
@@ -220,16 +206,8 @@ def _batch_size(args: argparse.Namespace, processes: Processes) -> int:
     return int(args.total_batch_size // batches)
 
 
-def _warn_of_emulation(args: argparse.Namespace, device: torch.device) -> None:
-    types = {'--amp-dtype': args.amp_dtype if args.amp else None, '--model-dtype': args.model_dtype}
-    types['--teacher-dtype'] = args.teacher_dtype
-    for flag, name in types.items():
-        if name == 'bfloat16' and device.type == 'cpu' and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            _logger.warning(f'{flag} bfloat16: this CPU emulates it, about 30 times slower than float32.')
-
-
 def _build_stepper(
-    args: argparse.Namespace, task: TrainingTask, optimizer: torch.optim.Optimizer, pixels: InputSpec, guard: Guard
+    args: argparse.Namespace, task: TrainingTask, optimizer: torch.optim.Optimizer, guard: Guard
 ) -> Stepper:
     device = guard.processes.device
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
@@ -237,8 +215,6 @@ def _build_stepper(
     if args.amp:
         autocast = functools.partial(torch.autocast, device_type=device.type, dtype=getattr(torch, args.amp_dtype))
         scaler = LossScaler(device=device.type) if args.amp_dtype == 'float16' else None
-    exponent = {'none': 0.0, 'sqrt': 0.5, 'linear': 1.0}[args.variable_batch_loss_scale]
-    weight = (lambda images: (images / pixels.batch_size) ** exponent) if exponent else None
     return Stepper(
         task,
         optimizer,
@@ -247,7 +223,6 @@ def _build_stepper(
         scaler=scaler,
         clip_grad=args.clip_grad,
         clip_mode=args.clip_mode,
-        loss_weight=weight,
         channels_last=args.channels_last,
         seed=args.seed,
         rank=guard.processes.rank,

@@ -3,19 +3,18 @@
 import argparse
 import logging
 from collections.abc import Sequence
-from copy import copy
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 import torch
-from timm.data import FastCollateMixup, ImageDataset
-from torch.utils.data import Dataset, IterableDataset, Subset
+from timm.data import FastCollateMixup
+from torch.utils.data import Dataset, IterableDataset
 
-from timm_mealv2.arguments import open_split
+from timm_mealv2.arguments import open_shares, open_split
 from timm_mealv2.data.augmentation import Augmentation, Erasing
 from timm_mealv2.data.class_names import class_names_of, has_labels, index_map, relabeled, unlabeled
-from timm_mealv2.data.dataset import image_mode
+from timm_mealv2.data.dataset import image_mode, select
 from timm_mealv2.data.loader import (
     Collate,
     CollateMixed,
@@ -62,15 +61,17 @@ class InputSpec:
 
 
 @dataclass(frozen=True)
-class Validation:
-    """The images that a model is judged by.
+class Data:
+    """The data of a run.
 
     Attributes:
-        loader: Gives the batches.
+        loader: Gives the training batches.
+        evaluated: Gives the batches that a model is judged by, None for nothing.
         by_agreement: Judge by agreement with the teachers, not by labels.
     """
 
-    loader: Any
+    loader: TrainLoader | StreamLoader
+    evaluated: Any
     by_agreement: bool
 
     def metric(self, eval_metric: str) -> str:
@@ -85,19 +86,6 @@ class Validation:
         return ('agreement', 'kl') if self.by_agreement else ('loss', 'top1', 'top5')
 
 
-@dataclass(frozen=True)
-class Data:
-    """The data of a run.
-
-    Attributes:
-        loader: Gives the training batches.
-        validation: What a model is judged by, None for nothing.
-    """
-
-    loader: TrainLoader | StreamLoader
-    validation: Validation | None
-
-
 def build_data(
     args: argparse.Namespace,
     train: Dataset,
@@ -107,6 +95,7 @@ def build_data(
     processes: Processes,
     bad: BadImages,
     live_teachers: bool,
+    store: SoftLabelStore | None,
 ) -> Data:
     """Create the loaders.
 
@@ -119,23 +108,26 @@ def build_data(
         processes: The processes of the run.
         bad: Told of the images that cannot be read.
         live_teachers: Whether there are teachers that a model can be compared with.
+        store: The stored labels to train on.
     """
-    loader = _build_train_loader(args, train, pixels, processes, bad)
+    loader = _build_train_loader(args, train, pixels, processes, bad, store)
     folders = None if validation is None else class_names_of(validation)
     by_agreement = args.unlabeled and len(folders or ()) != pixels.num_classes
     if by_agreement and not live_teachers:
         _logger.info('No validation split with labels, and no live teachers to agree with: there is no evaluation.')
-        return Data(loader, None)
+        return Data(loader, None, by_agreement=False)
     if validation is None:
-        validation = _open_split(args, '--train-split', pixels.batch_size, or_all=True)
+        validation = unlabeled(_open_split(args, '--train-split', pixels.batch_size, or_all=True))
         count = len(validation)  # type: ignore[arg-type]
-        if not isinstance(validation, IterableDataset) and count > EVALUATED_AT_MOST:
-            validation = sample_of(validation, EVALUATED_AT_MOST, args.seed)
+        shown = min(count, EVALUATED_AT_MOST)
+        if not isinstance(validation, IterableDataset):
+            drawn = np.random.default_rng(args.seed).choice(count, shown, replace=False)
+            validation = select(validation, np.sort(drawn).tolist())
         _logger.info(
-            'No validation split: evaluating by agreement with the teachers on '
-            f'{min(count, EVALUATED_AT_MOST):,} of the {count:,} training images.'
+            f'No validation split: evaluating by agreement with the teachers on {shown:,} of the {count:,} training '
+            'images.'
         )
-    if by_agreement:
+    elif by_agreement:
         validation = unlabeled(validation)
     else:
         validation = relabeled(validation, index_map(class_names, folders, 'the training', 'the validation split'))
@@ -153,34 +145,7 @@ def build_data(
         img_mode=args.input_img_mode,
         decode=args.decode,
     )
-    return Data(loader, Validation(evaluated, by_agreement))
-
-
-def sample_of(dataset: Dataset, count: int, seed: int) -> Dataset:
-    """Return `count` images of a data set, drawn by `seed`, in the order of the data set."""
-    size = len(dataset)  # type: ignore[arg-type]
-    indices = np.sort(np.random.default_rng(seed).choice(size, count, replace=False)).tolist()
-    if not isinstance(dataset, ImageDataset):
-        return Subset(dataset, indices)
-    chosen: Any = copy(dataset)
-    chosen.reader = _ChosenImages(dataset.reader, indices)
-    return chosen
-
-
-class _ChosenImages:
-    """Some of the images of a reader of timm's."""
-
-    def __init__(self, reader: Any, indices: list[int]) -> None:
-        self.reader, self.indices = reader, indices
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.reader[self.indices[index]]
-
-    def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
-        return str(self.reader.filename(self.indices[index], basename, absolute))
+    return Data(loader, evaluated, by_agreement)
 
 
 def _open_split(args: argparse.Namespace, option: str, batch_size: int, **kwargs: Any) -> Dataset:
@@ -193,17 +158,20 @@ def open_datasets(args: argparse.Namespace, batch_size: int) -> tuple[Dataset, D
     Raises:
         UserError: If one cannot be opened or has no labels.
     """
-    same = args.train_split == args.val_split
     validation: Dataset | None = None
-    try:
-        validation = _open_split(args, '--val-split', batch_size, or_all=same, num_samples=args.val_num_samples)
-    except UserError:
-        if not args.unlabeled or args.val_split != 'validation':
-            raise
-    # Images without labels need not be in splits.
-    or_all = same or (validation is None and args.train_split == 'train')
-    streaming = {'is_training': True, 'num_samples': args.train_num_samples, 'repeats': args.epoch_repeats}
-    train = _open_split(args, '--train-split', batch_size, or_all=or_all, **streaming)
+    if args.val_share:
+        train, validation = open_shares(args)
+    else:
+        same = args.train_split == args.val_split
+        try:
+            validation = _open_split(args, '--val-split', batch_size, or_all=same, num_samples=args.val_num_samples)
+        except UserError:
+            if not args.unlabeled or args.val_split != 'validation':
+                raise
+        # Images without labels need not be in splits.
+        or_all = same or (validation is None and args.train_split == 'train')
+        streaming = {'is_training': True, 'num_samples': args.train_num_samples, 'repeats': args.epoch_repeats}
+        train = _open_split(args, '--train-split', batch_size, or_all=or_all, **streaming)
     if not args.unlabeled and not all(has_labels(split) for split in (train, validation) if split is not None):
         raise UserError('the images lie in no class folders: put them there, or train without labels (--unlabeled).')
     return train, validation
@@ -248,7 +216,12 @@ def _mixup_arguments(args: argparse.Namespace, num_classes: int) -> dict[str, An
 
 
 def _build_train_loader(
-    args: argparse.Namespace, dataset: Dataset, pixels: InputSpec, processes: Processes, bad: BadImages
+    args: argparse.Namespace,
+    dataset: Dataset,
+    pixels: InputSpec,
+    processes: Processes,
+    bad: BadImages,
+    store: SoftLabelStore | None,
 ) -> TrainLoader | StreamLoader:
     augmentation = build_augmentation(args, pixels.config)
     if args.unlabeled:
@@ -269,9 +242,9 @@ def _build_train_loader(
     place['samples_per_decode'] = args.samples_per_decode
     samples: Samples
     sampler: EpochSampler
-    if args.soft_labels:
+    if store is not None:
         samples, sampler, collate = replay(
-            SoftLabelStore(args.soft_labels),
+            store,
             dataset,
             pixels.batch_size,
             labels=labels,
@@ -279,15 +252,12 @@ def _build_train_loader(
             **place,
         )
     else:
-        input_sizes = [(pixels.channels, size, size) for size in args.train_img_sizes or ()]
-        samples = Samples(dataset, augmentation, args.seed, labels=labels, input_sizes=input_sizes)
+        samples = Samples(dataset, augmentation, args.seed, labels=labels)
         sampler = EpochSampler(
             len(samples),
             pixels.batch_size,
             seed=args.seed,
             pairs=augmentation.mixes,
-            repeats=args.aug_repeats,
-            sizes=_choice_of_sizes(args, pixels.batch_size) if input_sizes else None,
             **place,
         )
     return TrainLoader(
@@ -304,23 +274,10 @@ def _build_train_loader(
     )
 
 
-def _choice_of_sizes(args: argparse.Namespace, batch_size: int) -> dict[str, Any]:
-    """How the image size of each batch is chosen, see `EpochSampler`."""
-    return {
-        'batch_sizes': args.train_batch_sizes or [batch_size] * len(args.train_img_sizes),
-        'choice_weights': args.train_size_probs,
-        'num_batches': args.train_batches_per_epoch,
-        'choice_schedule': args.train_size_schedule,
-        'schedule_epochs': args.epochs,
-        'schedule_spread': args.train_size_schedule_spread,
-        'schedule_random_mix': args.train_size_random_mix,
-    }
-
-
 def _build_stream_loader(
     args: argparse.Namespace, dataset: IterableDataset, pixels: InputSpec, processes: Processes, bad: BadImages
 ) -> StreamLoader:
-    for name in ('soft_labels', 'train_img_sizes', 'samples_per_decode', 'aug_repeats'):
+    for name in ('soft_labels', 'samples_per_decode'):
         if getattr(args, name) not in (None, 0, 1):
             option = '--' + name.replace('_', '-')
             raise UserError(f'{option} needs numbered images, and a streaming data set has none: leave it out.')
@@ -338,7 +295,6 @@ def _build_stream_loader(
         device=processes.device,
         bad=bad,
         batch_size=pixels.batch_size,
-        num_aug_splits=args.aug_splits,
         mixing=mixing,
         mixup_off_epoch=args.mixup_off_epoch,
         num_workers=args.workers,
@@ -349,6 +305,5 @@ def _build_stream_loader(
         re_prob=args.reprob,
         re_mode=args.remode,
         re_count=args.recount,
-        re_split=args.resplit,
         **augmentation.transform_options(),
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_norm
+from timm.layers import convert_sync_batchnorm, set_fast_norm
 from timm.models import filter_pretrained_cfg, resolve_model_input_args
 from torch import nn
 from torch.utils.data import Dataset
@@ -63,19 +63,7 @@ def build_student(
     if student is not None or (args.pretrained and not args.pretrained_path):
         known = class_names_of(model)
     if args.initial_checkpoint:
-        initial = TeacherSpec.parse(args.initial_checkpoint).read_checkpoint()
-        try:
-            model.load_state_dict(initial.state_dict())
-        except RuntimeError as error:
-            classes = initial.num_classes(arguments['model_name'])
-            fault = one_line(error)
-            if classes not in (None, model.num_classes):
-                fault = (
-                    f'it has {classes} classes, the model {model.num_classes}; --pretrained-path takes all weights '
-                    'but those of the classifier.'
-                )
-            raise UserError(f'--initial-checkpoint {args.initial_checkpoint} does not fit: {fault}') from error
-        known = initial.class_names
+        known = _load_initial_weights(args, model, arguments['model_name'])
     _initialize_heads(model, args.head_init_scale, args.head_init_bias)
     if args.grad_checkpointing:
         model.set_grad_checkpointing(enable=True)
@@ -96,12 +84,10 @@ def build_student(
     }
 
     inputs = InputSpec(config, model.num_classes, batch_size, getattr(torch, args.model_dtype or 'float32'))
-    if args.split_bn:
-        model = convert_splitbn_model(model, max(args.aug_splits, 2))
     model.to(device=processes.device, dtype=inputs.dtype)
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
-    _try_sizes(args, model, inputs, processes.device)
+    _try_input(args.model, model, inputs, processes.device)
     if processes.distributed and args.sync_bn:
         model = convert_sync_batchnorm(model)
     return model, inputs, model_config
@@ -127,6 +113,23 @@ def _create(
         raise UserError(f'cannot create --model {args.model}: {one_line(error)}') from error
 
 
+def _load_initial_weights(args: argparse.Namespace, model: Any, architecture: str) -> Sequence[str]:
+    """Load `--initial-checkpoint`; return the names of its classes."""
+    initial = TeacherSpec.parse(args.initial_checkpoint).read_checkpoint()
+    try:
+        model.load_state_dict(initial.state_dict())
+    except RuntimeError as error:
+        classes = initial.num_classes(architecture)
+        fault = one_line(error)
+        if classes not in (None, model.num_classes):
+            fault = (
+                f'it has {classes} classes, the model {model.num_classes}; --pretrained-path takes all weights but '
+                'those of the classifier.'
+            )
+        raise UserError(f'--initial-checkpoint {args.initial_checkpoint} does not fit: {fault}') from error
+    return initial.class_names
+
+
 @torch.no_grad()
 def _initialize_heads(model: Any, scale: float | None, bias: float | None) -> None:
     """Scale the weights of the classifier, or of each of several, and set its bias."""
@@ -145,6 +148,7 @@ def settle_class_names(
     folders: list[str] | None,
     validation: Dataset | None,
     teachers: EnsembleTeacher | None,
+    store: SoftLabelStore | None,
     checkpoint: TrainingCheckpoint | None,
 ) -> list[str] | None:
     """Decide what the classes are called, and in which order: as the folders, or as who else knows them by name.
@@ -157,6 +161,7 @@ def settle_class_names(
         folders: What the training split calls them; None without names, or without labels.
         validation: The validation split, if there is one.
         teachers: Live teachers, mapped to `folders`.
+        store: The stored labels to train on.
         checkpoint: The checkpoint to resume.
 
     Returns:
@@ -165,7 +170,7 @@ def settle_class_names(
     Raises:
         UserError: If somebody knows other classes.
     """
-    recorded = SoftLabelStore(args.soft_labels).meta.class_names if args.soft_labels else None
+    recorded = store.meta.class_names if store is not None else None
     check_same_classes(recorded, folders, args.soft_labels)
     of_validation = None if validation is None else class_names_of(validation)
     if len(of_validation or ()) != student.num_classes:
@@ -194,14 +199,14 @@ def _classifiers(model: Any) -> tuple[Any, ...]:
 
 
 @torch.no_grad()
-def _try_sizes(args: argparse.Namespace, model: nn.Module, inputs: InputSpec, device: torch.device) -> None:
-    """Tell before anything is loaded that a model, such as a ViT, does not take images of a size."""
+def _try_input(name: str, model: nn.Module, inputs: InputSpec, device: torch.device) -> None:
+    """Tell before anything is loaded that a model, such as a ViT, does not take images of the size."""
+    size = inputs.config['input_size'][1:]
     model.eval()
-    for size in (inputs.config['input_size'][1:], *((size, size) for size in args.train_img_sizes or ())):
-        try:
-            model(torch.zeros(1, inputs.channels, *size, device=device, dtype=inputs.dtype))
-        except (AssertionError, RuntimeError, ValueError) as error:
-            shown = ' x '.join(map(str, size))
-            fixed = f'a model of fixed size is built for it by --model-kwargs img_size={size[0]}'
-            raise UserError(f'{args.model} cannot take images of {shown} ({fixed}): {one_line(error)}') from error
+    try:
+        model(torch.zeros(1, inputs.channels, *size, device=device, dtype=inputs.dtype))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        fixed = f'a model of fixed size is built for it by --model-kwargs img_size={size[0]}'
+        shown = f'{size[0]} x {size[1]} ({fixed})'
+        raise UserError(f'{name} cannot take images of {shown}: {one_line(error)}') from error
     model.train()

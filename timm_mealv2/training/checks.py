@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from timm_mealv2.errors import UserError
+from timm_mealv2.training.options import REFUSED
 
 _logger = logging.getLogger(__name__)
 
@@ -23,25 +24,23 @@ def is_mealv2(args: argparse.Namespace) -> bool:
     return bool(args.teachers or args.soft_labels) and args.kd_distill_type == 'mealv2'
 
 
-_OF_MEALV2 = (
-    *('teacher_weights', 'teacher_dtype', 'teacher_img_size', 'teacher_classes', 'teacher_compile', 'unlabeled'),
+_OF_LIVE_TEACHERS = (
+    *('teacher_weights', 'teacher_dtype', 'teacher_img_size', 'teacher_classes', 'teacher_compile'),
     *('teachers_per_sample', 'teacher_device'),
+)
+_OF_MEALV2 = (
+    *_OF_LIVE_TEACHERS,
     *('discriminator_weight', 'discriminator_mode', 'discriminator_lr_scale', 'discriminator_reduction'),
-    'hard_label_weight',
-)
-_OF_OTHER_TASKS = (
-    *('distill_loss_weight', 'task_loss_weight', 'kd_token_distill_type'),
-    *('kd_student_feature_dim', 'kd_teacher_feature_dim'),
-)
-_NAFLEX = (
-    *('naflex_loader', 'naflex_train_seq_lens', 'naflex_max_seq_len', 'naflex_patch_sizes'),
-    *('naflex_patch_size_probs', 'naflex_loss_scale', 'naflex_patchify_channels_first'),
+    *('unlabeled', 'hard_label_weight'),
 )
 
 _RULES: tuple[Rule, ...] = (
-    (('torchscript', 'fuser'), lambda _: True, 'refused, TorchScript cannot hold a training task; use --torchcompile'),
-    (('tta',), lambda args: args.tta > 1, "refused, timm's loaders make no copies of an image to average"),
-    (_NAFLEX, lambda _: True, 'refused, teachers and loaders work on images, not on NaFlex patches'),
+    *(((row.flags[0][2:].replace('-', '_'),), lambda _: True, f'refused, {row.kwargs["help"]}') for row in REFUSED),
+    (
+        ('kd_distill_type',),
+        lambda args: args.kd_distill_type in ('feature', 'token'),
+        "refused, timm's train.py distils features and tokens; mealv2 and logit are here",
+    ),
     (('torchcompile_mode',), lambda args: args.torchcompile is None, 'needs --torchcompile'),
     (
         ('amp',),
@@ -55,22 +54,6 @@ _RULES: tuple[Rule, ...] = (
     ),
     (('resume',), lambda args: args.resume == 'auto' and not args.experiment, 'needs --experiment, the run folder'),
     (('total_batch_size',), lambda args: 'batch_size' in args.given, '--batch-size is given as well; give one of them'),
-    (
-        ('train_batch_sizes', 'train_size_probs', 'train_batches_per_epoch'),
-        lambda args: not args.train_img_sizes,
-        'needs --train-img-sizes',
-    ),
-    (
-        ('train_batch_sizes',),
-        lambda args: len(args.train_batch_sizes) != len(args.train_img_sizes),
-        'must be one value per --train-img-sizes',
-    ),
-    (('train_img_sizes', 'mixup', 'cutmix'), lambda args: args.aug_splits, 'cannot go with --aug-splits'),
-    (('aug_splits',), lambda args: args.aug_splits == 1, 'must be 0, or 2 or more'),
-    (('jsd_loss',), lambda args: not args.aug_splits, 'needs --aug-splits 2 or more'),
-    (('split_bn',), lambda args: not (args.aug_splits or args.resplit), 'needs --aug-splits 2 or more, or --resplit'),
-    (('jsd_loss',), lambda args: args.bce_loss, 'cannot go with --bce-loss'),
-    (('split_bn',), lambda args: args.sync_bn, 'cannot go with --sync-bn'),
     (('bce_sum', 'bce_target_thresh', 'bce_pos_weight'), lambda args: not args.bce_loss, 'needs --bce-loss'),
     # Distillation.
     (('label_rest', 'allow_pixel_change'), lambda args: not args.soft_labels, 'needs --soft-labels'),
@@ -90,16 +73,15 @@ _RULES: tuple[Rule, ...] = (
         lambda args: not is_mealv2(args) and len(args.teachers) > 1,
         'takes one teacher; use mealv2, or name an ensemble such as mealv2_ensemble_gluon',
     ),
-    (_OF_OTHER_TASKS, is_mealv2, "is of timm's tasks; MEAL V2 has --hard-label-weight to add the loss on the labels"),
+    (
+        ('distill_loss_weight', 'task_loss_weight'),
+        is_mealv2,
+        'is of --kd-distill-type logit; MEAL V2 has --hard-label-weight to add the loss on the labels',
+    ),
     (
         ('kd_temperature',),
         lambda args: is_mealv2(args) and args.kd_temperature != 1,
         'the temperature of MEAL V2 is 1; leave it out',
-    ),
-    (
-        ('jsd_loss', 'aug_splits', 'split_bn'),
-        is_mealv2,
-        'refused with MEAL V2, teachers and student see one and the same augmented image',
     ),
     (('hard_label_weight',), lambda args: args.unlabeled, 'cannot go with --unlabeled'),
     (
@@ -108,15 +90,7 @@ _RULES: tuple[Rule, ...] = (
         'cannot go with mixed images of --soft-labels',
     ),
     (
-        ('aug_repeats', 'train_img_sizes'),
-        lambda args: args.soft_labels,
-        'refused with --soft-labels, which says what an epoch shows and how big',
-    ),
-    (
-        (
-            *('teacher_weights', 'teacher_dtype', 'teacher_img_size', 'teacher_classes', 'teacher_compile'),
-            *('teachers_per_sample', 'teacher_device'),
-        ),
+        _OF_LIVE_TEACHERS,
         lambda args: args.soft_labels,
         'the predictions are stored: an option of mealv2-softlabels record',
     ),

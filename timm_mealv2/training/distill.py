@@ -26,7 +26,7 @@ from timm_mealv2.training.stopping import Signals
 Teacher = str | TeacherSpec | nn.Module
 
 # Options that are arguments here, and those that make a student of a name.
-_ARGUMENTS = ('model', 'teachers', 'kd_model_name', 'data_dir', 'dry_run', 'dry_run_seconds')
+_ARGUMENTS = ('model', 'teachers', 'kd_model_name', 'data_dir', 'dry_run')
 _OF_A_NAME = (
     *('pretrained', 'pretrained_path', 'gp', 'bn_momentum', 'bn_eps'),
     *('drop', 'drop_path', 'drop_connect', 'drop_block'),

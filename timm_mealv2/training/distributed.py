@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore, Store
 from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
-from timm_mealv2.errors import UserError
+from timm_mealv2.arguments import choose_device
 
 _logger = logging.getLogger(__name__)
 
@@ -73,16 +73,7 @@ class Processes:
 
     def maxima(self, values: Sequence[int]) -> list[int]:
         """Return the largest of each of some numbers over the processes (a collective call)."""
-        if self.group is None:
-            return list(values)
-        tensor = torch.tensor(values, dtype=torch.int64)
-        dist.all_reduce(tensor, dist.ReduceOp.MAX, self.group)
-        largest: list[int] = tensor.tolist()
-        return largest
-
-    def from_first(self, value: Any) -> Any:
-        """Return what the first process gives (a collective call)."""
-        return self.gather(value if self.primary else None)[0]
+        return [max(of_all) for of_all in zip(*self.gather(values), strict=True)]
 
 
 def join_processes(device: str | None, minutes: float = 30) -> Processes:
@@ -100,10 +91,7 @@ def join_processes(device: str | None, minutes: float = 30) -> Processes:
         _logger.info('No CUDA device: training on the CPU (--device chooses).')
     device = device or ('cuda' if available else 'cpu')
     if not (available and device.startswith('cuda') and is_distributed_env()):  # all would get a context on one GPU
-        try:
-            torch.empty(1, device=device)
-        except (AssertionError, NotImplementedError, RuntimeError) as error:
-            raise UserError(f'--device {device}: {error}') from error
+        choose_device(device)
     url = f'{ATTEMPT}://' if 'TORCHELASTIC_RESTART_COUNT' in os.environ else None
     joined = init_distributed_device_so(device, dist_url=url)
     place = torch.device(joined['device']), joined['global_rank'], joined['world_size']

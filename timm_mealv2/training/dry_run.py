@@ -15,6 +15,9 @@ from timm_mealv2.runs import TIMES
 from timm_mealv2.training.distributed import Processes
 from timm_mealv2.training.loop import Stepper, batches_with_parts
 
+SECONDS = 20.0
+"""How long training is measured."""
+
 
 def _now() -> float:
     if torch.cuda.is_available():
@@ -30,10 +33,8 @@ class Timing(NamedTuple):
     phases: dict[str, float]
 
 
-def measure_training(
-    stepper: Stepper, loader: TrainLoader | StreamLoader, seconds: float, processes: Processes
-) -> Timing:
-    """Train for `seconds` after the first update, which also allocates memory and chooses kernels.
+def measure_training(stepper: Stepper, loader: TrainLoader | StreamLoader, processes: Processes) -> Timing:
+    """Train for `SECONDS` after the first update, which also allocates memory and chooses kernels.
 
     The training goes through epoch after epoch, if need be, and trains the task.
     """
@@ -52,29 +53,28 @@ def measure_training(
                 if updates == 1:
                     began, images_seen = _now(), 0
                     clock.restart()
-                elif not any(processes.maxima([_now() - began < seconds])):
+                elif not any(processes.maxima([_now() - began < SECONDS])):
                     return Timing(clock.batches, images_seen, clock.means())
         epoch += 1
 
 
 class TimedBatches:
-    """The batches of an evaluation for a number of seconds, at least one.
+    """The batches of an evaluation for a quarter of `SECONDS`, at least one.
 
     Attributes:
         share: Share of the batches that have been given.
         seconds: Time they took.
     """
 
-    def __init__(self, loader: Any, limit: float) -> None:
-        self.loader, self.limit = loader, limit
-        self.share, self.seconds = 0.0, 0.0
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         began = _now()
         for number, batch in enumerate(self.loader, 1):
             yield batch
-            self.share, self.seconds = number / max(len(self.loader), 1), _now() - began
-            if self.seconds >= self.limit:
+            self.share, self.seconds = number / len(self.loader), _now() - began
+            if self.seconds >= SECONDS / 4:
                 return
 
 

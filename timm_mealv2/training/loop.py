@@ -45,7 +45,6 @@ class Stepper:
         scaler: Loss scaler for float16, None without.
         clip_grad: Gradient clipping threshold, None for no clipping.
         clip_mode: 'norm', 'value' or 'agc'.
-        loss_weight: Weight of a batch's loss by its number of images (batches of changing size).
         channels_last: Memory format of the images.
         seed: The run's seed.
         rank: Number of this process.
@@ -61,7 +60,6 @@ class Stepper:
     scaler: LossScaler | None = None
     clip_grad: float | None = None
     clip_mode: str = 'norm'
-    loss_weight: Callable[[int], float] | None = None
     channels_last: bool = False
     seed: int = 42
     rank: int = 0
@@ -111,8 +109,6 @@ class Stepper:
             with self.autocast():
                 result: dict[str, Tensor] = self.task(images, target)
             loss = result['loss'] if parts == 1 else result['loss'] * (share or 1 / parts)
-            if self.loss_weight is not None:
-                loss = loss * self.loss_weight(len(images))
             self.backward(loss)
         self.clock.mark('student')
         scalars = {name: value.detach() for name, value in result.items() if name != 'output'}
@@ -241,7 +237,7 @@ def batches_with_parts(
     same on every process.
     """
     batches = len(loader)
-    sizes = loader.batch_sizes(epoch) if accumulate > 1 else [1] * batches
+    sizes = loader.batch_sizes() if accumulate > 1 else [1] * batches
     for batch, (images, target) in enumerate(loader.batches(epoch, start), start):
         part = batch % accumulate
         of_update = sizes[batch - part : batch - part + accumulate]

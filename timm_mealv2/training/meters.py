@@ -65,9 +65,6 @@ class Clock:
         return event
 
 
-_WAITING = 100  # batches
-
-
 class Meters:
     """Means of a task's scalars over the images of an epoch, and of the gradient norm over its updates.
 
@@ -79,7 +76,6 @@ class Meters:
         self.sums = torch.zeros(0)  # of the values times images
         self.images = self.updates = 0
         self.norms = 0.0
-        self._waiting: list[tuple[dict[str, Tensor], int]] = []  # added many at once, which takes less time
 
     def update(self, batches: Sequence[tuple[dict[str, Tensor], int]], norm: float) -> None:
         """Add the batches of an update (scalars and number of images of each) and its gradient norm."""
@@ -87,22 +83,15 @@ class Meters:
             return
         self.norms += norm
         self.updates += 1
-        self._waiting += batches
-        if len(self._waiting) >= _WAITING:
-            self._add()
-
-    def _add(self) -> None:
-        for scalars, images in self._waiting:
+        for scalars, images in batches:
             values = torch.stack([value.float() for value in scalars.values()])
             if not self.names:
                 self.names, self.sums = list(scalars), torch.zeros_like(values)
             self.sums.add_(values, alpha=images)
             self.images += images
-        self._waiting.clear()
 
     def means(self, distributed: bool = False) -> dict[str, float]:
         """Return the means, shares in percent, over all processes if `distributed` (a collective call)."""
-        self._add()
         if not self.names:
             return {}
         sums = torch.cat([self.sums, self.sums.new_tensor([self.images])])
@@ -116,7 +105,6 @@ class Meters:
 
     def state_dict(self) -> dict[str, Any]:
         """Sums and counts, for a checkpoint in the middle of an epoch."""
-        self._add()
         counted = {'images': self.images, 'norms': self.norms, 'updates': self.updates}
         return {'names': self.names, 'sums': self.sums.cpu().clone(), **counted}
 

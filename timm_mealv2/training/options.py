@@ -8,6 +8,7 @@ from timm.utils import ParseKwargs
 from timm_mealv2.command_line import (
     AMP,
     AUGMENTATION,
+    BELOW_1,
     COUNT,
     COUNT_OR_0,
     DATA,
@@ -16,7 +17,6 @@ from timm_mealv2.command_line import (
     INTERPOLATIONS,
     NOT_NEGATIVE,
     PER_SAMPLE,
-    PIXELS,
     POSITIVE,
     PROBABILITY,
     SEED,
@@ -26,19 +26,16 @@ from timm_mealv2.command_line import (
     VAL_SPLIT,
     OneLineParser,
     Option,
-    Range,
     add_options,
     experiment_text,
     file_text,
     flag,
     model_text,
+    number,
     one_of,
     optimizer_text,
 )
 from timm_mealv2.losses import LABEL_RESTS
-
-_BELOW_1 = Range(float, 0, below=1)
-_FINITE = Range(float)
 
 
 class _KeyValues(ParseKwargs):
@@ -94,17 +91,14 @@ _DISTILLATION = (
     Option(
         '--kd-distill-type',
         str,
-        "mealv2, or timm's own logit, feature or token",
+        "mealv2, or timm's own logit (feature and token are refused)",
         'mealv2',
         choices=['mealv2', 'logit', 'feature', 'token'],
     ),
     Option('--kd-loss-type', one_of('kl'), 'logit: its loss, kl', 'kl'),
-    Option('--distill-loss-weight', NOT_NEGATIVE, "timm's tasks: weight of the distillation loss"),
-    Option('--task-loss-weight', NOT_NEGATIVE, "timm's tasks: weight of the label loss"),
-    Option('--kd-temperature', POSITIVE, 'logit, token: temperature', 4.0),
-    Option('--kd-student-feature-dim', COUNT, "feature: width of the student's features"),
-    Option('--kd-teacher-feature-dim', COUNT, "feature: width of the teacher's features"),
-    Option('--kd-token-distill-type', str, 'token: targets, soft or hard', 'soft', choices=['soft', 'hard']),
+    Option('--distill-loss-weight', NOT_NEGATIVE, 'logit: weight of the distillation loss'),
+    Option('--task-loss-weight', NOT_NEGATIVE, 'logit: weight of the label loss'),
+    Option('--kd-temperature', POSITIVE, 'logit: temperature', 4.0),
 )
 
 _DATA = (
@@ -126,7 +120,9 @@ _MODEL = (
     flag('--no-resume-opt', help='do not restore optimizer and loss scaler'),
     *INPUT,
     Option('--gp', str, 'global pooling: fast, avg, max, avgmax, avgmaxc'),
-    Option('--crop-pct', Range(float, 0.01, 1), 'center-crop ratio for evaluation'),
+    Option(
+        '--crop-pct', number(float, '0.01 to 1', lambda value: 0.01 <= value <= 1), 'center-crop ratio for evaluation'
+    ),
     Option(
         '--interpolation',
         one_of('', *INTERPOLATIONS),
@@ -140,7 +136,7 @@ _MODEL = (
     flag('--fast-norm', help="timm's fast normalization layers under AMP"),
     Option('--model-kwargs', None, 'arguments of the model', {}, nargs='*', action=_KeyValues, metavar='K=V'),
     Option('--head-init-scale', NOT_NEGATIVE, "factor on the classifier's initial weights"),
-    Option('--head-init-bias', _FINITE, "the classifier's initial bias"),
+    Option('--head-init-bias', number(float, 'a number', lambda _: True), "the classifier's initial bias"),
     Option('--torchcompile-mode', str, 'mode of torch.compile'),
     Option('--torchcompile', str, 'compile with this backend; inductor if none is named', nargs='?', const='inductor'),
 )
@@ -162,7 +158,7 @@ _DEVICE = (
 _OPTIMIZER = (
     Option('--opt', optimizer_text, 'optimizer of timm.optim.list_optimizers()', 'sgd'),
     Option('--opt-eps', NOT_NEGATIVE, "epsilon of the optimizer (default: the optimizer's)"),
-    Option('--opt-betas', _BELOW_1, "betas of the optimizer (default: the optimizer's)", nargs='+'),
+    Option('--opt-betas', BELOW_1, "betas of the optimizer (default: the optimizer's)", nargs='+'),
     Option('--momentum', NOT_NEGATIVE, 'momentum of the optimizer', 0.9),
     Option('--weight-decay', NOT_NEGATIVE, 'weight decay', 2e-5),
     Option('--clip-grad', POSITIVE, 'gradient clipping threshold (default: no clipping)'),
@@ -208,19 +204,15 @@ _SCHEDULE = (
 )
 
 _REGULARIZATION = (
-    Option('--aug-repeats', NOT_NEGATIVE, 'repeats of an image among the processes', 0),
-    Option('--aug-splits', COUNT_OR_0, 'augmentation splits, 2 or more; 0 for none', 0),
-    flag('--jsd-loss', help='Jensen-Shannon loss over the splits'),
     flag('--bce-loss', help='binary cross-entropy'),
     flag('--bce-sum', help='binary cross-entropy: sum over the classes, not the mean'),
     Option('--bce-target-thresh', PROBABILITY, 'threshold that makes soft targets hard'),
     Option('--bce-pos-weight', POSITIVE, 'weight of the positive class'),
-    flag('--resplit', help='do not erase the first split'),
-    Option('--smoothing', _BELOW_1, 'label smoothing', 0.1),
-    Option('--drop', _BELOW_1, 'dropout', 0.0),
-    Option('--drop-connect', _BELOW_1, 'older name of --drop-path'),
-    Option('--drop-path', _BELOW_1, 'stochastic depth'),
-    Option('--drop-block', _BELOW_1, 'DropBlock'),
+    Option('--smoothing', BELOW_1, 'label smoothing', 0.1),
+    Option('--drop', BELOW_1, 'dropout', 0.0),
+    Option('--drop-connect', BELOW_1, 'older name of --drop-path'),
+    Option('--drop-path', BELOW_1, 'stochastic depth'),
+    Option('--drop-block', BELOW_1, 'DropBlock'),
 )
 
 _BATCH_NORM = (
@@ -234,7 +226,6 @@ _BATCH_NORM = (
         "batch norm statistics after each epoch: reduce, broadcast or ''",
         'reduce',
     ),
-    flag('--split-bn', help='batch norm for each augmentation split'),
 )
 
 _EMA = (
@@ -260,7 +251,6 @@ _RUN = (
     Option('--wandb-project', str, 'project at Weights & Biases'),
     Option('--wandb-tags', str, 'tags of the run at Weights & Biases', [], nargs='+'),
     Option('--wandb-resume-id', str, 'run to continue there; a resumed run knows its own', ''),
-    Option('--dry-run-seconds', NOT_NEGATIVE, 'how long --dry-run measures', 20.0),
     flag('--resume-changed', help='resume although seed, teachers or data set differ from the checkpoint'),
     Option('--max-bad-images', COUNT_OR_0, 'unreadable images to tolerate', 100),
     Option('--process-timeout', POSITIVE, "torch's timeout of collective calls, in minutes", 30.0),
@@ -268,40 +258,46 @@ _RUN = (
     flag('--log-tensorboard', help='log to TensorBoard, in the run folder'),
 )
 
-_SIZES = (
-    Option('--train-img-sizes', PIXELS, 'image sizes to train at, one drawn for each batch', nargs='+'),
-    Option('--train-batch-sizes', COUNT, 'one batch size per image size', nargs='+'),
-    Option('--train-size-probs', NOT_NEGATIVE, 'one weight per image size (default: equal)', nargs='+'),
-    Option(
-        '--train-size-schedule', str, 'constant or progressive sizes', 'constant', choices=['constant', 'progressive']
-    ),
-    Option('--train-size-schedule-spread', NOT_NEGATIVE, 'width of the progressive window', 0.65),
-    Option('--train-size-random-mix', PROBABILITY, 'share of other sizes in the progressive window', 0.1),
-    Option('--train-batches-per-epoch --train-steps-per-epoch', COUNT, 'length of an epoch, with --train-img-sizes'),
-    Option(
-        '--variable-batch-loss-scale',
-        str,
-        "a batch's loss is weighted by its size: none, sqrt or linear",
-        'none',
-        choices=['none', 'sqrt', 'linear'],
-    ),
+_NO_EFFECT = (
+    Option('--local_rank', COUNT_OR_0, "torchrun's environment counts", 0),
+    Option('--worker-seeding', one_of('all', 'part'), 'every sample is seeded by itself', 'all'),
+    flag('--use-multi-epochs-loader', help='workers are always kept from epoch to epoch'),
 )
 
-_REFUSED = (
-    Option('--fuser', str, 'refused: TorchScript alone has fusers', ''),
-    flag('--torchscript', help='refused: TorchScript cannot hold the task'),
-    Option('--local_rank', COUNT_OR_0, "no effect: torchrun's environment counts", 0),
-    Option('--worker-seeding', one_of('all', 'part'), 'no effect: every sample is seeded by itself', 'all'),
-    Option('--tta', COUNT_OR_0, 'refused from 2 on: no loader makes the copies', 0),
-    flag('--use-multi-epochs-loader', help='no effect: workers are always kept from epoch to epoch'),
-    flag('--naflex-loader', help='refused, as all NaFlex options: teachers need images'),
-    Option('--naflex-train-seq-lens', int, 'refused', [128, 256, 576, 784, 1024], nargs='+'),
-    Option('--naflex-max-seq-len', int, 'refused', 576),
-    Option('--naflex-patch-sizes', int, 'refused', nargs='+'),
-    Option('--naflex-patch-size-probs', float, 'refused', nargs='+'),
-    Option('--naflex-loss-scale', str, 'refused', 'linear', choices=['none', 'sqrt', 'linear']),
-    flag('--naflex-patchify-channels-first', help='refused'),
+_TORCHSCRIPT = 'TorchScript cannot hold a training task; use --torchcompile'
+_NAFLEX = 'teachers and loaders work on images'
+_ONE_SIZE = 'teachers, stored labels and samples have one image size a run'
+_ONE_IMAGE = 'every model sees one and the same augmented image of a sample'
+_OTHER_TASK = "timm's train.py distils features and tokens"
+REFUSED = (
+    Option('--fuser', str, _TORCHSCRIPT, ''),
+    flag('--torchscript', help=_TORCHSCRIPT),
+    Option('--tta', COUNT_OR_0, "timm's loaders make no copies of an image to average", 0),
+    flag('--naflex-loader', help=_NAFLEX),
+    Option('--naflex-train-seq-lens', int, _NAFLEX, [128, 256, 576, 784, 1024], nargs='+'),
+    Option('--naflex-max-seq-len', int, _NAFLEX, 576),
+    Option('--naflex-patch-sizes', int, _NAFLEX, nargs='+'),
+    Option('--naflex-patch-size-probs', float, _NAFLEX, nargs='+'),
+    Option('--naflex-loss-scale', str, _NAFLEX, 'linear', choices=['none', 'sqrt', 'linear']),
+    flag('--naflex-patchify-channels-first', help=_NAFLEX),
+    Option('--train-img-sizes', int, _ONE_SIZE, nargs='+'),
+    Option('--train-batch-sizes', int, _ONE_SIZE, nargs='+'),
+    Option('--train-size-probs', float, _ONE_SIZE, nargs='+'),
+    Option('--train-size-schedule', str, _ONE_SIZE, 'constant', choices=['constant', 'progressive']),
+    Option('--train-size-schedule-spread', float, _ONE_SIZE, 0.65),
+    Option('--train-size-random-mix', float, _ONE_SIZE, 0.1),
+    Option('--train-batches-per-epoch --train-steps-per-epoch', int, _ONE_SIZE),
+    Option('--variable-batch-loss-scale', str, _ONE_SIZE, 'none', choices=['none', 'sqrt', 'linear']),
+    Option('--aug-repeats', float, 'an epoch shows each image once', 0),
+    Option('--aug-splits', int, _ONE_IMAGE, 0),
+    flag('--jsd-loss', help=_ONE_IMAGE),
+    flag('--split-bn', help=_ONE_IMAGE),
+    flag('--resplit', help=_ONE_IMAGE),
+    Option('--kd-student-feature-dim', int, _OTHER_TASK),
+    Option('--kd-teacher-feature-dim', int, _OTHER_TASK),
+    Option('--kd-token-distill-type', str, _OTHER_TASK, 'soft', choices=['soft', 'hard']),
 )
+"""timm's options that are refused, and why."""
 
 GROUPS: dict[str, tuple[Option, ...]] = {
     'mealv2': _OURS,
@@ -316,8 +312,8 @@ GROUPS: dict[str, tuple[Option, ...]] = {
     'batch-norm': _BATCH_NORM,
     'ema': _EMA,
     'run': _RUN,
-    'sizes': _SIZES,
-    'refused': _REFUSED,
+    'no-effect': _NO_EFFECT,
+    'refused': REFUSED,
 }
 """Group, as `--help GROUP` names it -> its options."""
 
@@ -336,7 +332,7 @@ as in
 
   python examples/fashion_mnist/quickstart.py
 
-mealv2-train recipes lists the recipes, mealv2-train --help the options.
+mealv2-train --list-recipes lists the recipes, mealv2-train --help the options.
 """
 
 
@@ -361,7 +357,7 @@ class _Help(argparse.Action):
                 formatter = parser._get_formatter()
                 formatter.start_section(group.title)
                 formatter.add_text(group.description)
-                formatter.add_arguments([] if group.title == 'refused' else group._group_actions)
+                formatter.add_arguments(group._group_actions)
                 formatter.end_section()
                 print(formatter.format_help())
         if values is None:
@@ -382,7 +378,5 @@ def build_parser() -> argparse.ArgumentParser:
     text = 'how to begin; the options of a GROUP, or of all'
     parser.add_argument('-h', '--help', nargs='?', action=_Help, default=argparse.SUPPRESS, metavar='GROUP', help=text)
     for title, options in GROUPS.items():
-        names = [option.flags[0] for option in options]
-        description = f'refused, or without effect here: {", ".join(names)}' if title == 'refused' else None
-        add_options(parser.add_argument_group(title, description), options)
+        add_options(parser.add_argument_group(title, 'refused, and why' if title == 'refused' else None), options)
     return parser

@@ -23,14 +23,13 @@ _REFUSED = ('seed', 'teachers', 'dataset', 'data_dir', 'train_split', 'val_share
 # What does not change the training, or is of the single start.
 _NOT_COMPARED = {
     *'resume resume_changed no_resume_opt start_epoch output experiment config recipe data'.split(),
-    *'dry_run dry_run_seconds no_preflight log_interval workers pin_mem save_images list_recipes'.split(),
+    *'dry_run no_preflight log_interval workers pin_mem save_images list_recipes'.split(),
     *'wandb_resume_id log_wandb log_tensorboard push_to_hub local_rank device teacher_device kd_model_name'.split(),
     *'recovery_interval checkpoint_hist max_bad_images use_multi_epochs_loader process_timeout'.split(),
 }
 # Another value of these makes another update of the same number.
 _OF_AN_UPDATE = (
-    *'batch_size world_size grad_accum_steps samples_per_decode aug_repeats train_img_sizes'.split(),
-    *'train_batch_sizes train_size_probs train_size_schedule train_batches_per_epoch'.split(),
+    *'batch_size world_size grad_accum_steps samples_per_decode'.split(),
     *'mixup cutmix cutmix_minmax mixup_prob mixup_switch_prob mixup_mode mixup_off_epoch'.split(),
 )
 # Settings of the optimizer that are taken from the command line, not from the checkpoint.
@@ -46,7 +45,7 @@ def find_checkpoint(
         UserError: See there.
     """
     found = folder.checkpoint_to_resume(resume, restarted, dry_run) if processes.primary else None
-    path = processes.from_first(None if found is None else found.path)
+    path = processes.gather(None if found is None else found.path)[0]
     return found if found is not None or path is None else read_checkpoint(path, verify=False)
 
 

@@ -15,7 +15,7 @@ from timm_mealv2.training.build import build
 from timm_mealv2.training.distributed import join_processes
 from timm_mealv2.training.logs import logging_of_run
 from timm_mealv2.training.options import BEGIN
-from timm_mealv2.training.settings import import_modules, parse_args, recipes
+from timm_mealv2.training.settings import import_modules, parse_args
 from timm_mealv2.training.stopping import Signals
 from timm_mealv2.training.trainer import Trainer
 
@@ -32,9 +32,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not argv:
         print(BEGIN, end='', file=sys.stderr)
         raise SystemExit(2)
-    if argv[0] == 'recipes':  # a data set of that name is ./recipes
-        recipes(argv[1:])
-        return
     primary = int(os.environ.get('RANK', os.environ.get('SLURM_PROCID', 0))) == 0
     with logging_of_run(primary) as log, Signals(log=primary) as signals:
         train(parse_args(argv), log, signals)

@@ -14,8 +14,8 @@ from typing import Any
 
 import yaml
 
-from timm_mealv2.command_line import OneLineParser
 from timm_mealv2.errors import UnknownOptionError, UserError
+from timm_mealv2.figures import as_text, figure
 from timm_mealv2.models.factory import TeacherSpec
 from timm_mealv2.soft_labels.store import SoftLabelStore
 from timm_mealv2.training.checks import check_args
@@ -124,9 +124,18 @@ def read_settings(path: Any) -> dict[str, Any]:
     """Read a YAML file of settings, each as the command line would take it; null and false mean the default.
 
     Raises:
-        UserError: Names file and key, with the nearest option where there is none of the name.
+        UserError: If it cannot be read, or is no map; names file and key, with the nearest option where there is none
+            of the name.
     """
-    return convert(load_yaml(path), f'{path}: ')
+    try:
+        content = yaml.safe_load(path.read_text(encoding='utf-8'))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f'cannot read {path}: {error}') from error
+    if not isinstance(content, dict):
+        raise UserError(f'{path} must map option names to values, got {type(content).__name__}.')
+    if isinstance(content.get('recipe'), dict):  # notes on the published training
+        del content['recipe']
+    return convert(content, f'{path}: ')
 
 
 def convert(options: Mapping[str, Any], where: str = '') -> dict[str, Any]:
@@ -162,21 +171,6 @@ def convert(options: Mapping[str, Any], where: str = '') -> dict[str, Any]:
         except argparse.ArgumentError as error:
             raise UserError(f'{where}{key}: {error.message}.') from None
     return settings
-
-
-def load_yaml(path: Any) -> dict[str, Any]:
-    """Read a YAML file of plain values, without the notes on the published training that recipes have.
-
-    Raises:
-        UserError: If it cannot be read, or is no map.
-    """
-    try:
-        content = yaml.safe_load(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f'cannot read {path}: {error}') from error
-    if not isinstance(content, dict):
-        raise UserError(f'{path} must map option names to values, got {type(content).__name__}.')
-    return {key: value for key, value in content.items() if key != 'recipe' or not isinstance(value, dict)}
 
 
 def settings_text(args: argparse.Namespace, changed: bool = False) -> str:
@@ -260,59 +254,18 @@ def recipe_file(name: str) -> Any:
 
 def recipe_table() -> str:
     """Return the recipes as a table: student, initial weights, teachers, epochs, images an update, paper's top-1."""
-    rows = [('recipe', 'student', 'initial weights', 'teachers', 'epochs', 'batch', 'paper top-1')]
+    heads = ['student', 'initial weights', 'teachers', 'epochs', 'batch', 'paper top-1']
+    rows = []
     for name in list_recipes():
         content = yaml.safe_load(recipe_file(name).read_text())
-        expected = content['recipe']['expected_top1']
-        rows.append(
-            (
-                name,
-                content.get('model', 'any').split('.')[0],
-                content['recipe']['start'],
-                ' + '.join(content.get('teachers', ['-'])),
-                str(content['epochs']),
-                str(content.get('total_batch_size') or content['batch_size']),
-                f'{expected:.2f}' if expected else '-',
-            )
-        )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return '\n'.join('  '.join(f'{cell:<{width}}' for cell, width in zip(row, widths, strict=True)) for row in rows)
-
-
-def build_recipes_parser() -> argparse.ArgumentParser:
-    """Return a fresh parser of what follows `mealv2-train recipes`."""
-    parser = OneLineParser(prog='mealv2-train recipes', description='The recipes; without a command, a table of them.')
-    commands = parser.add_subparsers(dest='command', metavar='COMMAND')
-    commands.add_parser('ls', help='list them')
-    show = commands.add_parser('show', help='print one')
-    show.add_argument('name', metavar='NAME', help='its name in the list')
-    copy = commands.add_parser('cp', help='copy one, to change it and train with -c FILE')
-    copy.add_argument('name', metavar='NAME', help='its name in the list')
-    copy.add_argument('file', type=Path, metavar='FILE', help='the file to write')
-    check = commands.add_parser('check', help='check every entry of a YAML file of settings')
-    check.add_argument('file', type=Path, metavar='FILE', help='the file')
-    return parser
-
-
-def recipes(argv: Sequence[str]) -> None:
-    """Run the command line after `mealv2-train recipes`.
-
-    Raises:
-        UserError: If there is no such recipe, or a file cannot be written or has an impossible entry.
-    """
-    args = build_recipes_parser().parse_args(argv)
-    if args.command == 'show':
-        print(recipe_file(args.name).read_text(), end='')
-    elif args.command == 'cp':
-        text = recipe_file(args.name).read_text()
-        try:
-            with args.file.open('x', encoding='utf-8') as file:
-                file.write(text)
-        except OSError as error:
-            raise UserError(f'cannot write {args.file}: {error.strerror}') from error
-        print(f'{args.file}: train with mealv2-train -c {args.file}')
-    elif args.command == 'check':
-        parse_args(['-c', str(args.file)])
-        print(f'{args.file}: every entry is possible')
-    else:
-        print(recipe_table())
+        top1 = content['recipe']['expected_top1']
+        cells = [
+            content.get('model', 'any').split('.')[0],
+            content['recipe']['start'],
+            ' + '.join(content.get('teachers', ['-'])),
+            str(content['epochs']),
+            str(content.get('total_batch_size') or content['batch_size']),
+            figure('top1', top1),
+        ]
+        rows.append((name, cells))
+    return as_text((heads, rows), 'recipe')

@@ -4,7 +4,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Self
@@ -77,9 +77,9 @@ class EvaluationStoppedError(Exception):
 class Guard:
     """What the processes of a run know of each other.
 
-    They tell each other with an all-reduce of a few numbers on the CPU: after at most `interval` updates or about a
-    second, whichever is sooner. When that is next is a function of the slowest process's time for an update, which is
-    one of the numbers: so all of them do it, and stop, at the same update.
+    They tell each other a few numbers after at most `interval` updates or about a second, whichever is sooner. When
+    that is next is a function of the slowest process's time for an update, which is one of the numbers: so all of them
+    do it, and stop, at the same update.
 
     Args:
         signals: The signals of this process.
@@ -118,12 +118,10 @@ class Guard:
         self.stops = bool(self.signal) or len(self.bad.found) > self.bad.limit
         return largest
 
-    def until_stopped(self, loader: Iterable[tuple[Tensor, Tensor]]) -> '_UntilStopped':
-        """The batches of an evaluation, which is given up on all processes when a signal comes to one."""
-        return _UntilStopped(self, loader)
 
+class UntilStopped:
+    """The batches of an evaluation, which is given up on all processes when a signal comes to one."""
 
-class _UntilStopped:
     def __init__(self, guard: Guard, loader: Any) -> None:
         self.guard = guard
         self.loader = loader

@@ -18,7 +18,7 @@ from timm_mealv2.files import replacing
 from timm_mealv2.models.checkpoint import TrainingCheckpoint
 from timm_mealv2.task import MealV2Task
 from timm_mealv2.training.build_data import Data
-from timm_mealv2.training.distributed import Processes, load_buffers, process_states, share_batch_norm
+from timm_mealv2.training.distributed import load_buffers, process_states, share_batch_norm
 from timm_mealv2.training.dry_run import measure_training, report
 from timm_mealv2.training.logs import EpochLog, RunLog, Trackers, append_summary, named_figures, write_log
 from timm_mealv2.training.loop import Schedule, Stepper, train_one_epoch
@@ -38,25 +38,6 @@ _CONTINUE = '--resume auto with the same --output and --experiment continues'
 
 
 @dataclass(frozen=True)
-class Components:
-    """What a run is made of.
-
-    Attributes:
-        stepper: A step, with task and optimizer.
-        schedule: The learning rate.
-        data: Training batches, and what a model is judged by.
-        validator: Evaluates; None with nothing to judge by.
-        wrap: Compiles the task and wraps it in DDP, after a checkpoint is loaded.
-    """
-
-    stepper: Stepper
-    schedule: Schedule
-    data: Data
-    validator: Validator | None
-    wrap: Callable[[TrainingTask], None]
-
-
-@dataclass(frozen=True)
 class Plan:
     """What a run does, beside training.
 
@@ -67,7 +48,7 @@ class Plan:
         random_weights: Whether a run that begins does so with random weights.
         resume_optimizer: Load optimizer and loss scaler from it.
         start_epoch: The epoch to begin with, None for that of the checkpoint.
-        dry_run_seconds: Only measure, for so long; None trains.
+        dry_run: Only measure how long it takes.
         preflight: Evaluate teachers and student before the first step.
         eval_metric: Metric of the best checkpoint.
         val_interval: Epochs from evaluation to evaluation.
@@ -89,7 +70,7 @@ class Plan:
     random_weights: bool
     resume_optimizer: bool
     start_epoch: int | None
-    dry_run_seconds: float | None
+    dry_run: bool
     preflight: bool
     eval_metric: str
     val_interval: int
@@ -105,21 +86,32 @@ class Plan:
     kept: dict[str, Any]
 
 
+@dataclass
 class Trainer:
     """One run.
 
-    Args:
-        parts: What it is made of.
-        plan: What it does.
-        processes: Its processes.
-        guard: Knows when it has to stop.
-        folder: Its folder.
+    Attributes:
+        stepper: A step, with task and optimizer.
+        schedule: The learning rate.
+        data: Training batches, and what a model is judged by.
+        validator: Evaluates; None with nothing to judge by.
+        wrap: Compiles the task and wraps it in DDP, after a checkpoint is loaded.
+        plan: What the run does.
+        guard: Knows the processes, and when they have to stop.
+        folder: The run folder.
     """
 
-    def __init__(self, parts: Components, plan: Plan, processes: Processes, guard: Guard, folder: RunFolder) -> None:
-        self.parts, self.plan, self.processes, self.guard, self.folder = parts, plan, processes, guard, folder
-        self.task = parts.stepper.task
-        self.validator = parts.validator
+    stepper: Stepper
+    schedule: Schedule
+    data: Data
+    validator: Validator | None
+    wrap: Callable[[TrainingTask], None]
+    plan: Plan
+    guard: Guard
+    folder: RunFolder
+
+    def __post_init__(self) -> None:
+        self.task, self.processes = self.stepper.task, self.guard.processes
         self.meters = Meters()
         self.saver: RunSaver | None = None  # of the first process
         self.trackers: Trackers | None = None
@@ -128,11 +120,11 @@ class Trainer:
 
     def run(self, log: MemoryHandler | None = None) -> None:
         """Train to the end; the run folder gets the lines of `log`."""
-        plan, schedule = self.plan, self.parts.schedule
+        plan, schedule = self.plan, self.schedule
         start = self._load()
         schedule.go_to(start)
-        if plan.dry_run_seconds is not None:
-            self._dry_run(plan.dry_run_seconds)
+        if plan.dry_run:
+            self._dry_run()
             return
         preflight = {}
         if plan.checkpoint is None and plan.preflight and self.validator is not None:
@@ -142,7 +134,7 @@ class Trainer:
                 _logger.warning(line)
         if self.processes.primary:
             self._open_folder(preflight, log)
-        epochs = RunLog(start, schedule.epochs, len(self.parts.data.loader), plan.eval_metric)
+        epochs = RunLog(start, schedule.epochs, len(self.data.loader), plan.eval_metric)
         with self.guard.signals.deferred():
             while start.epoch < schedule.epochs:
                 start = self._run_epoch(start, epochs)
@@ -152,14 +144,14 @@ class Trainer:
 
     def _load(self) -> Position:
         """Load the checkpoint, where there is one; return where the run begins or goes on."""
-        parts, plan, checkpoint = self.parts, self.plan, self.plan.checkpoint
-        updates_per_epoch = parts.schedule.updates_per_epoch
+        plan, checkpoint = self.plan, self.plan.checkpoint
+        updates_per_epoch = self.schedule.updates_per_epoch
         start, state = Position(), {}
         if checkpoint is not None:
-            load_checkpoint(checkpoint, parts.stepper, parts.schedule, plan.resume_optimizer)
-            start = position_to_resume(checkpoint, plan.settings, parts.data.loader, updates_per_epoch)
+            load_checkpoint(checkpoint, self.stepper, self.schedule, plan.resume_optimizer)
+            start = position_to_resume(checkpoint, plan.settings, self.data.loader, updates_per_epoch)
             state = own_state(checkpoint, self.processes)
-        parts.wrap(self.task)
+        self.wrap(self.task)
         load_buffers(self.task, state.get('statistics', {}))
         if start.batch and 'names' in state.get('meters', {}):
             self.meters.load_state_dict(state['meters'], self.processes.device)
@@ -181,10 +173,10 @@ class Trainer:
         self.saver = RunSaver(
             self.folder,
             self.task,
-            self.parts.stepper.optimizer,
+            self.stepper.optimizer,
             args=plan.settings,
-            constant={**plan.kept, 'batches': len(self.parts.data.loader)},
-            scaler=self.parts.stepper.scaler,
+            constant={**plan.kept, 'batches': len(self.data.loader)},
+            scaler=self.stepper.scaler,
             decreasing=plan.eval_metric in ('loss', 'kl'),
             history=plan.checkpoint_hist,
         )
@@ -195,37 +187,36 @@ class Trainer:
         if log is not None:
             write_log(log, path / 'train.log')
 
-    def _dry_run(self, seconds: float) -> None:
+    def _dry_run(self) -> None:
         """Measure the training and an evaluation; nothing is written."""
-        parts = self.parts
-        timing = measure_training(parts.stepper, parts.data.loader, seconds, self.processes)
+        timing = measure_training(self.stepper, self.data.loader, self.processes)
         evaluation, evaluations = 0.0, 0
         if self.validator is not None:
-            evaluation = self.validator.measure(seconds / 4)
-            evaluations = -(-parts.schedule.epochs // self.plan.val_interval)
+            evaluation = self.validator.measure()
+            evaluations = -(-self.schedule.epochs // self.plan.val_interval)
         if self.processes.primary:
-            length = len(parts.data.loader) * parts.schedule.epochs
+            length = len(self.data.loader) * self.schedule.epochs
             print(report(timing, self.processes, batches=length, evaluation=evaluation, evaluations=evaluations))
 
     # An epoch
 
     def _run_epoch(self, start: Position, log: RunLog) -> Position:
         """Train from `start` to the end of its epoch, evaluate, save; return where the next one starts."""
-        parts, plan, epoch = self.parts, self.plan, start.epoch
-        lr = learning_rate(parts.stepper.optimizer)
+        plan, epoch = self.plan, start.epoch
+        lr = learning_rate(self.stepper.optimizer)
         trained = self._train(start)
         self.guard.agree()
-        trained_to = Position(epoch, len(parts.data.loader), (epoch + 1) * parts.schedule.updates_per_epoch)
-        if start.batch < len(parts.data.loader):  # of a run resumed at the epoch's end they are shared already
+        trained_to = Position(epoch, len(self.data.loader), (epoch + 1) * self.schedule.updates_per_epoch)
+        if start.batch < len(self.data.loader):  # of a run resumed at the epoch's end they are shared already
             share_batch_norm(self.task, plan.dist_bn, self.processes)
-        if (largest := parts.stepper.largest_weight()) > _EXPLODED:
+        if (largest := self.stepper.largest_weight()) > _EXPLODED:
             _logger.warning(
                 f'The weights have exploded, the largest is {largest:.1e}: lower --lr or set --clip-grad 1; the column '
                 'train_grad_norm of summary.csv shows where it began.'
             )
         self._stop_if_needed(trained_to)
         evaluated = None
-        due = epoch + 1 == parts.schedule.epochs or (epoch + 1) % plan.val_interval == 0
+        due = epoch + 1 == self.schedule.epochs or (epoch + 1) % plan.val_interval == 0
         if due and self.validator is not None:
             with contextlib.suppress(EvaluationStoppedError):
                 evaluated = self.validator.after_epoch()
@@ -235,13 +226,13 @@ class Trainer:
         self._stop_if_needed(trained_to)
         self.meters = Meters()
         metric = evaluated[plan.eval_metric] if evaluated else None
-        parts.schedule.after_epoch(epoch + 1, metric)
+        self.schedule.after_epoch(epoch + 1, metric)
         end = Position(epoch + 1, update=trained_to.update)
         self._keep(end)
         if self.saver is not None and self.trackers is not None:
             # An epoch without evaluation leaves its columns empty.
-            columns = parts.data.validation.columns if parts.data.validation else ('loss', 'top1', 'top5')
-            append_summary(self.folder.summary, epoch, trained, evaluated or dict.fromkeys(columns, ''), lr)
+            columns = dict.fromkeys(self.data.columns, '')
+            append_summary(self.folder.summary, epoch, trained, evaluated or columns, lr)
             self.trackers.log(epoch, trained, evaluated or {}, lr)
             best, _ = self.saver.save_checkpoint(epoch, metric)
             self.saver.remove_recovery()
@@ -251,7 +242,7 @@ class Trainer:
         return end
 
     def _train(self, start: Position) -> dict[str, float]:
-        loader, processes = self.parts.data.loader, self.processes
+        loader, processes = self.data.loader, self.processes
         log = EpochLog(
             start,
             len(loader),
@@ -260,7 +251,7 @@ class Trainer:
             shown=processes.primary,
         )
         return train_one_epoch(
-            self.parts.stepper,
+            self.stepper,
             loader,
             start,
             self.meters,
@@ -277,14 +268,14 @@ class Trainer:
             self._fail_unless_scaled(position.update - 1, norm)
         self._updates += 1
         if self._updates == 1 and self.processes.primary:
-            self.parts.stepper.log_teacher_rounding()
+            self.stepper.log_teacher_rounding()
         # Asked once, and not at a learning rate of 0, which trains nothing.
-        asks = self._updates == _WATCHED_UPDATES and learning_rate(self.parts.stepper.optimizer) > 0
+        asks = self._updates == _WATCHED_UPDATES and learning_rate(self.stepper.optimizer) > 0
         if asks and isinstance(self.task, MealV2Task) and (note := self.task.discriminator_warning()):
             _logger.info(note)
-        self.parts.schedule.after_update(position.update)
+        self.schedule.after_update(position.update)
         self.guard.after_update(position.update)
-        if position.batch < len(self.parts.data.loader):
+        if position.batch < len(self.data.loader):
             interval = self.plan.recovery_interval
             if interval and position.update % interval == 0:
                 self._save_recovery(position)
@@ -295,7 +286,7 @@ class Trainer:
 
         A smaller scale mends a gradient that overflows in float16, but not batch norm's statistics.
         """
-        stepper, gather = self.parts.stepper, self.processes.gather
+        stepper, gather = self.stepper, self.processes.gather
         scaled = stepper.scaler is not None and self._skipped < _MOST_SKIPPED
         if scaled and all(gather(stepper.statistics_are_finite())):
             return
@@ -326,7 +317,7 @@ class Trainer:
         """Gather what the next checkpoint holds of this process and the others: they all call it."""
         states = process_states(self.task, self.meters.state_dict(), self.processes)
         if self.saver is not None:
-            self.saver.keep(position, states, self.parts.schedule.state_dict())
+            self.saver.keep(position, states, self.schedule.state_dict())
 
     def _save_recovery(self, position: Position) -> None:
         self._keep(position)

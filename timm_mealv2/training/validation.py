@@ -12,11 +12,11 @@ from timm_mealv2.evaluation import evaluate
 from timm_mealv2.figures import as_text, metric_table
 from timm_mealv2.models.ensemble import EnsembleTeacher
 from timm_mealv2.runs import INITIAL
-from timm_mealv2.training.build_data import Validation
+from timm_mealv2.training.build_data import Data
 from timm_mealv2.training.dry_run import TimedBatches
 from timm_mealv2.training.logs import evaluation_bar, log_evaluation
 from timm_mealv2.training.loop import Stepper
-from timm_mealv2.training.stopping import Guard
+from timm_mealv2.training.stopping import Guard, UntilStopped
 
 _logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ class Validator:
     """Evaluates the models of a run.
 
     Attributes:
-        validation: The images.
+        data: Has the images.
         stepper: Has the task and its mixed precision.
         teachers: Live teachers of MEAL V2, None without.
         data_config: What the pixels are normalized with.
@@ -37,7 +37,7 @@ class Validator:
         recorded: Metrics of the teachers of a soft-label store, as it has them; empty without.
     """
 
-    validation: Validation
+    data: Data
     stepper: Stepper
     teachers: EnsembleTeacher | None
     data_config: Mapping[str, Any]
@@ -66,9 +66,9 @@ class Validator:
         log_evaluation(rows)
         return {key: value for key, value in list(rows.values())[-1].items() if key != 'samples'}
 
-    def measure(self, seconds: float) -> float:
-        """Return how many seconds an evaluation takes, measured for so many."""
-        batches = TimedBatches(self.validation.loader, seconds)
+    def measure(self) -> float:
+        """Return how many seconds an evaluation takes, measured on some of its batches."""
+        batches = TimedBatches(self.data.evaluated)
         self._evaluate_student(batches, distributed=False)
         return batches.seconds / batches.share
 
@@ -76,7 +76,7 @@ class Validator:
         models = {'student': self._student()}
         if self.stepper.task.has_ema() and self.with_average:
             models['student (EMA)'] = self._student(ema=True)
-        if not self.validation.by_agreement or self.teachers is None:
+        if not self.data.by_agreement or self.teachers is None:
             return self._evaluate(models, batches, None, **options)
         rows = self._evaluate({**models, 'ensemble': self.teachers}, batches, 'ensemble', **options)
         return {name: rows[name] for name in models}
@@ -94,7 +94,7 @@ class Validator:
 
     def _batches(self) -> Any:
         """The batches of an evaluation, with a bar on a terminal; a signal ends them."""
-        return evaluation_bar(self.guard.until_stopped(self.validation.loader), self.guard.processes.primary)
+        return evaluation_bar(UntilStopped(self.guard, self.data.evaluated), self.guard.processes.primary)
 
 
 def doubts(rows: Rows, teachers: EnsembleTeacher | None, num_classes: int, random_weights: bool) -> list[str]:
