@@ -38,6 +38,7 @@ OURS = {
     'channels_last, teachers optimized': ('channels_last', 'optimized'),
     'channels_last, teachers optimized and compiled': ('channels_last', 'optimized', 'teachers compiled'),
     'channels_last, all compiled': ('channels_last', 'optimized', 'compiled'),
+    'channels_last, teachers optimized, one teacher a sample': ('channels_last', 'optimized', 'one a sample'),
     'channels_last, teachers optimized, bfloat16': ('channels_last', 'optimized', 'bfloat16'),
     'channels_last, all compiled, bfloat16': ('channels_last', 'optimized', 'compiled', 'bfloat16'),
 }
@@ -162,7 +163,8 @@ def build_arms(args: argparse.Namespace) -> dict[str, Callable[[int], float]]:
         model, x = create(args.student, 0, args).train(), images
         if 'channels_last' in OURS[name]:
             model, x = model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
-        task = MealV2Task(model, ensemble, verbose=False).train()
+        per_sample = 1 if 'one a sample' in OURS[name] else None
+        task = MealV2Task(model, ensemble, teachers_per_sample=per_sample, verbose=False).train()
         step = training(task.get_trainable_module(), partial(loss_of_task, task, x), amp)
         if 'optimized' in OURS[name]:
             ensemble.optimize_for_inference()
