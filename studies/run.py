@@ -289,7 +289,9 @@ def run_study(pool: Executor, study: str, seeds: Sequence[int] = SEEDS) -> None:
             name = 'ensemble' if source == FASHION else f'{Path(source.folder).name}_ensemble'
             add_row(models, {'arm': name, 'settings': source.teacher, **measure(ensemble, source, compare=False)})
     run_jobs(pool, study, [arm_job(arm, TUNING_SEED, lr) for arm in arms if arm.lr is None for lr in LEARNING_RATES])
-    run_jobs(pool, study, [arm_job(arm, seed, tuned_lr(arm)) for arm in arms for seed in seeds[: arm.seeds]])
+    # Seed by seed, so that a study that is ended early has whole ones.
+    jobs = [arm_job(arm, seed, tuned_lr(arm)) for seed in seeds for arm in arms if seed in seeds[: arm.seeds]]
+    run_jobs(pool, study, jobs)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
