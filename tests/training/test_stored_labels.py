@@ -227,8 +227,9 @@ def test_a_batch_of_unreadable_images_is_filled_up_as_in_live_training(
         (data / 'train' / names[key.index]).write_bytes(b'broken')
     if when == 'before':
         labels = record(teacher, data, tmp_path / 'labels', *options)
-    stored = train('stored', data=data, labels=labels)
-    live = ['--aa', 'rand-m9', '--teachers', teacher, '--discriminator-weight', 0, '--no-preflight']
+    slow = ['--lr', 1e-4]  # the images that fill a batch up are one: its gradient is large, and makes rounding grow
+    stored = train('stored', *slow, data=data, labels=labels)
+    live = [*slow, '--aa', 'rand-m9', '--teachers', teacher, '--discriminator-weight', 0, '--no-preflight']
     for ours, expected in zip(summary(stored), summary(train('live', *live, data=data, labels=None)), strict=True):
         assert float(ours['train_loss']) == pytest.approx(float(expected['train_loss']), abs=2**-12)
         assert ours['train_teacher_agreement'] == expected['train_teacher_agreement']
