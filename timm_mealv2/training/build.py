@@ -107,16 +107,9 @@ def build(
     if processes.primary:
         _announce(args, data, schedule, pixels, live, student, processes, lr)
     kept = {'model_config': model_config, 'data_config': pixels.config, 'class_names': class_names}
-    return Trainer(
-        stepper=stepper,
-        schedule=schedule,
-        data=data,
-        validator=None if data.evaluated is None else Validator(*judged_by),
-        wrap=functools.partial(_wrap, args, processes),
-        plan=_plan(args, settings, kept, checkpoint, eval_metric, not trained),
-        guard=guard,
-        folder=folder,
-    )
+    validator = None if data.evaluated is None else Validator(*judged_by)
+    plan = _plan(args, settings, kept, checkpoint, eval_metric, not trained)
+    return Trainer(stepper, schedule, data, validator, functools.partial(_wrap, args, processes), plan, guard, folder)
 
 
 def _folder_and_checkpoint(
