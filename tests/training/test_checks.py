@@ -39,7 +39,6 @@ def assert_one_line(capsys: pytest.CaptureFixture[str], argv: list[str], *texts:
         ('--jsd-loss', 'refused'),
         ('--split-bn', 'refused'),
         ('--resplit', 'refused'),
-        ('--teachers a --kd-distill-type feature', "refused, timm's train.py"),
         ('--teachers a --kd-distill-type token', "refused, timm's train.py"),
         ('--kd-token-distill-type hard', "refused, timm's train.py"),
         ('--bce-sum', 'needs --bce-loss'),

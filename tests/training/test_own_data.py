@@ -68,7 +68,7 @@ def test_a_teacher_of_another_class_count_is_told_the_command_that_fine_tunes_it
         train(tmp_path / 'run', '--data-dir', data, '--teachers', 'resnet18.a1_in1k')
 
 
-def test_a_backbone_without_a_classifier_gets_one(data: Path, tmp_path: Path) -> None:
+def test_a_backbone_without_a_classifier_gets_one_or_teaches_its_features(data: Path, tmp_path: Path) -> None:
     shape = {'depth': 1, 'embed_dim': 24, 'num_heads': 2}  # of fixed size, as most ViTs
     backbone = timm.create_model('vit_tiny_patch16_224', num_classes=0, **shape)
     save_for_hf(backbone, tmp_path / 'backbone', model_args=shape, safe_serialization=True)
@@ -82,6 +82,9 @@ def test_a_backbone_without_a_classifier_gets_one(data: Path, tmp_path: Path) ->
     assert len(trained['head.weight']) == 4
     for name, value in backbone.state_dict().items():
         torch.testing.assert_close(trained[name], value)
+    features = ('--kd-distill-type', 'feature', '--teachers', f'local-dir:{tmp_path / "backbone"}')
+    (row,) = train(tmp_path / 'student', '--data-dir', data, *features)
+    assert float(row['train_kd_loss']) > 0
 
 
 UNUSED = """

@@ -56,7 +56,7 @@ def test_one_teacher_a_sample_costs_one_forward_pass_and_is_evaluated_with_all(
         train('d', *options, '--teachers-per-sample', 3)
 
 
-def test_mixed_precision_reaches_the_teachers(
+def test_mixed_precision_reaches_the_teachers_and_a_resumed_run_keeps_what_it_had(
     train: Train, teachers: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     # Not 16 pixels: torch's bfloat16 gradient of a 3x3 convolution on a 1x1 map reads memory that nothing has written.
@@ -72,6 +72,17 @@ def test_mixed_precision_reaches_the_teachers(
         assert read_checkpoint(folder / 'last.pth.tar')['args']['teacher_dtype'] == expected
     assert ['Teachers in bfloat16' in text[name] for name in kl] == [False, True, False]
     assert kl['amp'] != kl['exact']
+
+    older = torch.load(folder / 'last.pth.tar', weights_only=True)  # of a version whose teachers stayed in float32
+    older['args']['teacher_dtype'] = None
+    torch.save(older, folder / 'last.pth.tar')
+    torch.save(older, folder / 'checkpoint-0.pth.tar')
+    for name, stays in (('amp', False), ('exact', True)):
+        caplog.clear()
+        with caplog.at_level('INFO'):
+            train(name, *options, *amp, '--epochs', 2, '--resume', 'auto')
+        assert ('The teachers stay in float32' in caplog.text) == stays
+        assert ('Teachers in bfloat16' in caplog.text) != stays
 
 
 def test_the_teachers_device_is_one_of_its_own(train: Train, teachers: list[str]) -> None:

@@ -67,9 +67,11 @@ def build(
     if 'adahessian' in args.opt and processes.distributed:
         raise UserError(f'--opt {args.opt} takes second derivatives, which DDP does not give: train in one process.')
     live = is_mealv2(args) and not args.soft_labels
+    folder, checkpoint = _folder_and_checkpoint(args, processes)
     if live:
-        settings['teacher_dtype'] = teacher_dtype(args)
-    folder, checkpoint = _folder_and_checkpoint(args, processes, settings)
+        settings['teacher_dtype'] = _resumed_teacher_dtype(args, checkpoint)
+    if checkpoint is not None:
+        check_changes(checkpoint, settings, args.resume_changed)
     initial = [TeacherSpec.parse(args.initial_checkpoint)] if args.initial_checkpoint else []
     for model in (*args.teachers, *initial):
         model.check()
@@ -113,17 +115,24 @@ def build(
 
 
 def _folder_and_checkpoint(
-    args: argparse.Namespace, processes: Processes, settings: dict[str, Any]
+    args: argparse.Namespace, processes: Processes
 ) -> tuple[RunFolder, TrainingCheckpoint | None]:
-    """Choose the run folder and the checkpoint to go on from; what has changed since then is told or refused."""
+    """Choose the run folder and the checkpoint to go on from."""
     folder = RunFolder.choose(args.output, args.experiment, args.model)
     restarted = bool(args.experiment) and int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0
     if restarted:
         _logger.info('The process group was restarted: continuing from its newest checkpoint.')
-    checkpoint = find_checkpoint(folder, processes, args.resume, restarted, args.dry_run)
-    if checkpoint is not None:
-        check_changes(checkpoint, settings, args.resume_changed)
-    return folder, checkpoint
+    return folder, find_checkpoint(folder, processes, args.resume, restarted, args.dry_run)
+
+
+def _resumed_teacher_dtype(args: argparse.Namespace, checkpoint: TrainingCheckpoint | None) -> str | None:
+    """The type of the teachers' autocast, which a resumed run keeps: it was none in versions that do not name it."""
+    former = checkpoint.args if checkpoint is not None else {}
+    if former.get('amp') and not former.get('teacher_dtype') and not args.teacher_dtype:
+        _logger.info('The teachers stay in float32, as the run began; --teacher-dtype gives them another type.')
+        args.teacher_dtype = 'float32'
+        return None
+    return teacher_dtype(args)
 
 
 def _plan(

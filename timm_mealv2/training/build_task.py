@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from timm.loss import create_classification_loss
-from timm.task import ClassificationTask, LogitDistillationTask, TrainingTask
+from timm.task import ClassificationTask, FeatureDistillationTask, LogitDistillationTask, TrainingTask
 from torch import nn
 
 from timm_mealv2.arguments import choose_device
@@ -64,15 +64,25 @@ def build_task(
     common['criterion'] = _build_criterion(args)
     if not args.teachers:
         return ClassificationTask(student, **common)
+    common |= {
+        'student_model': student,
+        'distill_loss_weight': args.distill_loss_weight,
+        'task_loss_weight': args.task_loss_weight,
+    }
+    if args.kd_distill_type == 'feature':  # whatever classes the teacher has
+        teacher = args.teachers[0].build(in_chans=pixels.channels, img_size=pixels.config['input_size'][1])
+        return FeatureDistillationTask(
+            teacher_model=teacher.to(processes.device, pixels.dtype),
+            student_feature_dim=args.kd_student_feature_dim,
+            teacher_feature_dim=args.kd_teacher_feature_dim,
+            **common,
+        )
     ensemble = create_ensemble(
         args.teachers, num_classes=pixels.num_classes, in_chans=pixels.channels, class_names=class_names
     )
     teacher = ensemble.teachers[0] if len(ensemble.teachers) == 1 else ensemble
     return LogitDistillationTask(
-        student_model=student,
         teacher_model=teacher.to(processes.device, pixels.dtype),
-        distill_loss_weight=args.distill_loss_weight,
-        task_loss_weight=args.task_loss_weight,
         temperature=args.kd_temperature,
         loss_type=args.kd_loss_type,
         **common,

@@ -38,8 +38,8 @@ _RULES: tuple[Rule, ...] = (
     *(((row.flags[0][2:].replace('-', '_'),), lambda _: True, f'refused, {row.kwargs["help"]}') for row in REFUSED),
     (
         ('kd_distill_type',),
-        lambda args: args.kd_distill_type in ('feature', 'token'),
-        "refused, timm's train.py distils features and tokens; mealv2 and logit are here",
+        lambda args: args.kd_distill_type == 'token',
+        "refused, timm's train.py distils tokens; mealv2, logit and feature are here",
     ),
     (('torchcompile_mode',), lambda args: args.torchcompile is None, 'needs --torchcompile'),
     (
@@ -74,9 +74,9 @@ _RULES: tuple[Rule, ...] = (
         'takes one teacher; use mealv2, or name an ensemble such as mealv2_ensemble_gluon',
     ),
     (
-        ('distill_loss_weight', 'task_loss_weight'),
+        ('distill_loss_weight', 'task_loss_weight', 'kd_student_feature_dim', 'kd_teacher_feature_dim'),
         is_mealv2,
-        'is of --kd-distill-type logit; MEAL V2 has --hard-label-weight to add the loss on the labels',
+        "is of timm's tasks; MEAL V2 has --hard-label-weight to add the loss on the labels",
     ),
     (
         ('kd_temperature',),

@@ -91,14 +91,16 @@ _DISTILLATION = (
     Option(
         '--kd-distill-type',
         str,
-        "mealv2, or timm's own logit (feature and token are refused)",
+        "mealv2, or timm's own logit or feature (token is refused)",
         'mealv2',
         choices=['mealv2', 'logit', 'feature', 'token'],
     ),
     Option('--kd-loss-type', one_of('kl'), 'logit: its loss, kl', 'kl'),
-    Option('--distill-loss-weight', NOT_NEGATIVE, 'logit: weight of the distillation loss'),
-    Option('--task-loss-weight', NOT_NEGATIVE, 'logit: weight of the label loss'),
+    Option('--distill-loss-weight', NOT_NEGATIVE, "timm's tasks: weight of the distillation loss"),
+    Option('--task-loss-weight', NOT_NEGATIVE, "timm's tasks: weight of the label loss"),
     Option('--kd-temperature', POSITIVE, 'logit: temperature', 4.0),
+    Option('--kd-student-feature-dim', COUNT, "feature: width of the student's features"),
+    Option('--kd-teacher-feature-dim', COUNT, "feature: width of the teacher's features"),
 )
 
 _DATA = (
@@ -268,7 +270,7 @@ _TORCHSCRIPT = 'TorchScript cannot hold a training task; use --torchcompile'
 _NAFLEX = 'teachers and loaders work on images'
 _ONE_SIZE = 'teachers, stored labels and samples have one image size a run'
 _ONE_IMAGE = 'every model sees one and the same augmented image of a sample'
-_OTHER_TASK = "timm's train.py distils features and tokens"
+_OTHER_TASK = "timm's train.py distils tokens"
 REFUSED = (
     Option('--fuser', str, _TORCHSCRIPT, ''),
     flag('--torchscript', help=_TORCHSCRIPT),
@@ -293,8 +295,6 @@ REFUSED = (
     flag('--jsd-loss', help=_ONE_IMAGE),
     flag('--split-bn', help=_ONE_IMAGE),
     flag('--resplit', help=_ONE_IMAGE),
-    Option('--kd-student-feature-dim', int, _OTHER_TASK),
-    Option('--kd-teacher-feature-dim', int, _OTHER_TASK),
     Option('--kd-token-distill-type', str, _OTHER_TASK, 'soft', choices=['soft', 'hard']),
 )
 """timm's options that are refused, and why."""
