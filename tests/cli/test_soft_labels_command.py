@@ -60,6 +60,14 @@ def refused(capsys: Any, *arguments: Any) -> str:
 # record, info
 
 
+def test_without_a_gpu_it_runs_on_the_cpu(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    words = record_arguments(folder, tmp_path / 'store')
+    words = [word for word in words if word not in ('--device', 'cpu')]
+    main(words)
+    main(['verify', str(tmp_path / 'store'), '--data-dir', str(folder / 'images')])
+
+
 def test_info_shows_what_a_store_holds(folder: Path, capsys: Any) -> None:
     capsys.readouterr()
     main(['show', str(folder / 'store')])

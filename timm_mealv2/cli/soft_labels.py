@@ -108,7 +108,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     def add_command(name: str, function: object, text: str, **kwargs: Any) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text, **kwargs)
-        command.set_defaults(run=function, parser=command, device=None)
+        command.set_defaults(run=function, parser=command)
         if function is not _record:
             command.add_argument('store', type=Path, metavar='DIR', help='the store')
         if function is not _show:
@@ -126,9 +126,11 @@ def build_parser() -> argparse.ArgumentParser:
     }
     for name, options in groups.items():
         add_options(command.add_argument_group(name), options)
-    command.set_defaults(mixup_mode='pair')
+    command.set_defaults(mixup_mode='pair', device=None)
     text = 'Read a store to its end, and let the teachers predict some samples again.'
-    add_options(add_command('verify', _verify, text), (*_VERIFY, DEVICE[0]))
+    command = add_command('verify', _verify, text)
+    add_options(command, (*_VERIFY, DEVICE[0]))
+    command.set_defaults(device=None)
     add_command('show', _show, 'Show what a store holds.', aliases=['info'])
     return parser
 
