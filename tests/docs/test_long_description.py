@@ -26,4 +26,4 @@ def test_links_become_absolute_below_the_repository_or_plain_text() -> None:
     assert 'https://example.org/repo/blob/main/docs/own_data.md' in targets(absolute)
     plain = long_description(README, None)
     assert targets(plain) == [target for target in targets(README) if target.startswith('https://')]
-    assert 'Your own data explains' in plain
+    assert 'Your own data says which teachers' in plain

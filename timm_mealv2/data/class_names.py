@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from copy import copy
 from functools import partial
@@ -129,23 +130,29 @@ def number_classes(reader: Any, class_map: str | Mapping[Any, int] | None, split
 
     Returns the names of the class folders, which is one empty name where there are none.
 
-    Tells of folders without an entry in the map, whose images are left out, and of entries without a folder.
+    Tells of folders without an entry in the map, whose images are left out, of entries without a folder, and of folders
+    of one name in several branches, which are one class for timm.
     """
     in_tar = isinstance(reader, ReaderImageInTar)
     former = reader.class_name_to_idx if in_tar else reader.class_to_idx
     paths = [sample[0].path for sample in reader.samples] if in_tar else [path for path, _ in reader.samples]
     targets = reader.targets.tolist() if in_tar else [target for _, target in reader.samples]
     folders = [path.rpartition('/' if in_tar else os.sep)[0] for path in paths]
-    inside = {folder: folder if in_tar else os.path.relpath(folder, reader.root) for folder in {*folders}}
-    hidden = {folder for folder, path in inside.items() if any(p.startswith('.') for p in PurePath(path).parts)}
+    inside = {folder: PurePath(folder if in_tar else os.path.relpath(folder, reader.root)) for folder in {*folders}}
+    hidden = {folder for folder, path in inside.items() if any(part.startswith('.') for part in path.parts)}
     names = sorted(former, key=former.__getitem__)
-    there = {names[target] for folder, target in {*zip(folders, targets, strict=True)} if folder not in hidden}
-    numbers = {name: number for number, name in enumerate(name for name in names if name in there)}
+    branches: dict[str, set[str]] = defaultdict(set)
+    for folder, target in {*zip(folders, targets, strict=True)}:
+        if folder not in hidden:
+            branches[names[target]].add(str(inside[folder]))
+    numbers = {name: number for number, name in enumerate(name for name in names if name in branches)}
     if class_map:
         numbers = read_class_map(class_map, reader.root)
-        tell_classes(split, 'folders without an entry in the class map, left out', there - numbers.keys())
+        tell_classes(split, 'folders without an entry in the class map, left out', branches.keys() - numbers.keys())
         if isinstance(class_map, str):
-            tell_classes(split, 'entries of the class map without a folder', numbers.keys() - there)
+            tell_classes(split, 'entries of the class map without a folder', numbers.keys() - branches.keys())
+    repeated = {min(paths): paths for paths in branches.values() if len(paths) > 1}
+    tell_classes(split, 'folders of one name are one class', {' and '.join(sorted(p)[:2]) for p in repeated.values()})
     if numbers == former:
         return names
     kept = [
@@ -159,7 +166,7 @@ def number_classes(reader: Any, class_map: str | Mapping[Any, int] | None, split
         reader.class_name_to_idx, reader.class_idx_to_name = numbers, {v: k for k, v in numbers.items()}
     else:
         reader.samples, reader.class_to_idx = [(paths[place], number) for place, number in kept], numbers
-    return [name for name in names if name in there]
+    return [name for name in names if name in branches]
 
 
 def tell_classes(split: str, what: str, names: set[str]) -> None:

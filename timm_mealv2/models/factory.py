@@ -269,7 +269,7 @@ def create_ensemble(
         module = spec.build(
             num_classes=count, in_chans=in_chans, img_size=size, pretrained=pretrained, cache_dir=cache_dir
         )
-        modules.append(_subset(module, name, classes[name]) if name in classes else module)
+        modules.append(_subset(module, name, classes[name], num_classes) if name in classes else module)
     class_names = class_names or min(filter(None, map(class_names_of, modules)), key=len, default=None)
     modules = [
         module if name in classes else for_classes(module, class_names, name)
@@ -295,12 +295,14 @@ def for_classes(model: nn.Module, class_names: Sequence[str] | None, name: str) 
     return model if classes is None else _subset(model, name, classes)
 
 
-def _subset(teacher: nn.Module, name: str, classes: Sequence[int]) -> nn.Module:
+def _subset(teacher: nn.Module, name: str, classes: Sequence[int], count: int | None = None) -> nn.Module:
     """The teacher, or each member of an ensemble, with these of its classes alone."""
     inner = unwrap_model(teacher)
-    if len({*classes} & {*range(inner.num_classes)}) != len(classes):
-        expected = f'different classes from 0 to {inner.num_classes - 1}'
-        raise UserError(f'--teacher-classes of {name}: expected {expected}, got {str(list(classes))[:60]}.')
+    count = count or len(classes)
+    if not len(classes) == len({*classes} & {*range(inner.num_classes)}) == count:
+        expected = f'{count} different classes from 0 to {inner.num_classes - 1}'
+        got = f'{len(classes)}: {str(list(classes))[:60]}'
+        raise UserError(f'--teacher-classes of {name}: expected {expected}, got {got}.')
     if not isinstance(inner, EnsembleTeacher):
         return ClassSubset(teacher, classes)
     members = [ClassSubset(member, classes) for member in inner.teachers]
