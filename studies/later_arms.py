@@ -137,6 +137,12 @@ def _icons() -> tuple[Arm, ...]:
     return (
         arm('control', 'control, cross-entropy', LABELS),
         arm('without', 'MEAL V2 without discriminator', f'{mealv2} {WITHOUT}'),
+        arm(
+            'rate',
+            "without discriminator, logit distillation's rate",
+            f'{mealv2} {WITHOUT}',
+            'icons_logit',
+        ),
         arm('official', 'MEAL V2, official discriminator', mealv2),
         arm('logit', 'logit distillation, one teacher, T = 4, half labels', logit),
         arm(
