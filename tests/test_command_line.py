@@ -72,6 +72,16 @@ def test_a_wrong_option_is_one_line_with_its_name(capsys: pytest.CaptureFixture[
     assert 'example --help lists the options' in error
 
 
+def test_the_script_ends_as_the_program(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    script = Path(__file__).parents[1] / 'train_distill.py'
+    monkeypatch.setattr('sys.argv', [str(script), '--teachers', 'resnet5'])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(script), run_name='__main__')
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "'resnet5' is no timm model" in line
+
+
 def test_a_subcommand_names_its_own_nearest_option(capsys: pytest.CaptureFixture[str]) -> None:
     parser = OneLineParser(prog='program')
     command = parser.add_subparsers().add_parser('record')
