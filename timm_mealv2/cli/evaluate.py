@@ -135,6 +135,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f'Images that cannot be read and are left out: {len(bad.found)}')
     for line in bad.tell_ignored():
         print(line)
+    _write_files(args, results, predictions, data, bad)
+
+
+def _write_files(
+    args: argparse.Namespace,
+    results: Mapping[str, Mapping[str, Any]],
+    predictions: Mapping[str, Predictions],
+    data: Any,
+    bad: BadImages,
+) -> None:
     if args.json is not None:
         with replacing(args.json) as path:
             path.write_text(metrics_as_json({n: {**row, 'unreadable': len(bad.found)} for n, row in results.items()}))

@@ -136,8 +136,6 @@ def write_trained_card(
         averaged: The average (EMA) was exported.
         **variables: Further variables of the template: 'onnx'.
     """
-    from huggingface_hub import EvalResult
-
     args = checkpoint.args
     run = _draw_run(checkpoint.path.resolve().parent, name, folder / CURVES_FILE)
     measured = _measured(checkpoint, run, averaged) if run else {}
@@ -150,20 +148,7 @@ def write_trained_card(
     split = args.get('val_split') if 'top1' in measured else ''
     own_weights = args.get('initial_checkpoint') or args.get('pretrained_path')
     start = weights_row(args['model']) if args.get('pretrained') and not own_weights else None
-    accuracies = [  # as the Hub reads them
-        EvalResult(
-            task_type='image-classification',
-            task_name='Image Classification',
-            dataset_type=dataset_id or 'imagefolder',
-            dataset_name=dataset_id or own_name or 'imagefolder',
-            dataset_split=split,
-            metric_type='accuracy',
-            metric_name=METRICS[key],
-            metric_value=measured[key],
-        )
-        for key in ('top1', 'top5')
-        if key in measured
-    ]
+    accuracies = _hub_accuracies(measured, dataset_id or own_name, dataset_id or 'imagefolder', split)
     header: dict[str, Any] = {'base_model': start['hub_id'] or None if start else None}
     if dataset_id:
         header['datasets'] = [dataset_id]
@@ -193,6 +178,26 @@ def write_trained_card(
         measured_on=int((run and run.before('ensemble', 'samples')) or 0),
         **variables,
     )
+
+
+def _hub_accuracies(measured: Mapping[str, float], name: str, kind: str, split: str | None) -> list[Any]:
+    """Top-1 and top-5 on a data set, as the Hub reads them."""
+    from huggingface_hub import EvalResult
+
+    return [
+        EvalResult(
+            task_type='image-classification',
+            task_name='Image Classification',
+            dataset_type=kind,
+            dataset_name=name or 'imagefolder',
+            dataset_split=split,
+            metric_type='accuracy',
+            metric_name=METRICS[key],
+            metric_value=measured[key],
+        )
+        for key in ('top1', 'top5')
+        if key in measured
+    ]
 
 
 def weights_row(text: str, weight: float = 1.0) -> dict[str, Any]:
