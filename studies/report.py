@@ -47,7 +47,7 @@ REFERENCES = {
 _NEW = [arm.name for arm in STUDIES['ledger'] if arm.name not in ('live', 'weak_weighted')]
 LEDGER = {
     **{'mealv2': 'off', 'mealv2_adversarial': 'off', 'photos_official': 'photos_without'},
-    **{'icons_official': 'icons_without', 'icons_logit': 'icons_rate', 'icons_pool': 'icons_without'},
+    **{'icons_official': 'icons_without', 'icons_logit': 'icons_without', 'icons_pool': 'icons_without'},
     **{'ensemble_t4': 'mealv2_without', 'logit_t4_labels': 'mealv2_without', 'photos_logit': 'photos_without'},
     **dict.fromkeys(('hard_0.1', 'hard_0.5', 'mean_logits', 'equal_3', 'equal_5'), 'mealv2_without'),
     **{'unequal_weighted': 'unequal', 'taught': 'mealv2', 'decay_5e-4': 'mealv2', 'step': 'mealv2'},
