@@ -60,7 +60,7 @@ def assert_one_line(capsys: pytest.CaptureFixture[str], argv: list[str], *texts:
         ('--teachers a --kd-distill-type logit --discriminator-weight 2', 'is an option of'),
         ('--discriminator-weight 1', 'needs --teachers'),
         ('--unlabeled', 'needs --teachers'),
-        ('--kd-distill-type logit', 'needs'),
+        ('--kd-distill-type feature', 'needs'),
     ],
 )
 def test_contradictions_and_refusals_name_the_option(capsys: pytest.CaptureFixture[str], argv: str, text: str) -> None:

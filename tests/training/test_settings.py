@@ -1,11 +1,13 @@
 """Settings from YAML files and recipes, as the command line would take them."""
 
 import argparse
+import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler_factory import scheduler_kwargs
 
@@ -44,6 +46,17 @@ def test_the_data_folder_is_named_in_three_ways(tmp_path: Path) -> None:
         assert args.data_dir == folder
         (tmp_path / 'args.yaml').write_text(settings_text(args))
         assert parse_args(['-c', str(tmp_path / 'args.yaml')]).data_dir == folder
+
+
+def test_the_settings_of_a_run_of_timm_are_taken(tmp_path: Path) -> None:
+    options = json.loads(Path(__file__).with_name('timm_train_options.json').read_text())
+    values = {dest: default for _, dest, _, _, default, *_ in options if dest not in ('config', 'data')}
+    (tmp_path / 'args.yaml').write_text(yaml.safe_dump(values))  # timm writes all of them
+    args = parse_args(['-c', str(tmp_path / 'args.yaml'), '--data-dir', 'a', '--lr', '0.5'])
+    assert (args.lr, args.epochs, args.kd_distill_type) == (0.5, 300, 'logit')
+    (tmp_path / 'args.yaml').write_text(yaml.safe_dump(values | {'aug_splits': 3}))
+    with pytest.raises(UserError, match='--aug-splits 3: refused'):
+        parse_args(['-c', str(tmp_path / 'args.yaml')])
 
 
 def test_settings_are_written_and_read_back(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from timm_mealv2.command_line import Option
 from timm_mealv2.errors import UserError
 from timm_mealv2.training.options import REFUSED
 
@@ -24,6 +25,13 @@ def is_mealv2(args: argparse.Namespace) -> bool:
     return bool(args.teachers or args.soft_labels) and args.kd_distill_type == 'mealv2'
 
 
+def _refused(option: Option) -> Rule:
+    """The rule of an option that is refused with its help, unless it has its default, as in timm's args.yaml."""
+    name = option.flags[0].removeprefix('--').replace('-', '_')
+    default = option.kwargs.get('default')
+    return (name,), lambda args: getattr(args, name) != default, f'refused, {option.kwargs["help"]}'
+
+
 _OF_LIVE_TEACHERS = (
     *('teacher_weights', 'teacher_dtype', 'teacher_img_size', 'teacher_classes', 'teacher_compile'),
     *('teachers_per_sample', 'teacher_device'),
@@ -35,7 +43,7 @@ _OF_MEALV2 = (
 )
 
 _RULES: tuple[Rule, ...] = (
-    *(((row.flags[0][2:].replace('-', '_'),), lambda _: True, f'refused, {row.kwargs["help"]}') for row in REFUSED),
+    *map(_refused, REFUSED),
     (
         ('kd_distill_type',),
         lambda args: args.kd_distill_type == 'token',
@@ -63,8 +71,14 @@ _RULES: tuple[Rule, ...] = (
         'can be learned by --kd-distill-type mealv2 alone',
     ),
     (
-        (*_OF_MEALV2, 'kd_distill_type'),
+        _OF_MEALV2,
         lambda args: not (args.teachers or args.soft_labels),
+        'needs --teachers',
+    ),
+    (
+        ('kd_distill_type',),
+        # timm's default, which its args.yaml has whatever is trained
+        lambda args: not (args.teachers or args.soft_labels) and args.kd_distill_type != 'logit',
         'needs --teachers',
     ),
     (_OF_MEALV2, lambda args: not is_mealv2(args), 'is an option of --kd-distill-type mealv2'),
