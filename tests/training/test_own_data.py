@@ -44,6 +44,18 @@ def test_a_model_is_named_alike_as_teacher_and_as_initial_weights(data: Path, ru
             assert torch.equal(value, teacher[name]), f'{text}: {name}'
 
 
+def test_images_without_labels_have_the_classes_of_the_initial_weights_or_of_the_store(
+    data: Path, run: Path, tmp_path: Path
+) -> None:
+    options = ('--data-dir', data, '--unlabeled')
+    train(tmp_path / 'live', *options, '--initial-checkpoint', run, '--teachers', run, standing=UNCOUNTED)
+    record = ['record', '--teachers', str(run), '--data-dir', str(data), '--epochs', '1', '--img-size', '32']
+    soft_labels([*record, '--no-aug', '--unlabeled', '--out', str(tmp_path / 'store'), '--workers', '0'])
+    train(tmp_path / 'stored', *options, '--soft-labels', tmp_path / 'store', standing=UNCOUNTED)
+    for name in ('live', 'stored'):
+        assert TrainingCheckpoint.read(tmp_path / name / 'last.pth.tar').class_names == CLASSES
+
+
 @pytest.mark.parametrize(
     ('text', 'message'),
     [

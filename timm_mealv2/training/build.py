@@ -79,7 +79,10 @@ def build(
     bad = BadImages(args.max_bad_images)
     guard = Guard(signals, bad, processes, max(1, args.log_interval // args.grad_accum_steps))
     trained = student is not None or args.pretrained or args.pretrained_path or args.initial_checkpoint
+    store = SoftLabelStore(args.soft_labels) if args.soft_labels else None
     num_classes = args.num_classes
+    if num_classes is None and store is not None:
+        num_classes = store.meta.num_classes
     if num_classes is None and student is None and not args.unlabeled:
         datasets = datasets or open_datasets(args, batch_size)
         if names := class_names_of(datasets[0]):
@@ -95,7 +98,6 @@ def build(
     if live:
         shape = {'num_classes': pixels.num_classes, 'in_chans': pixels.channels}
         teachers = build_ensemble(args, **shape, class_names=class_names, device=device)
-    store = SoftLabelStore(args.soft_labels) if args.soft_labels else None
     class_names = settle_class_names(args, student, class_names, datasets[1], teachers, store, checkpoint)
     data = build_data(args, *datasets, class_names, pixels, processes, bad, live, store)
     task = build_task(args, student, teachers, class_names, pixels, processes, device)

@@ -55,15 +55,18 @@ def build_student(
         set_fast_norm()
     in_chans = args.in_chans if args.in_chans is not None else args.input_size[0] if args.input_size else None
     model: Any
+    initial = TeacherSpec.parse(args.initial_checkpoint).read_checkpoint() if args.initial_checkpoint else None
     if student is None:
+        if num_classes is None and initial is not None:  # of images without labels
+            num_classes = len(initial.class_names) or initial.args.get('num_classes')
         model, arguments = _create(args, num_classes, in_chans)
     else:
         model, arguments = student, {'model_name': args.model, **args.model_kwargs}
     known: Sequence[str] | None = None
     if student is not None or (args.pretrained and not args.pretrained_path):
         known = class_names_of(model)
-    if args.initial_checkpoint:
-        known = _load_initial_weights(args, model, arguments['model_name'])
+    if initial is not None:
+        known = _load_initial_weights(initial, args.initial_checkpoint, model, arguments['model_name'])
     _initialize_heads(model, args.head_init_scale, args.head_init_bias)
     if args.grad_checkpointing:
         model.set_grad_checkpointing(enable=True)
@@ -113,9 +116,8 @@ def _create(
         raise UserError(f'cannot create --model {args.model}: {one_line(error)}') from error
 
 
-def _load_initial_weights(args: argparse.Namespace, model: Any, architecture: str) -> Sequence[str]:
-    """Load `--initial-checkpoint`; return the names of its classes."""
-    initial = TeacherSpec.parse(args.initial_checkpoint).read_checkpoint()
+def _load_initial_weights(initial: TrainingCheckpoint, name: str, model: Any, architecture: str) -> Sequence[str]:
+    """Load the weights of `--initial-checkpoint`; return the names of its classes."""
     try:
         model.load_state_dict(initial.state_dict())
     except RuntimeError as error:
@@ -126,7 +128,7 @@ def _load_initial_weights(args: argparse.Namespace, model: Any, architecture: st
                 f'it has {classes} classes, the model {model.num_classes}; --pretrained-path takes all weights but '
                 'those of the classifier.'
             )
-        raise UserError(f'--initial-checkpoint {args.initial_checkpoint} does not fit: {fault}') from error
+        raise UserError(f'--initial-checkpoint {name} does not fit: {fault}') from error
     return initial.class_names
 
 
