@@ -283,9 +283,9 @@ class TestClasses:
         ('name', 'classes', 'message'),
         [
             ('other', [0, 1], 'Classes are given for other, which is no teacher'),
-            ('Scripted', [0, 1, 2], 'Scripted has 3 classes, but 2 are asked for'),
-            ('Scripted', [0, 8], r'classes of Scripted: expected .* from 0 to 7, got \[0, 8\]'),
-            ('Scripted', [4, 4], r'got \[4, 4\]'),
+            ('Scripted', [0, 1, 2], r'expected 2 different classes from 0 to 7, got 3: \[0, 1, 2\]'),
+            ('Scripted', [0, 8], r'classes of Scripted: expected .* from 0 to 7, got 2: \[0, 8\]'),
+            ('Scripted', [4, 4], r'got 2: \[4, 4\]'),
         ],
     )
     def test_impossible_classes(self, name, classes, message):
