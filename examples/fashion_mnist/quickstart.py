@@ -194,7 +194,8 @@ def draw(out: Path, start_epochs: int, top1: dict[str, float], lowest: float | N
         for arm, color in ARM_COLORS.items():
             points = read_run(out / arm).values(column)
             epochs = [epoch + 1 + (0 if arm == 'start' else start_epochs) for epoch, _ in points]
-            axes.plot(epochs, [value for _, value in points], color, marker='.', label=arm)
+            if points:
+                axes.plot(epochs, [value for _, value in points], color, marker='.', label=arm)
         if column == 'eval_top1':
             for name, style in zip((*TEACHERS, 'ensemble'), (':', '-.', '--'), strict=True):
                 axes.axhline(top1[name], color='#666666', linestyle=style, label=f'{name} ({top1[name]:.2f})')
