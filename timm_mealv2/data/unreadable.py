@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from timm_mealv2.data.decode import IGNORED
+from timm_mealv2.data.workers import starting_workers
 from timm_mealv2.errors import UserError
 
 _logger = logging.getLogger(__name__)
@@ -111,7 +112,9 @@ class ReportingLoader:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Any]:
-        for fetched in self.loader:
+        with starting_workers():
+            batches = iter(self.loader)
+        for fetched in batches:
             if isinstance(fetched, UserError):
                 raise fetched
             self.bad.report(self.split, fetched.unreadable)

@@ -3,6 +3,8 @@
 import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -22,6 +24,22 @@ def _leave_when_told() -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)
+
+
+@contextmanager
+def starting_workers() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM wait while worker processes start, until `ignore_signals` answers them.
+
+    Workers inherit the mask, so that a signal to the process group does not end one that is just starting.
+    """
+    if not hasattr(signal, 'sigwaitinfo'):
+        yield
+        return
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)
 
 
 def seed_of_worker(info: Any) -> int:

@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import chain
 from types import FrameType
 from typing import Any, Self
 
@@ -131,11 +130,7 @@ class UntilStopped:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        batches = iter(self.loader)
-        # The workers start with the first batch and inherit the mask: a signal to the process group does not end them.
-        with _signals_wait():
-            first = next(batches, None)
-        for batch in chain([first] if first is not None else [], batches):
+        for batch in self.loader:
             if self.guard.signals.received:
                 break
             yield batch
@@ -143,15 +138,3 @@ class UntilStopped:
         self.guard.agree()
         if self.guard.signal:
             raise EvaluationStoppedError
-
-
-@contextmanager
-def _signals_wait() -> Iterator[None]:
-    if not hasattr(signal, 'pthread_sigmask'):  # on Windows
-        yield
-        return
-    former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, former)
