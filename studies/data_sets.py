@@ -40,24 +40,24 @@ class DataSet:
 FASHION = DataSet(FULL, tuning='train.tar', test='validation.tar', teacher=TWO)
 """The last twelfth of each class of its training images is what learning rates are judged on."""
 DIGITS = DataSet('output/studies/digits', options='--train-split train --val-split validation --hflip 0')
-PHOTOS = DataSet(
-    'output/studies/photos',
-    teacher='local-dir:studies/teachers/photos',
-    options='--train-split train --val-split validation --input-size 3 32 32 --num-classes 242 --mean 0.45 --std 0.25',
-    classes=242,
-    channels=3,
-    mean=0.45,
-    std=0.25,
-)
+
+
+def _color(name: str, classes: int, mean: float, std: float) -> DataSet:
+    """Color images, whose folder and ensemble have the name."""
+    pixels = f'--input-size 3 32 32 --num-classes {classes} --mean {mean} --std {std}'
+    return DataSet(
+        f'output/studies/{name}',
+        teacher=f'local-dir:studies/teachers/{name}',
+        options=f'--train-split train --val-split validation {pixels}',
+        classes=classes,
+        channels=3,
+        mean=mean,
+        std=std,
+    )
+
+
+PHOTOS = _color('photos', 242, 0.45, 0.25)
 """Squares of photos, whose class is the photo: `studies/make_data.py`."""
-ICONS = DataSet(
-    'output/studies/icons',
-    teacher='local-dir:studies/teachers/icons',
-    options='--train-split train --val-split validation --input-size 3 32 32 --num-classes 67 --mean 0.73 --std 0.32',
-    classes=67,
-    channels=3,
-    mean=0.73,
-    std=0.32,
-)
+ICONS = _color('icons', 67, 0.73, 0.32)
 """Emoji of three vendors, and those of a fourth as test images; the class is Unicode's subgroup."""
 COLOR = {'photos': PHOTOS, 'icons': ICONS}

@@ -46,6 +46,7 @@ from timm_mealv2.evaluation import evaluate
 from timm_mealv2.files import replacing
 from timm_mealv2.models.checkpoint import TrainingCheckpoint
 from timm_mealv2.models.factory import create_ensemble
+from timm_mealv2.report import COLORS
 from timm_mealv2.runs import read_run
 from timm_mealv2.training import run as training
 
@@ -57,7 +58,6 @@ STUDENT = 'resnet10t'
 START_EPOCHS, STUDENT_EPOCHS = 30, 12
 LONG = 50, 30
 LABELED = 2000
-ARM_COLORS = {'start': '#0072B2', 'control': '#D55E00', 'logit': '#009E73', 'mealv2': '#CC79A7'}
 
 # The recipe has the model, the pixels, the augmentation and the settings of MEAL V2.
 COMMON = shlex.split(
@@ -191,7 +191,7 @@ def draw(out: Path, start_epochs: int, top1: dict[str, float], lowest: float | N
     columns = {'eval_top1': 'top-1, %', 'train_kl': 'KL divergence from the teachers, nats'}
     columns |= {'train_teacher_agreement': 'same top-1 as the teachers, %'}
     for axes, (column, unit) in zip(figure.subplots(1, 3), columns.items(), strict=True):
-        for arm, color in ARM_COLORS.items():
+        for arm, color in zip(('start', 'control', 'logit', 'mealv2'), COLORS, strict=False):
             points = read_run(out / arm).values(column)
             epochs = [epoch + 1 + (0 if arm == 'start' else start_epochs) for epoch, _ in points]
             if points:

@@ -96,21 +96,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     data = _open_data(args)
     dtype = getattr(torch, args.amp_dtype) if args.amp else None
     suffixes = {size: f'@{size}' if len(args.img_size or ()) > 1 else '' for size in args.img_size or [None]}
-    # An ensemble of one is the model, made from whatever names a teacher.
-    models = {
-        f'{spec}{suffix}': create_ensemble(spec, img_sizes=[size], autocast_dtype=dtype).to(device)
-        for size, suffix in suffixes.items()
-        for spec in specs
-    }
+    models, sizes = {}, {}
+    for size, suffix in suffixes.items():
+        for spec in specs:
+            # An ensemble of one is the model, made from whatever names a teacher.
+            models[f'{spec}{suffix}'] = create_ensemble(spec, img_sizes=[size], autocast_dtype=dtype).to(device)
+            sizes[f'{spec}{suffix}'] = size
     models, images, classes = _with_the_same_classes(models, data, args.imagenet_v2)
     ensemble = build_ensemble(args, device, class_names=classes) if args.teachers else None
     if ensemble is not None:
         models |= {f'ensemble{suffix}': ensemble for suffix in suffixes.values()}
+        sizes |= {f'ensemble{suffix}': size for size, suffix in suffixes.items()}
     configs = {
-        name: resolve_pixels({'img_size': size}, model.pretrained_cfg, model.in_chans, args.use_test_size)
-        for size, suffix in suffixes.items()
+        name: resolve_pixels({'img_size': sizes[name]}, model.pretrained_cfg, model.in_chans, args.use_test_size)
         for name, model in models.items()
-        if name.endswith(suffix)
     }
     results: dict[str, dict[str, Any]] = {name: {} for name in models}  # in the order of the command line
     predictions: dict[str, Predictions] = {}

@@ -101,10 +101,9 @@ def open_table(
     image = _column(file, rows[0], '--input-key', input_key, _IMAGES)
     label = _column(file, rows[0], '--target-key', target_key, _LABELS)
     for number, row in enumerate(rows, 2):
-        lacking = '' if row[image] and row[label] else label if row[image] else image
-        if number == 2 and not (
-            lacking or (file.parent / row[image]).exists()
-        ):  # one is enough to see where paths begin
+        lacking = next((column for column in (image, label) if not row[column]), '')
+        # One path is enough to see where they begin.
+        if number == 2 and not lacking and not (file.parent / row[image]).exists():
             lacking = f'file {row[image]} in {file.parent.absolute()}, from where paths count'
         if lacking:
             raise UserError(f'{file}, row {number}: there is no {lacking}.')

@@ -128,7 +128,7 @@ def _folder_and_checkpoint(
 
 
 def _resumed_teacher_dtype(args: argparse.Namespace, checkpoint: TrainingCheckpoint | None) -> str | None:
-    """The type of the teachers' autocast, which a resumed run keeps: it was none in versions that do not name it."""
+    """The type of the teachers' autocast, kept from before (and in `args`): none in versions that do not name it."""
     former = checkpoint.args if checkpoint is not None else {}
     if former.get('amp') and not former.get('teacher_dtype') and not args.teacher_dtype:
         _logger.info('The teachers stay in float32, as the run began; --teacher-dtype gives them another type.')
