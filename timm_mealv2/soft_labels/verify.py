@@ -27,7 +27,8 @@ def create_teachers(meta: StoreMeta, names: Sequence[str] = ()) -> EnsembleTeach
         num_classes=meta.num_classes,
         in_chans=meta.augmentation.input_size[0],
         weights=[teacher['weight'] for teacher in meta.teachers],
-        img_sizes=[teacher['img_size'] and teacher['img_size'][0] for teacher in meta.teachers],
+        # Where height and width differ, the size is the teacher's own.
+        img_sizes=[size[0] if size and size[0] == size[1] else None for size in (t['img_size'] for t in meta.teachers)],
         classes={name: chosen for name, chosen in zip(names, classes, strict=False) if chosen is not None},
     )
     dtypes = (teacher['autocast_dtype'] for teacher in meta.teachers)
