@@ -12,13 +12,16 @@ from arms import AUGMENTED, LABELS, MEALV2, MODELS, NO_LABELS, TEACHER_PAIR, TEA
 from arms import STUDIES as FIRST
 from data_sets import FASHION, ICONS, TWO, UNLABELED
 
+LENGTHS = (15, 45, 150, 450)
+"""Epochs of the study `long`."""
+
 LIVE = Arm('live', 'MEAL V2 without discriminator', f'{MEALV2} {WITHOUT}', 'logit_t1', models=TEACHER_PAIR)
 
 
 def _long() -> tuple[Arm, ...]:
     """Labels and stored predictions, crops alone and mixed, from 15 to 450 epochs."""
     arms = []
-    for epochs in (15, 45, 150, 450):
+    for epochs in LENGTHS:
         for name, label, lr, options, store in (
             ('labels', 'labels', 'control', LABELS, ''),
             ('stored', 'stored predictions', 'logit_t1', f'{WITHOUT} {NO_LABELS}', 'labels_of'),

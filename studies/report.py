@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from arms import RECORDED, SEEDS, STUDENTS, TUNING_SEED
 from data_sets import COLOR
-from later_arms import STUDIES
+from later_arms import LENGTHS, STUDIES
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from run import ROOT, Row, read_rows
@@ -58,11 +58,12 @@ LEDGER = {
 """Arm with an add-on -> the arm without it: the rows of the ledger."""
 
 CURVES = {
-    'labels': ('#888888', ('control', 'control_long')),
-    'MEAL V2 without discriminator': ('#1f5fa8', ('mealv2_without', 'mealv2_without_long')),
-    'the same with Mixup': ('#b03060', ('mixup', 'mixup_long')),
+    'labels_crops': ('labels', '#888888', '-'),
+    'labels_mixed': ('labels, RandAugment and CutMix', '#888888', '--'),
+    'stored_crops': ("teachers' predictions", '#1f5fa8', '-'),
+    'stored_mixed': ("teachers' predictions, RandAugment and CutMix", '#1f5fa8', '--'),
 }
-"""Way of training -> its color, and its arms from short to long: the second picture."""
+"""Arms of the study `long` without their length -> the second picture's label, color and line."""
 
 WORTH_NAMING = 0.25
 """Points of top-1: an add-on whose interval ends below it does not survive."""
@@ -253,31 +254,30 @@ def draw(arms: dict[str, dict[str, Row]]) -> None:
 
 
 def draw_curves(arms: dict[str, dict[str, Row]]) -> None:
-    """Draw top-1 over processor time, a line for each way of training, from the start towards the teachers."""
+    """Draw top-1 over processor time, a line for each way of training, from 15 epochs to 450."""
     figure = Figure(figsize=(9, 4.5), layout='constrained')
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    start = statistics.mean(float(arms['start'][str(seed)]['top1']) for seed in range(5))
-    teachers = float(arms['ensemble']['']['top1'])
-    for label, (color, names) in CURVES.items():
-        points = [(0.0, start, 0)]
-        for name in names:
-            seconds, top1 = (float(mean_of(arms[name], column, '')) for column in ('seconds', 'top1'))
-            points.append((seconds, top1, ARMS[name].epochs))
-            axes.plot(
-                [seconds] * len(arms[name]), [float(row['top1']) for row in arms[name].values()], '.', color=color
-            )
-            axes.annotate(f'{ARMS[name].epochs} epochs', (seconds + 1, top1), color=color, va='center')
-        axes.plot(*zip(*(point[:2] for point in points), strict=True), '-', color=color, label=label)
-    axes.axhline(teachers, color='#666666', linestyle='--', linewidth=1)
-    axes.annotate('the two teachers', (0.4, teachers), va='bottom')
-    axes.margins(x=0.1)
+    models = read_arms(['models_later'])
+    ends = {'the two teachers': float(models['ensemble']['']['top1'])}
+    ends['the starts'] = statistics.mean(float(models['start'][str(seed)]['top1']) for seed in range(3))
+    for label, top1 in ends.items():
+        axes.axhline(top1, color='#666666', linestyle=':', linewidth=1)
+        axes.annotate(label, (0.01, top1), xycoords=('axes fraction', 'data'), va='bottom')
+    for way, (label, color, style) in CURVES.items():
+        points = []
+        for name in (f'{way}_{epochs}' for epochs in LENGTHS if f'{way}_{epochs}' in arms):
+            rows = with_recording(name, arms[name])
+            points.append(tuple(float(mean_of(rows, column, '')) for column in ('seconds', 'top1')))
+            axes.plot([points[-1][0]] * len(rows), [float(row['top1']) for row in rows.values()], '.', color=color)
+        axes.plot(*zip(*points, strict=True), style, color=color, label=label)
+    axes.set_xscale('log')
     axes.grid(alpha=0.3)
     axes.spines[['top', 'right']].set_visible(False)
-    axes.set_xlabel('processor seconds after the start')
+    axes.set_xlabel('processor seconds after the start, recording included (logarithmic)')
     axes.set_ylabel('top-1, %')
     axes.legend(loc='lower right', frameon=False)
-    figure.suptitle('How near to its teachers the student comes, and what that costs (5 seeds)')
+    figure.suptitle(f'How near to its teachers the student comes: {", ".join(map(str, LENGTHS))} epochs')
     with replacing(CURVES_PICTURE) as path:
         figure.savefig(path, dpi=120)
 
@@ -298,6 +298,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         path.write_text(filled)
     if 'control' in arms:
         draw(arms)
+    if 'stored_crops_15' in arms:
         draw_curves(arms)
 
 

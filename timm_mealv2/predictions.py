@@ -40,7 +40,7 @@ class Predictions:
 
 
 def readable_names(model: nn.Module) -> list[str]:
-    """Return the names of a model's classes: its own, ImageNet's for timm's models of it, else their numbers."""
+    """Return the names of a model's classes: its own, ImageNet's for timm's ImageNet models, else their numbers."""
     if names := class_names_of(model):
         return names
     subset = infer_imagenet_subset(model)

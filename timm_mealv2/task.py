@@ -151,7 +151,7 @@ class MealV2Task(TrainingTask):
         """
         teacher_rows: Tensor | None
         # The teachers first: their activations are gone before the student's are made, and on a GPU of their own they
-        # run beside the student, whose GPU waits for them where their answers are copied.
+        # run beside the student, whose GPU waits for them where their predictions are copied.
         if self.teacher is not None:
             pixels = self._pixels_for(self.teacher, input)
             log_probs, teacher_rows = self.teacher.predict(pixels, **self._drawn)

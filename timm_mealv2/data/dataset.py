@@ -206,7 +206,7 @@ def image_names(dataset: Dataset) -> list[str]:
 def read_image(
     dataset: Dataset, index: int, img_mode: str = 'RGB', how: str = 'timm'
 ) -> tuple[Image.Image, int, list[str]]:
-    """Return an image of a data set, fully decoded and without its transform, its label, and what is ignored of it.
+    """Return an image, fully decoded and without its transform, its label, and faults of its file that were ignored.
 
     timm's own access would give the next image in place of one that cannot be read. After an error of the file system,
     such as a network disk that is away for a moment, it tries again (`RETRY_AFTER`).

@@ -24,7 +24,7 @@ class UnreadableImage(Exception):
 
 
 Ignored = tuple[int | str, str]
-"""An image's place in the data set, or its name in a stream, and what is ignored of it (see `decode`)."""
+"""An image's place in the data set, or its name in a stream, and faults of its file ignored (see `decode`)."""
 
 
 class Fetched(NamedTuple):

@@ -28,7 +28,7 @@ def _leave_when_told() -> None:
 
 @contextmanager
 def starting_workers() -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM wait while worker processes start, until `ignore_signals` answers them.
+    """Let Ctrl-C and SIGTERM wait while worker processes start, until the workers run `ignore_signals`.
 
     Workers inherit the mask, so that a signal to the process group does not end one that is just starting.
     """

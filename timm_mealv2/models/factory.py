@@ -187,7 +187,7 @@ class TeacherSpec:
             return create_model(resolved['model_name'], pretrained, cfg, cache_dir=cache_dir, **kwargs)
 
     def read_checkpoint(self) -> TrainingCheckpoint:
-        """Return the model's weights, and what is known of it, as of a checkpoint."""
+        """Return the model's weights and metadata in the form of a checkpoint."""
         if self.kind == 'checkpoint':
             return TrainingCheckpoint.read(self.path or '', self.name or None)
         model: Any = self.build()

@@ -247,5 +247,5 @@ def _wrap(args: argparse.Namespace, processes: Processes, task: TrainingTask) ->
             parameters = inspect.signature(DistributedDataParallel).parameters  # torch 2.14 has renamed it
             name = 'forward_sync_buffers' if 'forward_sync_buffers' in parameters else 'broadcast_buffers'
             ddp_options[name] = False
-        # Without `device_ids`, DDP would bring the teachers' answers here before the student begins.
+        # Without `device_ids`, DDP would bring the teachers' predictions here before the student begins.
         task.prepare_distributed(**ddp_options)

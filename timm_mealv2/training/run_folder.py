@@ -245,7 +245,7 @@ class RunSaver(CheckpointSaver):
             model=unwrap_model(task.get_eval_model()),
             task=self._state,
             optimizer=optimizer,
-            args=argparse.Namespace(**args),  # the saver reads the model's name of it
+            args=argparse.Namespace(**args),  # the saver reads the model's name from args
             amp_scaler=scaler,
             checkpoint_dir=str(folder.path),
             recovery_dir=str(folder.path),
