@@ -71,6 +71,17 @@ def test_initial_weights_with_more_classes(data: Path, tmp_path: Path) -> None:
         train(tmp_path / 'run', '--data-dir', data, '--initial-checkpoint', tmp_path / 'ten.pth')
 
 
+def test_weights_of_a_file_that_the_student_does_not_take_are_no_pretrained_weights(data: Path, tmp_path: Path) -> None:
+    weights = timm.create_model('test_resnet', num_classes=10).state_dict()
+    torch.save({f'backbone.{name}': value for name, value in weights.items()}, tmp_path / 'prefix.pth')
+    with pytest.raises(UserError, match=r'prefix.pth has 0 of the \d+ weights'):
+        train(tmp_path / 'run', '--data-dir', data, '--pretrained-path', tmp_path / 'prefix.pth')
+    assert not (tmp_path / 'run').exists()
+    torch.save(weights, tmp_path / 'ten.pth')
+    train(tmp_path / 'run', '--data-dir', data, '--pretrained-path', tmp_path / 'ten.pth', '--lr', 0)
+    torch.testing.assert_close(state(tmp_path / 'run')['conv1.0.weight'], weights['conv1.0.weight'])
+
+
 def test_a_warm_up_that_is_never_left_is_said(data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     warm_up = ('--sched', 'cosine', '--lr', 0.1, '--warmup-epochs', 5, '--warmup-lr', 0, '--epochs', 3)
     with caplog.at_level('INFO'):

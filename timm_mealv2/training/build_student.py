@@ -50,7 +50,8 @@ def build_student(
     Returns:
         The model, its input, and what checkpoints say of the network (`model_config`).
     """
-    seed_cpu(counted_seed(Stream.INITIALIZATION, args.seed))
+    seed = counted_seed(Stream.INITIALIZATION, args.seed)
+    seed_cpu(seed)
     if args.fast_norm:
         set_fast_norm()
     in_chans = args.in_chans if args.in_chans is not None else args.input_size[0] if args.input_size else None
@@ -60,6 +61,9 @@ def build_student(
         if num_classes is None and initial is not None:  # of images without labels
             num_classes = len(initial.class_names) or initial.args.get('num_classes')
         model, arguments = _create(args, num_classes, in_chans)
+        if args.pretrained_path:
+            seed_cpu(seed)
+            _check_loaded(model, timm.create_model(**arguments), args.pretrained_path)
     else:
         model, arguments = student, {'model_name': args.model, **args.model_kwargs}
     known: Sequence[str] | None = None
@@ -114,6 +118,18 @@ def _create(
         return timm.create_model(pretrained=pretrained, **arguments), arguments
     except (AssertionError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f'cannot create --model {args.model}: {one_line(error)}') from error
+
+
+def _check_loaded(model: Any, untrained: nn.Module, path: str) -> None:
+    """Raise a `UserError` if most weights are still those of the untrained model: timm only logs missing keys."""
+    heads = {id(parameter) for classifier in _classifiers(model) for parameter in classifier.parameters()}
+    pairs = [(p, q) for p, q in zip(model.parameters(), untrained.parameters(), strict=True) if p.dim() > 1]
+    loaded = [not torch.equal(p, q) for p, q in pairs if id(p) not in heads]
+    if 2 * sum(loaded) < len(loaded):
+        raise UserError(
+            f"--pretrained-path {path} has {sum(loaded)} of the {len(loaded)} weights under the model's names: rename "
+            'its keys to those of `model.state_dict()`, without a prefix.'
+        )
 
 
 def _load_initial_weights(initial: TrainingCheckpoint, name: str, model: Any, architecture: str) -> Sequence[str]:
