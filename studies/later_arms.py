@@ -117,46 +117,61 @@ def _one_teacher() -> tuple[Arm, ...]:
     return tuple(arms)
 
 
+def _icons_arm(name: str, label: str, options: str, lr: str | None = None, epochs: int = 21, **others: Any) -> Arm:
+    """Some 250 steps on emoji."""
+    return Arm(
+        f'icons_{name}',
+        label,
+        f'{ICONS.options} --sched-on-updates {options}',
+        lr,
+        'icons_start',
+        epochs,
+        (('icons_teacher', 10), ('icons_teacher', 11)),
+        data=ICONS.folder,
+        measured=ICONS,
+        **others,
+    )
+
+
 def _icons() -> tuple[Arm, ...]:
-    """The main methods on emoji, some 250 steps; the pool is all training images, whose labels are not looked at."""
+    """The main methods on emoji; the pool is all training images, whose labels are not looked at."""
     one = f'resnet10t={MODELS}/icons_teacher-11/last.pth.tar'
     mealv2 = f'--teachers {ICONS.teacher} {NO_LABELS}'
     logit = f'--teachers {one} --kd-distill-type logit --kd-temperature 4 --task-loss-weight 0.5 {LABELS}'
-
-    def arm(name: str, label: str, options: str, lr: str | None = None, epochs: int = 21) -> Arm:
-        return Arm(
-            f'icons_{name}',
-            label,
-            f'{ICONS.options} --sched-on-updates {options}',
-            lr,
-            'icons_start',
-            epochs,
-            (('icons_teacher', 10), ('icons_teacher', 11)),
-            data=ICONS.folder,
-            measured=ICONS,
-            seeds=10,
-        )
-
+    pool = f'{mealv2} {WITHOUT} --train-split train_all'
     return (
-        arm('control', 'control, cross-entropy', LABELS),
-        arm('without', 'MEAL V2 without discriminator', f'{mealv2} {WITHOUT}'),
-        arm(
+        _icons_arm('control', 'control, cross-entropy', LABELS, seeds=10),
+        _icons_arm('without', 'MEAL V2 without discriminator', f'{mealv2} {WITHOUT}', seeds=10),
+        _icons_arm(
             'rate',
             "without discriminator, logit distillation's rate",
             f'{mealv2} {WITHOUT}',
             'icons_logit',
+            seeds=10,
         ),
-        arm('official', 'MEAL V2, official discriminator', mealv2),
-        arm('logit', 'logit distillation, one teacher, T = 4, half labels', logit),
-        arm(
-            'pool',
-            'without discriminator, on all images',
-            f'{mealv2} {WITHOUT} --train-split train_all',
-            'icons_without',
-            8,
-        ),
+        _icons_arm('official', 'MEAL V2, official discriminator', mealv2, seeds=10),
+        _icons_arm('logit', 'logit distillation, one teacher, T = 4, half labels', logit, seeds=10),
+        _icons_arm('pool', 'without discriminator, on all images', pool, 'icons_without', 8, seeds=10),
     )
 
 
-LATER = {'icons': _icons(), 'long': _long(), 'ledger': _ledger(), 'pool': _pool(), 'one_teacher': _one_teacher()}
+def _icons_ledger() -> tuple[Arm, ...]:
+    """The add-ons that Fashion-MNIST has not ruled out, on emoji, at the rate that its main losses are best at."""
+    arms = {arm.name: arm for arm in _ledger()}
+    rates = dict.fromkeys(('live', 'kd_t4_labels'), 'icons_logit')
+    rates |= {'kd_t2': None, 'kd_t4': None, 'kd_t2_labels': 'icons_kd_t2', 'standardized': None}
+    return tuple(
+        _icons_arm(name, arms[name].label, arms[name].options.replace(TWO, ICONS.teacher), lr, loss=arms[name].loss)
+        for name, lr in rates.items()
+    )
+
+
+LATER = {
+    'icons': _icons(),
+    'long': _long(),
+    'ledger': _ledger(),
+    'icons_ledger': _icons_ledger(),
+    'pool': _pool(),
+    'one_teacher': _one_teacher(),
+}
 STUDIES = FIRST | LATER
