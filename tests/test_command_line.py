@@ -2,6 +2,7 @@
 
 import argparse
 import configparser
+import logging.handlers
 import re
 import runpy
 from collections.abc import Callable, Sequence
@@ -203,3 +204,12 @@ def test_mealv2_train_alone_says_how_to_begin(capsys: pytest.CaptureFixture[str]
     assert all(option in build_training_parser()._option_string_actions for option in re.findall(r'--[\w-]+', text))
     (command,) = re.findall(r'^ +mealv2-train (.+)$', text, re.MULTILINE)
     assert list(map(str, parse_args(command.split()).teachers)) == ['resnet50.a1_in1k', 'resnet101.a1_in1k']
+
+
+def test_what_the_hubs_client_says_is_not_said_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    client, seen = logging.getLogger('huggingface_hub'), logging.handlers.BufferingHandler(capacity=9)
+    assert client.handlers  # it shows its lines itself
+    monkeypatch.setattr(client, 'propagate', True)
+    monkeypatch.setattr(logging.getLogger(), 'handlers', [seen])
+    run_cli(lambda argv: client.warning('Retrying in 1s'))
+    assert seen.buffer == []

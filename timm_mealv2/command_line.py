@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import logging
 import math
 import os
 import re
@@ -73,6 +74,7 @@ def run_cli(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | 
     A `UserError`, and a full disk, becomes one line on stderr and exit code 2; anything else keeps its traceback.
     Ctrl-C exits with 130, and a reader that closed the pipe (`| head`) with 141, as shells report the two signals.
     """
+    logging.getLogger('huggingface_hub').propagate = False  # it has a handler of its own
     try:
         main(argv)
         sys.stdout.flush()  # a closed pipe shows here, not in the interpreter's shutdown
