@@ -1,7 +1,7 @@
 """The later studies: longer trainings on stored labels, add-ons of other methods, images without labels, emoji.
 
 Digits differ from CPU to CPU. These studies need not be run on the machine of those in `arms.py`: their starts and
-teachers are trained again (`studies/results/models_later.csv`), and their rows are compared with one another alone.
+teachers are trained again (`MODELS_OF`), and their rows are compared with one another alone.
 Learning rates are those that the same losses were tuned to in `arms.py`; losses of their own tune theirs.
 """
 
@@ -56,20 +56,20 @@ def _ledger() -> tuple[Arm, ...]:
 
     return (
         LIVE,
-        arm('kd_t2', 'T = 2', logit(2, 0), lr=None),
-        arm('kd_t4', 'T = 4', logit(4, 0), lr='logit_t4'),
-        arm('kd_t2_labels', 'T = 2, half labels', logit(2, 0.5), lr='kd_t2'),
-        arm('kd_t4_labels', 'T = 4, half labels', logit(4, 0.5), lr='logit_t4_labels'),
+        arm('kd_t2', 'logit distillation, ensemble, T = 2', logit(2, 0), lr=None),
+        arm('kd_t4', 'logit distillation, ensemble, T = 4', logit(4, 0), lr='logit_t4'),
+        arm('kd_t2_labels', 'logit distillation, ensemble, T = 2, half labels', logit(2, 0.5), lr='kd_t2'),
+        arm('kd_t4_labels', 'logit distillation, ensemble, T = 4, half labels', logit(4, 0.5), lr='logit_t4_labels'),
         arm('dist_2', "DIST's relation terms, weight 2", loss='dist_2'),
         arm('dist_0.5', "DIST's relation terms, weight 0.5", loss='dist_0.5'),
         arm('standardized', 'standardized logits, T = 2', lr=None, loss='standardized'),
         arm('certain', 'images that teachers are sure of weigh more', loss='certain'),
         arm('uncertain', 'images that teachers are unsure of weigh more', loss='uncertain'),
-        arm('ema', 'moving average of the weights, 0.98', f'{LIVE.options} --model-ema --model-ema-decay 0.98'),
-        arm('average', 'mean weights of the last 4 of 15 epochs', f'{LIVE.options} --checkpoint-hist 4'),
+        arm('ema', 'moving average of the weights (EMA), 0.98', f'{LIVE.options} --model-ema --model-ema-decay 0.98'),
+        arm('average', 'mean weights of the last 4 epochs', f'{LIVE.options} --checkpoint-hist 4'),
         arm('official', 'official discriminator', MEALV2, lr='mealv2'),
         arm('adversarial', 'adversarial discriminator', f'{MEALV2} --discriminator-mode adversarial', lr='mealv2'),
-        arm('test_36', 'tested at 36 pixels', measured=replace(FASHION, size=36, teacher='')),
+        arm('test_36', 'tested at 36 pixels, not 32', measured=replace(FASHION, size=36, teacher='')),
         arm(
             'calibrated',
             'calibrated teachers',
@@ -87,9 +87,9 @@ def _ledger() -> tuple[Arm, ...]:
 
 def _pool() -> tuple[Arm, ...]:
     """Some 448 steps on images whose labels are not looked at; the learning rate falls with each step."""
-    arm = replace(LIVE, options=f'{LIVE.options} --sched-on-updates')
+    arm = replace(LIVE, options=f'{LIVE.options} --sched-on-updates --unlabeled')
     return tuple(
-        replace(arm, name=f'pool_{count}', label=f'{count:,} images', data=data, epochs=epochs)
+        replace(arm, name=f'pool_{count}', label=f'{count:,} images without labels', data=data, epochs=epochs)
         for count, data, epochs in (
             (2000, arm.data, 28),
             (9500, f'{UNLABELED}/9500', 6),
@@ -158,15 +158,15 @@ def _icons() -> tuple[Arm, ...]:
 def _icons_ledger() -> tuple[Arm, ...]:
     """The add-ons that Fashion-MNIST has not ruled out, on emoji, at the rate that its main losses are best at."""
     arms = {arm.name: arm for arm in _ledger()}
-    rates = dict.fromkeys(('live', 'kd_t4_labels'), 'icons_logit')
-    rates |= {'kd_t2': None, 'kd_t4': None, 'kd_t2_labels': 'icons_kd_t2', 'standardized': None}
+    rates = {'live': 'icons_logit', 'kd_t4_labels': 'icons_logit', 'kd_t4': None}
+    rates |= {'kd_t2': None, 'kd_t2_labels': 'icons_kd_t2'}
     return tuple(
         _icons_arm(name, arms[name].label, arms[name].options.replace(TWO, ICONS.teacher), lr, loss=arms[name].loss)
         for name, lr in rates.items()
     )
 
 
-LATER = {
+LATER: dict[str, tuple[Arm, ...]] = {
     'icons': _icons(),
     'long': _long(),
     'ledger': _ledger(),
@@ -175,3 +175,9 @@ LATER = {
     'one_teacher': _one_teacher(),
 }
 STUDIES = FIRST | LATER
+
+MODELS_OF = {
+    **dict.fromkeys(('icons', 'long', 'one_teacher'), 'models_later'),
+    **dict.fromkeys(('ledger', 'icons_ledger', 'pool'), 'models_ledger'),
+}
+"""Study -> CSV file of its starts and teachers, where that is not `models`; the models of a file are of one machine."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from arms import RECORDED, SEEDS, STUDENTS, TUNING_SEED
 from data_sets import COLOR
-from later_arms import LENGTHS, STUDIES
+from later_arms import LENGTHS, MODELS_OF, STUDIES
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from run import ROOT, Row, read_rows
@@ -39,6 +39,7 @@ REFERENCES = {
     'icons': (('icons_control', 'icons_without', 'icons_rate'), ()),
     'long': ((), ()),
     'ledger': (('live',), ()),
+    'icons_ledger': (('icons_live',), ()),
     'pool': (('pool_2000',), ()),
     'one_teacher': ((), ()),
 }
@@ -53,7 +54,9 @@ LEDGER = {
     **{'unequal_weighted': 'unequal', 'taught': 'mealv2', 'decay_5e-4': 'mealv2', 'step': 'mealv2'},
     **{'mixup': 'mealv2_without', 'mixup_long': 'mealv2_without_long', 'augmented': 'mealv2_without'},
     **dict.fromkeys(_NEW, 'live'),
-    **{'weak_weighted': 'weak'},
+    **{'weak_weighted': 'weak', 'pool_9500': 'pool_2000', 'pool_57000': 'pool_2000'},
+    **{f'stored_mixed_{epochs}': f'stored_crops_{epochs}' for epochs in LENGTHS},
+    **{arm.name: 'icons_live' for arm in STUDIES['icons_ledger'] if arm.name != 'icons_live'},
 }
 """Arm with an add-on -> the arm without it: the rows of the ledger."""
 
@@ -173,16 +176,19 @@ def study_table(study: str, arms: dict[str, dict[str, Row]]) -> str:
     return '\n'.join(lines)
 
 
+VERDICTS = ('survives', 'cannot tell', 'does not')
+
+
 def verdict(gain: Interval) -> str:
-    """Return what an add-on's interval says: an end above zero, or below a gain worth naming, or neither."""
+    """Return what an add-on's interval says: it begins above zero, ends below a gain worth naming, or neither."""
     if gain.mean - gain.half_width > 0:
         return 'survives'
     return 'does not' if gain.mean + gain.half_width < WORTH_NAMING else 'cannot tell'
 
 
 def ledger_table(arms: dict[str, dict[str, Row]]) -> str:
-    """Return the ledger: an add-on a line, with its gain and what that says."""
-    lines = ['| add-on | compared with | epochs | seeds | gain, points | |', '|---|---|---:|---:|---:|---|']
+    """Return the ledger: an add-on a line, with its gain and what that says, the best ones first."""
+    rows = []
     for name, reference in LEDGER.items():
         gain = paired_gain(arms.get(name, {}), arms.get(reference, {}))
         if gain is not None:
@@ -190,10 +196,10 @@ def ledger_table(arms: dict[str, dict[str, Row]]) -> str:
             source = next((f'{name}: ' for name, data in COLOR.items() if arm.measured == data), '')
             seeds = len(arms[name].keys() & arms[reference].keys())
             points = f'{gain.mean:+.2f} ± {gain.half_width:.2f}'
-            lines.append(
-                f'| {source}{arm.label} | {other.label} | {arm.epochs} | {seeds} | {points} | {verdict(gain)} |'
-            )
-    return '\n'.join(lines)
+            cells = (f'{source}{arm.label}', other.label, str(arm.epochs), str(seeds), points, verdict(gain))
+            rows.append((VERDICTS.index(verdict(gain)), -gain.mean, f'| {" | ".join(cells)} |'))
+    lines = ['| add-on | compared with | epochs | seeds | gain, points | |', '|---|---|---:|---:|---:|---|']
+    return '\n'.join([*lines, *(line for _, _, line in sorted(rows))])
 
 
 def models_table(arms: dict[str, dict[str, Row]]) -> str:
@@ -216,7 +222,7 @@ def models_table(arms: dict[str, dict[str, Row]]) -> str:
 
 def fill(document: str, arms: dict[str, dict[str, Row]]) -> str:
     """Return the document with each table in its place."""
-    tables = {'models': models_table(arms), 'models_later': models_table(read_arms(['models_later']))}
+    tables = {file: models_table(read_arms([file])) for file in ('models', *MODELS_OF.values())}
     tables |= {'verdicts': ledger_table(arms)} | {study: study_table(study, arms) for study in STUDIES}
     for name, table in tables.items():
         head, begin, rest = document.partition(f'<!-- {name} -->\n')
@@ -258,26 +264,29 @@ def draw_curves(arms: dict[str, dict[str, Row]]) -> None:
     figure = Figure(figsize=(9, 4.5), layout='constrained')
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    models = read_arms(['models_later'])
-    ends = {'the two teachers': float(models['ensemble']['']['top1'])}
-    ends['the starts'] = statistics.mean(float(models['start'][str(seed)]['top1']) for seed in range(3))
-    for label, top1 in ends.items():
-        axes.axhline(top1, color='#666666', linestyle=':', linewidth=1)
-        axes.annotate(label, (0.01, top1), xycoords=('axes fraction', 'data'), va='bottom')
+    for label, name in (('the two teachers', 'ensemble'), ('the starts', 'start')):
+        files = (read_arms([file]) for file in set(MODELS_OF.values()))
+        top1 = [float(row['top1']) for models in files for row in models.get(name, {}).values()]
+        axes.axhspan(min(top1), max(top1), color='#666666', alpha=0.15)
+        axes.annotate(label, (0.01, max(top1)), xycoords=('axes fraction', 'data'), va='bottom')
     for way, (label, color, style) in CURVES.items():
-        points = []
-        for name in (f'{way}_{epochs}' for epochs in LENGTHS if f'{way}_{epochs}' in arms):
-            rows = with_recording(name, arms[name])
-            points.append(tuple(float(mean_of(rows, column, '')) for column in ('seconds', 'top1')))
-            axes.plot([points[-1][0]] * len(rows), [float(row['top1']) for row in rows.values()], '.', color=color)
-        axes.plot(*zip(*points, strict=True), style, color=color, label=label)
+        names = {epochs: f'{way}_{epochs}' for epochs in LENGTHS if f'{way}_{epochs}' in arms}
+        rows = {epochs: with_recording(name, arms[name]) for epochs, name in names.items()}
+        seconds, top1 = ([float(mean_of(arm, column, '')) for arm in rows.values()] for column in ('seconds', 'top1'))
+        if rows:
+            axes.plot(seconds, top1, style, color=color, label=label)
+        for epochs, x, y in zip(rows, seconds, top1, strict=True):
+            axes.plot([x] * len(rows[epochs]), [float(row['top1']) for row in rows[epochs].values()], '.', color=color)
+            axes.annotate(str(epochs), (x, y), (0, -14), textcoords='offset points', color=color, ha='center')
     axes.set_xscale('log')
+    axes.set_xticks([30, 100, 300, 1000], ['30', '100', '300', '1000'])
+    axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.spines[['top', 'right']].set_visible(False)
-    axes.set_xlabel('processor seconds after the start, recording included (logarithmic)')
+    axes.set_xlabel('processor seconds after the start, recording included (beside each point: its epochs)')
     axes.set_ylabel('top-1, %')
     axes.legend(loc='lower right', frameon=False)
-    figure.suptitle(f'How near to its teachers the student comes: {", ".join(map(str, LENGTHS))} epochs')
+    figure.suptitle('How near to its teachers the student comes, and what that costs (2 seeds)')
     with replacing(CURVES_PICTURE) as path:
         figure.savefig(path, dpi=120)
 

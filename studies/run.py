@@ -41,7 +41,7 @@ from arms import (
     Arm,
 )
 from data_sets import FASHION, DataSet
-from later_arms import LATER, STUDIES
+from later_arms import MODELS_OF, STUDIES
 from ledger import LOSSES
 from timm.data import create_dataset, create_transform
 from torch import Tensor, nn
@@ -266,19 +266,22 @@ def tuned_lr(arm: Arm) -> str:
 
 
 def run_jobs(pool: Executor, study: str, jobs: Iterable[Job]) -> None:
-    """Run the missing jobs side by side; each adds its row as it ends."""
-    for future in as_completed(
-        [pool.submit(record if job.arm in STORES else train, job) for job in missing(study, jobs)]
-    ):
+    """Run the missing jobs side by side; each adds its row as it ends, also where another fails."""
+    futures = [pool.submit(record if job.arm in STORES else train, job) for job in missing(study, jobs)]
+    for future in as_completed(futures):
+        if future.exception():
+            continue
         row = future.result()
         if (row['arm'], row['seed'], row['lr']) not in keys(study):  # a model is made again where its file is gone
             add_row(study, row)
+    for future in futures:
+        future.result()  # raises
 
 
 def run_study(pool: Executor, study: str, seeds: Sequence[int] = SEEDS) -> None:
     """Run what is missing of a study: the models it needs, learning rates, seeds."""
     arms = STUDIES[study]
-    models = 'models_later' if study in LATER else 'models'
+    models = MODELS_OF.get(study, 'models')
     jobs = model_jobs(arms, seeds)
     later = [job for job in jobs if '--teachers' in job.options or '--initial-checkpoint' in job.options]
     run_jobs(pool, models, [job for job in jobs if job not in later])
