@@ -156,12 +156,12 @@ def _icons() -> tuple[Arm, ...]:
 
 
 def _icons_ledger() -> tuple[Arm, ...]:
-    """The add-ons that Fashion-MNIST has not ruled out, on emoji, at the rate that its main losses are best at."""
+    """Temperatures that Fashion-MNIST has not ruled out, on emoji."""
     arms = {arm.name: arm for arm in _ledger()}
     rates = {'live': 'icons_logit', 'kd_t4_labels': 'icons_logit', 'kd_t4': None}
     rates |= {'kd_t2': None, 'kd_t2_labels': 'icons_kd_t2'}
     return tuple(
-        _icons_arm(name, arms[name].label, arms[name].options.replace(TWO, ICONS.teacher), lr, loss=arms[name].loss)
+        _icons_arm(name, arms[name].label, arms[name].options.replace(TWO, ICONS.teacher), lr)
         for name, lr in rates.items()
     )
 
