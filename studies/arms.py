@@ -123,7 +123,7 @@ STORES = {
             f'--recipe quickstart --data-dir {SAMPLE} --train-split train.tar --workers 0 --teachers {TWO} {options} '
             f'--epochs {RECORDED}'
         )
-        for name, options in (('crops', ''), ('mixed', AUGMENTED))
+        for name, options in (('crops', ''), ('mixed', AUGMENTED), ('one', '--teachers-per-sample 1'))
     },
 }
 """Predictions that are recorded before the arms that learn from them: options of `mealv2-softlabels record`."""

@@ -75,6 +75,7 @@ def _ledger() -> tuple[Arm, ...]:
             'calibrated teachers',
             f'--teachers python:studies.ledger:calibrated {WITHOUT} {NO_LABELS}',
         ),
+        arm('one', 'one of the 2 a sample, recorded', f'{WITHOUT} {NO_LABELS}', labels='labels_of_one'),
         arm('weak', 'a weak teacher in place of one', of_teachers(good_and_weak), models=good_and_weak),
         arm(
             'weak_weighted',
