@@ -27,7 +27,7 @@ import torch
 from measuring import in_turn, make_images, publish, ratios, spread
 from timm.models import save_for_hf
 
-from timm_mealv2.command_line import OneLineParser, run_cli
+from timm_mealv2.command_line import OneLineParser, file_text, run_cli
 from timm_mealv2.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add('--photos', type=Path, required=True, metavar='FOLDER', help='natural photos')
-    add('--timm-train', required=True, metavar='FILE', help="timm's train.py")
+    add('--timm-train', type=file_text, required=True, metavar='FILE', help="timm's train.py")
     add('--out', type=Path, default=Path('output/whole_run_benchmark'), help='folder of images, teachers and runs')
     add('--student', default='resnet18', help='timm architecture')
     add('--teachers', nargs=2, default=['resnet50', 'resnet34'], help='timm architectures')

@@ -5,6 +5,7 @@ teachers are trained again (`MODELS_OF`), and their rows are compared with one a
 Learning rates are those that the same losses were tuned to in `arms.py`; losses of their own tune theirs.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,15 +14,15 @@ from arms import STUDIES as FIRST
 from data_sets import FASHION, ICONS, TWO, UNLABELED
 
 LENGTHS = (15, 45, 150, 450)
-"""Epochs of the study `long`."""
+"""Epochs of the study `long`, and at last of `longest`."""
 
 LIVE = Arm('live', 'MEAL V2 without discriminator', f'{MEALV2} {WITHOUT}', 'logit_t1', models=TEACHER_PAIR)
 
 
-def _long() -> tuple[Arm, ...]:
-    """Labels and stored predictions, crops alone and mixed, from 15 to 450 epochs."""
+def _long(lengths: Sequence[int]) -> tuple[Arm, ...]:
+    """Labels and stored predictions, crops alone and mixed, for each of so many epochs."""
     arms = []
-    for epochs in LENGTHS:
+    for epochs in lengths:
         for name, label, lr, options, store in (
             ('labels', 'labels', 'control', LABELS, ''),
             ('stored', 'stored predictions', 'logit_t1', f'{WITHOUT} {NO_LABELS}', 'labels_of'),
@@ -118,67 +119,58 @@ def _one_teacher() -> tuple[Arm, ...]:
     return tuple(arms)
 
 
-def _icons_arm(name: str, label: str, options: str, lr: str | None = None, epochs: int = 21, **others: Any) -> Arm:
-    """Some 250 steps on emoji."""
-    return Arm(
-        f'icons_{name}',
-        label,
-        f'{ICONS.options} --sched-on-updates {options}',
-        lr,
-        'icons_start',
-        epochs,
-        (('icons_teacher', 10), ('icons_teacher', 11)),
-        data=ICONS.folder,
-        measured=ICONS,
-        **others,
-    )
-
-
 def _icons() -> tuple[Arm, ...]:
-    """The main methods on emoji; the pool is all training images, whose labels are not looked at."""
+    """The main methods on emoji, some 250 steps; the pool is all training images, whose labels are not looked at."""
     one = f'resnet10t={MODELS}/icons_teacher-11/last.pth.tar'
     mealv2 = f'--teachers {ICONS.teacher} {NO_LABELS}'
     logit = f'--teachers {one} --kd-distill-type logit --kd-temperature 4 --task-loss-weight 0.5 {LABELS}'
-    pool = f'{mealv2} {WITHOUT} --train-split train_all'
+
+    def arm(name: str, label: str, options: str, lr: str | None = None, epochs: int = 21) -> Arm:
+        return Arm(
+            f'icons_{name}',
+            label,
+            f'{ICONS.options} --sched-on-updates {options}',
+            lr,
+            'icons_start',
+            epochs,
+            (('icons_teacher', 10), ('icons_teacher', 11)),
+            data=ICONS.folder,
+            measured=ICONS,
+            seeds=10,
+        )
+
     return (
-        _icons_arm('control', 'control, cross-entropy', LABELS, seeds=10),
-        _icons_arm('without', 'MEAL V2 without discriminator', f'{mealv2} {WITHOUT}', seeds=10),
-        _icons_arm(
+        arm('control', 'control, cross-entropy', LABELS),
+        arm('without', 'MEAL V2 without discriminator', f'{mealv2} {WITHOUT}'),
+        arm(
             'rate',
             "without discriminator, logit distillation's rate",
             f'{mealv2} {WITHOUT}',
             'icons_logit',
-            seeds=10,
         ),
-        _icons_arm('official', 'MEAL V2, official discriminator', mealv2, seeds=10),
-        _icons_arm('logit', 'logit distillation, one teacher, T = 4, half labels', logit, seeds=10),
-        _icons_arm('pool', 'without discriminator, on all images', pool, 'icons_without', 8, seeds=10),
+        arm('official', 'MEAL V2, official discriminator', mealv2),
+        arm('logit', 'logit distillation, one teacher, T = 4, half labels', logit),
+        arm(
+            'pool',
+            'without discriminator, on all images',
+            f'{mealv2} {WITHOUT} --train-split train_all',
+            'icons_without',
+            8,
+        ),
     )
 
 
-def _icons_ledger() -> tuple[Arm, ...]:
-    """Temperatures that Fashion-MNIST has not ruled out, on emoji."""
-    arms = {arm.name: arm for arm in _ledger()}
-    rates = {'live': 'icons_logit', 'kd_t4_labels': 'icons_logit', 'kd_t4': None}
-    rates |= {'kd_t2': None, 'kd_t2_labels': 'icons_kd_t2'}
-    return tuple(
-        _icons_arm(name, arms[name].label, arms[name].options.replace(TWO, ICONS.teacher), lr)
-        for name, lr in rates.items()
-    )
-
-
-LATER: dict[str, tuple[Arm, ...]] = {
+STUDIES = FIRST | {
     'icons': _icons(),
-    'long': _long(),
+    'long': _long(LENGTHS[:-1]),
+    'longest': _long(LENGTHS[-1:]),
     'ledger': _ledger(),
-    'icons_ledger': _icons_ledger(),
     'pool': _pool(),
     'one_teacher': _one_teacher(),
 }
-STUDIES = FIRST | LATER
 
 MODELS_OF = {
     **dict.fromkeys(('icons', 'long', 'one_teacher'), 'models_later'),
-    **dict.fromkeys(('ledger', 'icons_ledger', 'pool'), 'models_ledger'),
+    **dict.fromkeys(('longest', 'ledger', 'pool'), 'models_ledger'),
 }
-"""Study -> CSV file of its starts and teachers, where that is not `models`; the models of a file are of one machine."""
+"""Study -> CSV file of its starts, teachers and stores, where not `models`; file and studies are of one machine."""

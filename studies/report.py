@@ -38,8 +38,8 @@ REFERENCES = {
     'photos': (('photos_control',), ()),
     'icons': (('icons_control', 'icons_without', 'icons_rate'), ()),
     'long': ((), ()),
+    'longest': ((), ()),
     'ledger': (('live',), ()),
-    'icons_ledger': (('icons_live',), ()),
     'pool': (('pool_2000',), ()),
     'one_teacher': ((), ()),
 }
@@ -56,7 +56,6 @@ LEDGER = {
     **dict.fromkeys(_NEW, 'live'),
     **{'weak_weighted': 'weak', 'pool_9500': 'pool_2000', 'pool_57000': 'pool_2000'},
     **{f'stored_mixed_{epochs}': f'stored_crops_{epochs}' for epochs in LENGTHS},
-    **{arm.name: 'icons_live' for arm in STUDIES['icons_ledger'] if arm.name != 'icons_live'},
 }
 """Arm with an add-on -> the arm without it: the rows of the ledger."""
 
@@ -66,7 +65,7 @@ CURVES = {
     'stored_crops': ("teachers' predictions", '#1f5fa8', '-'),
     'stored_mixed': ("teachers' predictions, RandAugment and CutMix", '#1f5fa8', '--'),
 }
-"""Arms of the study `long` without their length -> the second picture's label, color and line."""
+"""Arms of `long` and `longest` without their length -> the second picture's label, color and line."""
 
 WORTH_NAMING = 0.25
 """Points of top-1: an add-on whose interval ends below it does not survive."""
@@ -112,6 +111,7 @@ CHANCE = ('0.6931', '0.5')
 """Loss (ln 2) and accuracy of a discriminator whose outputs say nothing."""
 
 ARMS = {arm.name: arm for arms in STUDIES.values() for arm in arms}
+STUDY_OF = {arm.name: study for study, arms in STUDIES.items() for arm in arms}
 
 
 def mean_of(rows: dict[str, Row], column: str, spec: str) -> str:
@@ -122,7 +122,8 @@ def mean_of(rows: dict[str, Row], column: str, spec: str) -> str:
 
 def with_recording(name: str, rows: dict[str, Row]) -> dict[str, Row]:
     """Add the recording of the epochs that an arm reads to its processor time."""
-    arm, stores = ARMS[name], read_arms(['models_later']).get(ARMS[name].labels, {})
+    arm = ARMS[name]
+    stores = read_arms([MODELS_OF[STUDY_OF[name]]]).get(arm.labels, {})
     share = min(arm.epochs, RECORDED) / RECORDED
     return {
         seed: {**row, 'seconds': str(float(row['seconds']) + share * float(stores[seed]['seconds']))} if stores else row
@@ -145,7 +146,7 @@ def study_table(study: str, arms: dict[str, dict[str, Row]]) -> str:
         rows = {seed: row for seed, row in arms.get(name, {}).items() if int(seed) in SEEDS}
         if len(rows) < 2:
             continue
-        if study == 'long':
+        if study in ('long', 'longest'):
             rows = with_recording(name, rows)
         top1 = interval([float(row['top1']) for row in rows.values()])
         others = (*references, ARMS[name].control or ('control' if name in repeated else '')) if own else references
@@ -195,9 +196,9 @@ def ledger_table(arms: dict[str, dict[str, Row]]) -> str:
             arm, other = ARMS[name], ARMS[reference]
             source = next((f'{name}: ' for name, data in COLOR.items() if arm.measured == data), '')
             seeds = len(arms[name].keys() & arms[reference].keys())
-            points = f'{gain.mean:+.2f} ± {gain.half_width:.2f}'
-            cells = (f'{source}{arm.label}', other.label, str(arm.epochs), str(seeds), points, verdict(gain))
-            rows.append((VERDICTS.index(verdict(gain)), -gain.mean, f'| {" | ".join(cells)} |'))
+            points, says = f'{gain.mean:+.2f} ± {gain.half_width:.2f}', verdict(gain)
+            cells = (f'{source}{arm.label}', other.label, str(arm.epochs), str(seeds), points, says)
+            rows.append((VERDICTS.index(says), -gain.mean, f'| {" | ".join(cells)} |'))
     lines = ['| add-on | compared with | epochs | seeds | gain, points | |', '|---|---|---:|---:|---:|---|']
     return '\n'.join([*lines, *(line for _, _, line in sorted(rows))])
 
@@ -222,7 +223,7 @@ def models_table(arms: dict[str, dict[str, Row]]) -> str:
 
 def fill(document: str, arms: dict[str, dict[str, Row]]) -> str:
     """Return the document with each table in its place."""
-    tables = {file: models_table(read_arms([file])) for file in ('models', *MODELS_OF.values())}
+    tables = {file: models_table(read_arms([file])) for file in {'models', *MODELS_OF.values()}}
     tables |= {'verdicts': ledger_table(arms)} | {study: study_table(study, arms) for study in STUDIES}
     for name, table in tables.items():
         head, begin, rest = document.partition(f'<!-- {name} -->\n')
@@ -270,8 +271,8 @@ def draw_curves(arms: dict[str, dict[str, Row]]) -> None:
         axes.axhspan(min(top1), max(top1), color='#666666', alpha=0.15)
         axes.annotate(label, (0.01, max(top1)), xycoords=('axes fraction', 'data'), va='bottom')
     for way, (label, color, style) in CURVES.items():
-        names = {epochs: f'{way}_{epochs}' for epochs in LENGTHS if f'{way}_{epochs}' in arms}
-        rows = {epochs: with_recording(name, arms[name]) for epochs, name in names.items()}
+        names = {f'{way}_{epochs}': epochs for epochs in LENGTHS}
+        rows = {epochs: with_recording(name, arms[name]) for name, epochs in names.items() if name in arms}
         seconds, top1 = ([float(mean_of(arm, column, '')) for arm in rows.values()] for column in ('seconds', 'top1'))
         if rows:
             axes.plot(seconds, top1, style, color=color, label=label)

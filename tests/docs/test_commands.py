@@ -90,7 +90,7 @@ def parse(command: str, argv: list[str]) -> None:
 @pytest.mark.parametrize(('command', 'argv'), CALLS)
 def test_documented_command_parses(command: str, argv: list[str], clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / Path(command).parent)  # scripts import what lies beside them
-    for name in re.findall(r'output/\S+\.(?:pth(?:\.tar)?|safetensors)', ' '.join(argv)):  # an earlier command makes it
+    for name in re.findall(r'output/\S+\.(?:pth(?:\.tar)?|safetensors|py)', ' '.join(argv)):  # made before
         (clone / name).parent.mkdir(parents=True, exist_ok=True)
         (clone / name).touch()
     try:
